@@ -1,0 +1,181 @@
+"""The one reader of the ``FASTLORA_*`` environment variables.
+
+Every variable is a row of :data:`VARIABLES`: its meaning, its default and the parser of its value. The rest of the
+project calls the functions at the end, which read the environment at each call, so that a test or a notebook can
+change a variable and see the effect. A value that makes no sense raises ``ValueError`` with the variable's name, what
+came and what is wanted.
+
+It imports nothing but the standard library: ``setup.py`` uses it where torch may be absent.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PREFIX = "FASTLORA_"
+BACKENDS = ("auto", "torch", "cublas", "triton")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: ``parse`` turns its text into a value, or raises ``ValueError(what is wanted)``."""
+
+    name: str
+    meaning: str
+    default: str  # in words, for people
+    default_value: Callable[[], Any]
+    parse: Callable[[str], Any]
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        value = text.strip().lower()
+        if value not in allowed:
+            raise ValueError(f"one of {', '.join(allowed)}")
+        return value
+
+    return parse
+
+
+def _flag(text: str) -> bool:
+    value = text.strip().lower()
+    if value in ("1", "true", "yes", "on"):
+        return True
+    if value in ("0", "false", "no", "off"):
+        return False
+    raise ValueError("1 or 0")
+
+
+def _directory(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_absolute():
+        raise ValueError("an absolute path, or one that starts with ~")
+    if path.exists() and not path.is_dir():
+        raise ValueError("a directory, and this is a file")
+    return path
+
+
+def _cuda_archs(text: str) -> tuple[str, ...]:
+    archs = tuple(part for part in re.split(r"[\s,;]+", text.strip()) if part)
+    if not archs or not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
+        raise ValueError("compute capabilities without the dot, separated by commas, such as 80,90a,100")
+    return archs
+
+
+def _default_cache_dir() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        base = Path(root) if os.path.isabs(root) else Path.home() / ".cache"
+    except RuntimeError as error:  # no HOME and no passwd entry, as in some containers
+        raise ValueError(
+            f"{PREFIX}CACHE_DIR is not set and there is no home directory: set it to a directory"
+        ) from error
+    return base / "fastlora"
+
+
+VARIABLES: dict[str, Variable] = {
+    variable.name: variable
+    for variable in (
+        Variable(
+            "FASTLORA_BACKEND",
+            "the backend of calls that leave it to fastlora (backend='auto'): auto, torch, cublas or triton",
+            "auto",
+            lambda: "auto",
+            _choice(*BACKENDS),
+        ),
+        Variable(
+            "FASTLORA_BUILD_CUDA",
+            "1: `pip install --no-build-isolation .` compiles csrc/ into the package, instead of at first use",
+            "0",
+            lambda: False,
+            _flag,
+        ),
+        Variable(
+            "FASTLORA_CACHE_DIR",
+            "where measured dispatch choices and the compiled csrc/ are kept",
+            "$XDG_CACHE_HOME/fastlora, or ~/.cache/fastlora",
+            _default_cache_dir,
+            _directory,
+        ),
+        Variable(
+            "FASTLORA_CUDA_ARCHS",
+            "the GPUs that csrc/ is compiled for, as compute capabilities: 80,90a,100",
+            "80,90a,100",
+            lambda: ("80", "90a", "100"),
+            _cuda_archs,
+        ),
+        Variable(
+            "FASTLORA_MEASURE",
+            "0: the dispatcher times nothing and takes its default choice for each call",
+            "1",
+            lambda: True,
+            _flag,
+        ),
+        Variable(
+            "FASTLORA_SELF_CHECK",
+            "0: hand-written kernels are trusted without comparing them with the reference once per device",
+            "1",
+            lambda: True,
+            _flag,
+        ),
+    )
+}
+
+
+def get(name: str) -> Any:
+    """The parsed value of a variable of :data:`VARIABLES`, or its default where it is unset or empty."""
+    variable = VARIABLES[name]
+    text = os.environ.get(name, "")
+    if not text.strip():
+        return variable.default_value()
+    try:
+        return variable.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{name}={text!r}: wanted {error}") from None
+
+
+def unknown(environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
+    """Names in the environment that start with ``FASTLORA_`` and mean nothing, each with the closest known name."""
+    names = os.environ if environ is None else environ
+    found = {}
+    for name in sorted(names):
+        if name.startswith(PREFIX) and name not in VARIABLES:
+            close = difflib.get_close_matches(name, VARIABLES, n=1)
+            found[name] = close[0] if close else None
+    return found
+
+
+def backend() -> str:
+    """Which backend runs where a call says ``backend="auto"``; ``"auto"`` lets the dispatcher choose."""
+    return get("FASTLORA_BACKEND")
+
+
+def build_cuda() -> bool:
+    """Whether installing the package compiles ``csrc/``."""
+    return get("FASTLORA_BUILD_CUDA")
+
+
+def cache_dir() -> Path:
+    """The directory for everything fastlora keeps between processes. It may not exist yet."""
+    return get("FASTLORA_CACHE_DIR")
+
+
+def cuda_archs() -> tuple[str, ...]:
+    """Compute capabilities that ``csrc/`` is compiled for, such as ``("80", "90a", "100")``."""
+    return get("FASTLORA_CUDA_ARCHS")
+
+
+def measure() -> bool:
+    """Whether the dispatcher may time candidates."""
+    return get("FASTLORA_MEASURE")
+
+
+def self_check() -> bool:
+    """Whether a hand-written kernel is compared with the reference before it is first trusted on a device."""
+    return get("FASTLORA_SELF_CHECK")
