@@ -1,0 +1,1 @@
+"""One interface (docs/architecture.md), three implementations: `torch`, `cublas`, `triton`."""

@@ -1,0 +1,99 @@
+"""The LoRA linear layer in plain ATen: the CPU's path, and every other backend's fallback.
+
+What it saves over eager autograd: the rank-r term is written first and the base GEMM accumulates into it (`addmm_`, beta = 1), so the output is
+rounded once and no M×N temporary is added afterwards; fp32 adapters are cast down (r·(K + N) numbers) instead of x up (M·K numbers); with
+dropout only a bool mask is kept, and drop(x) is formed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unsupported(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, dropout_p: float
+) -> str | None:
+    """None: ATen takes every dtype, stride, device and rank."""
+    return None
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    dropout_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, S, keep mask): y = x W0ᵀ + b + s·S Bᵀ with S = drop(x) Aᵀ. Shapes: docs/architecture.md, "The backend interface"."""
+    a = lora_A.to(x.dtype)
+    b = lora_B.to(x.dtype)
+    if dropout_p > 0.0:
+        if dropout_state is None:
+            # The same bits F.dropout would draw, at one byte an element.
+            dropout_state = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout_p)
+        keep = _keep_mask(dropout_state, x.shape, dropout_p)
+        s = (x * keep).mm(a.t()).mul_(_dropout_scale(dropout_p))
+    else:
+        s = x.mm(a.t())
+    if bias is None:
+        y = s.mm(b.t()).mul_(scaling)
+    else:
+        y = torch.addmm(bias, s, b.t(), alpha=scaling)
+    return y.addmm_(x, weight.t()), s, dropout_state
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    s: Tensor | None,
+    dropout_state: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dX, dA, dB), None where `needs` (x, lora_A, lora_B) is False: dS = s·dY B, dB = s·dYᵀ S, dX = dY W0 + drop′(dS A), dA = dSᵀ drop(x)."""
+    needs_x, needs_a, needs_b = needs
+    dx = grad_a = grad_b = None
+    if needs_b:
+        assert s is not None and lora_B is not None
+        # As (r, N) and transposed: ATen's GEMM is faster with the long side last (285 against 484 µs at M = 512, N = 1024, r = 16, fp32).
+        grad_b = s.t().mm(dy).mul_(scaling).t().to(lora_B.dtype)
+    if needs_x or needs_a:
+        assert lora_A is not None and lora_B is not None
+        if dropout_p > 0.0:
+            assert dropout_state is not None
+            keep = _keep_mask(dropout_state, (dy.shape[0], lora_A.shape[1]), dropout_p)
+        ds = dy.mm(lora_B.to(dy.dtype)).mul_(scaling)
+        if dropout_p > 0.0:
+            ds.mul_(_dropout_scale(dropout_p))  # S and dS are the only places where the mask's scale enters
+    if needs_x:
+        assert weight is not None and lora_A is not None
+        dx = ds.mm(lora_A.to(dy.dtype))
+        if dropout_p > 0.0:
+            dx.mul_(keep)
+        dx.addmm_(dy, weight)
+    if needs_a:
+        assert x is not None and lora_A is not None
+        dropped = x * keep if dropout_p > 0.0 else x
+        grad_a = ds.t().mm(dropped).to(lora_A.dtype)
+    return dx, grad_a, grad_b
+
+
+def _keep_mask(dropout_state: Tensor, shape: tuple[int, ...], dropout_p: float) -> Tensor:
+    """The mask itself, or the one that a seed stands for: a compiled graph made for the kernels that fell down to this backend."""
+    if dropout_state.dtype == torch.bool:
+        return dropout_state
+    generator = torch.Generator(dropout_state.device).manual_seed(int(dropout_state.item()))
+    keep = torch.empty(shape, dtype=torch.bool, device=dropout_state.device)
+    return keep.bernoulli_(1.0 - dropout_p, generator=generator)
+
+
+def _dropout_scale(dropout_p: float) -> float:
+    return 0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p)

@@ -1,0 +1,180 @@
+"""`lora_linear` and its form for several adapters: the checks, autocast and the choice of path. The maths is one floor down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import autograd, reference
+
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+class Adapter(NamedTuple):
+    """One low-rank term s·(drop(x) Aᵀ) Bᵀ: lora_A (r, K), lora_B (N, r), the scale s and the dropout probability in force (0 in eval mode)."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout_p: float = 0.0
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """A linear layer with a low-rank adapter, computed in one piece: y = x W0ᵀ + b + s·(drop(x) Aᵀ) Bᵀ.
+
+    Equivalent to:
+
+        s = F.linear(F.dropout(x, dropout_p, training), lora_A)
+        y = F.linear(x, weight, bias) + scaling * F.linear(s, lora_B)
+
+    Args:
+        x: (..., K), at least 1-D, float32, float64, bfloat16 or float16, any strides.
+        weight: (N, K), x's dtype (any float dtype under autocast), any strides: a Conv1D's weight goes in as `weight.t()`.
+        lora_A: (r, K). lora_B: (N, r). Both of any float dtype: float32 adapters on a bfloat16 base get float32 gradients,
+            and x is not upcast for them.
+        scaling: s, a run-time number: alpha/r, or alpha/√r with rsLoRA (arXiv 2312.03732).
+        bias: (N,) or None.
+        dropout_p: probability, in [0, 1], of dropping an element of x on the low-rank path; used when `training`.
+        backend: "auto", "triton", "cublas" or "torch"; one that cannot take the call falls down to the next.
+
+    Returns:
+        (..., N) in x's dtype (autocast's dtype under autocast). Differentiable once in x, weight, bias, lora_A and lora_B.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit together, a probability outside [0, 1], an unknown backend.
+
+    Example:
+        >>> x, weight = torch.randn(4, 32, 64), torch.randn(128, 64)
+        >>> lora_A, lora_B = torch.randn(8, 64), torch.zeros(128, 8)
+        >>> lora_linear(x, weight, lora_A, lora_B, scaling=2.0).shape
+        torch.Size([4, 32, 128])
+
+    Source: Hu et al. 2021, LoRA, arXiv 2106.09685.
+    """
+    adapter = Adapter(lora_A, lora_B, scaling, dropout_p if training else 0.0)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"lora_linear: dropout_p: got {dropout_p}, want a probability in [0, 1]")
+    return _fused(x, weight, adapter, bias, backend)
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    bias: Tensor | None = None,
+    training: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """A linear layer with any number of adapters: y = x W0ᵀ + b + Σ sᵢ·(dropᵢ(x) Aᵢᵀ) Bᵢᵀ.
+
+    Arguments as in `lora_linear`. Without adapters it is the frozen layer. Adapters that drop nothing run as one, of rank Σ rᵢ; each of the
+    others has a mask of its own, drawn in the order given (as PEFT does); all but one of those add their term in eager PyTorch.
+    """
+    if not training:
+        adapters = [adapter._replace(dropout_p=0.0) for adapter in adapters]
+    if len(adapters) == 1:
+        return _fused(x, weight, adapters[0], bias, backend)
+    if not adapters:
+        return F.linear(x, weight, bias)
+    for adapter in adapters:
+        _check(x, weight, adapter, bias)
+    plain = [adapter for adapter in adapters if adapter.dropout_p == 0.0]
+    dropped = [adapter for adapter in adapters if adapter.dropout_p > 0.0]
+    first = _concatenate(plain) if plain else dropped.pop(0)
+    y = _fused(x, weight, first, bias, backend)
+    for adapter in dropped:
+        y = y + _low_rank_term(x, adapter, y.dtype)
+    return y
+
+
+def _fused(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, backend: str) -> Tensor:
+    lora_A, lora_B, scaling, dropout_p = adapter
+    _check(x, weight, adapter, bias)
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = _autocast(x, weight, bias)
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        got = f"x {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
+        raise ValueError(f"lora_linear: x, weight and bias: got {got}, want one dtype (adapters may have another)")
+    if not _takes_fused_path(x, weight, bias, lora_A, lora_B):
+        return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
+    return autograd.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
+
+
+def _takes_fused_path(*tensors: Tensor | None) -> bool:
+    """False for what sees into operations: tensor subclasses (DTensor, quantised weights), torch.func transforms, torch.jit.trace."""
+    if torch.compiler.is_compiling():
+        return True
+    if any(tensor is not None and type(tensor) not in _PLAIN_TENSORS for tensor in tensors):
+        return False
+    return not (torch._C._are_functorch_transforms_active() or torch.jit.is_tracing())
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What autocast does to F.linear's arguments: floats, but not doubles, go to its dtype. Adapters are cast further down, in their kernels."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    cast = [
+        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in (x, weight, bias)
+    ]
+    return cast[0], cast[1], cast[2]  # type: ignore[return-value]
+
+
+def _concatenate(adapters: Sequence[Adapter]) -> Adapter:
+    """Several adapters without dropout as one of rank Σ rᵢ; scales that differ go into B."""
+    if len(adapters) == 1:
+        return adapters[0]
+    scaling = adapters[0].scaling
+    lora_A = torch.cat([adapter.lora_A for adapter in adapters])
+    if all(adapter.scaling == scaling for adapter in adapters):
+        return Adapter(lora_A, torch.cat([adapter.lora_B for adapter in adapters], dim=1), scaling)
+    return Adapter(lora_A, torch.cat([adapter.lora_B * adapter.scaling for adapter in adapters], dim=1), 1.0)
+
+
+def _low_rank_term(x: Tensor, adapter: Adapter, dtype: torch.dtype) -> Tensor:
+    dropped = F.dropout(x, adapter.dropout_p).to(dtype)
+    return F.linear(F.linear(dropped, adapter.lora_A.to(dtype)), adapter.lora_B.to(dtype)) * adapter.scaling
+
+
+def _check(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None) -> None:
+    """Raises ValueError for what no backend could mean; cheap enough for every call (about 1 µs)."""
+    lora_A, lora_B = adapter.lora_A, adapter.lora_B
+    if x.dim() < 1 or weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
+        raise ValueError(
+            "lora_linear: dimensions: got "
+            f"x {x.dim()}-D, weight {weight.dim()}-D, lora_A {lora_A.dim()}-D, lora_B {lora_B.dim()}-D, "
+            "want x at least 1-D and the others 2-D"
+        )
+    n, k = weight.shape
+    r = lora_A.shape[0]
+    if x.shape[-1] != k or lora_A.shape[1] != k or lora_B.shape[0] != n or lora_B.shape[1] != r or r < 1:
+        raise ValueError(
+            f"lora_linear: shapes: got x {tuple(x.shape)}, weight {tuple(weight.shape)}, lora_A {tuple(lora_A.shape)}, "
+            f"lora_B {tuple(lora_B.shape)}, want x (..., K), weight (N, K), lora_A (r, K), lora_B (N, r) with r >= 1"
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != n):
+        raise ValueError(f"lora_linear: bias: got shape {tuple(bias.shape)}, want ({n},) to match weight {tuple(weight.shape)}")
+    device = x.device
+    if weight.device != device or lora_A.device != device or lora_B.device != device or (bias is not None and bias.device != device):
+        raise ValueError(
+            f"lora_linear: devices: got x on {device}, weight on {weight.device}, lora_A on {lora_A.device}, "
+            f"lora_B on {lora_B.device}{'' if bias is None else f', bias on {bias.device}'}, want all on one: move the "
+            "model, adapters included, with model.to(device)"
+        )
+    if not (x.is_floating_point() and lora_A.is_floating_point() and lora_B.is_floating_point()):
+        raise ValueError(
+            f"lora_linear: dtypes: got x {x.dtype}, lora_A {lora_A.dtype}, lora_B {lora_B.dtype}, want floating-point tensors"
+        )

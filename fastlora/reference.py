@@ -1,0 +1,41 @@
+"""The specification: a LoRA linear layer in eager PyTorch, written to be read.
+
+Every backend is tested against `lora_linear` in fp64. It is also what runs where a fused path cannot: tensor subclasses (DTensor, quantised
+weights), `torch.func` transforms, `torch.jit.trace`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def apply_dropout(x: torch.Tensor, dropout_p: float, keep_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """drop(x) = x ∘ mask / (1 - p); the mask (True: kept) is drawn from torch's generator when None is given."""
+    if dropout_p == 0.0:
+        return x
+    if keep_mask is None:
+        return F.dropout(x, dropout_p, training=True)
+    if dropout_p == 1.0:
+        return x * 0.0
+    return x * keep_mask / (1.0 - dropout_p)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    keep_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = x W0ᵀ + b + s·(drop(x) Aᵀ) Bᵀ (Hu et al. 2021, arXiv 2106.09685, eq. 3).
+
+    x (..., K), weight (N, K), lora_A (r, K), lora_B (N, r), bias (N,) or None, keep_mask like x or None. Returns (..., N). Adapters of another
+    dtype than x are cast to x's.
+    """
+    dropped = apply_dropout(x, dropout_p, keep_mask)
+    s = F.linear(dropped, lora_A.to(x.dtype))
+    return F.linear(x, weight, bias) + scaling * F.linear(s, lora_B.to(x.dtype))
