@@ -9,12 +9,13 @@ Element (row, column) of x (M, K) is kept iff its 16 random bits are at least `t
     kept      iff bits >= threshold, threshold = round(65536·p)
     scale     = 65536 / (65536 - threshold), or 0 where threshold is 65536
 
-The scale belongs to the quantised probability, so that the expectation of drop(x) is exactly x. One Philox call serves eight
-neighbouring columns of one row, and nothing in the counter depends on a tile: every kernel, whatever its blocks, sees the
-same mask. `seed` is an int64 tensor of one element that stays on the device; nothing is read back to the host.
+The scale belongs to the quantised probability, so that the expectation of drop(x) is exactly x. One Philox call
+serves eight neighbouring columns of one row, and nothing in the counter depends on a tile: every kernel, whatever its
+blocks, sees the same mask. `seed` is an int64 tensor of one element that stays on the device; nothing is read back to
+the host.
 
-Seven rounds are the fewest with which Philox4x32 passes BigCrush (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-SC 2011, table 2); the customary ten cost 40 % more integer work for a margin that a dropout mask has no use for.
+Seven rounds are the fewest with which Philox4x32 passes BigCrush (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", SC 2011, table 2); the customary ten cost 40 % more integer work for a margin that a dropout mask has no use for.
 """
 
 import torch
@@ -40,7 +41,7 @@ def keep_mask(seed, row_start, column_start, threshold, ROWS: tl.constexpr, COLU
     rows = zero + (row_start + tl.arange(0, ROWS))[:, None]
     calls = zero + (column_start // COLUMNS_PER_CALL + tl.arange(0, CALLS))[None, :]
     w0, w1, w2, w3 = tl.philox(seed, rows, calls, zero, zero, PHILOX_ROUNDS)
-    # tl.join adds an innermost axis of two, so the axes are joined from the outermost bit of column % 8 to the innermost.
+    # tl.join adds an innermost axis of two: the first join is the outermost bit of column % 8, the last the innermost.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
     bits = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(bits, (ROWS, COLUMNS)).to(tl.int32) >= threshold
@@ -58,9 +59,8 @@ def new_seed(device: torch.device) -> torch.Tensor:
 
 
 def _multiply(a: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """High and low 32 bits of a·constant, all held in int64. The product wraps modulo 2^64, which leaves every bit in place."""
-    signed = constant - (1 << 64) if constant >= 1 << 63 else constant
-    product = a * signed
+    """High and low 32 bits of a·constant, held in int64. The product wraps modulo 2^64, so its 64 bits are right."""
+    product = a * constant
     return (product >> 32) & 0xFFFFFFFF, product & 0xFFFFFFFF
 
 

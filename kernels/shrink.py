@@ -1,0 +1,124 @@
+"""From many features to few: out = scale · drop(x) Aᵀ, the low-rank path's way down.
+
+With A = lora_A it is S; with x = dY and A = lora_Bᵀ (a view) it is dS, where dB is made in a pass of its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs
+from .dropout import keep_mask, threshold_and_scale
+from .reduce import reduce_partials
+from .tiling import load_tile, store_tile
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def _shrink_kernel(
+    x_ptr,  # (M, K)
+    a_ptr,  # (R, K), of x's dtype or another
+    out_ptr,  # (splits, M, R): the result where there is one split, else fp32 partials
+    seed_ptr,  # (1,) int64, read only with DROPOUT
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_xk,
+    stride_ar,
+    stride_ak,
+    stride_os,
+    stride_om,
+    stride_or,
+    k_per_split,  # a multiple of BLOCK_K
+    scale,
+    threshold,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """out[split] (M, R) = scale · (x ∘ mask)[:, split's columns] A[:, split's columns]ᵀ, accumulated in fp32."""
+    row = tl.program_id(0) * BLOCK_M
+    split = tl.program_id(1)
+    r = tl.program_id(2) * BLOCK_R
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    k_start = split * k_per_split
+    for k in range(k_start, min(K, k_start + k_per_split), BLOCK_K):
+        x = load_tile(x_ptr, row, k, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, False)
+        a = load_tile(a_ptr, r, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
+        if DROPOUT:
+            x = tl.where(keep_mask(seed, row, k, threshold, BLOCK_M, BLOCK_K), x, tl.zeros_like(x))
+        acc = tl.dot(x, tl.trans(a.to(x.dtype)), acc, input_precision=INPUT_PRECISION)
+    out_ptr += split.to(tl.int64) * stride_os
+    store_tile(out_ptr, acc * scale, row, r, M, R, stride_om, stride_or, False)
+
+
+def _config(x: torch.Tensor, lora_A: torch.Tensor) -> configs.ShrinkConfig:
+    return configs.shrink(*x.shape, lora_A.shape[0], x.dtype, lora_A.dtype, x.device)
+
+
+def shrink_workspace(x: torch.Tensor, lora_A: torch.Tensor, config: configs.ShrinkConfig | None = None) -> int:
+    """How many fp32 elements `shrink` needs as its workspace."""
+    num_splits = (config or _config(x, lora_A)).num_splits
+    return num_splits * x.shape[0] * lora_A.shape[0] if num_splits > 1 else 0
+
+
+def shrink(
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    out: torch.Tensor,
+    workspace: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    seed: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    config: configs.ShrinkConfig | None = None,
+) -> None:
+    """out (M, r) = scale · drop(x) Aᵀ for x (M, K) and lora_A (r, K), all with any strides.
+
+    lora_A may have another float dtype than x: it is cast to x's in registers. out has any float dtype. Without
+    `seed` nothing is dropped. `workspace`: fp32, at least `shrink_workspace(x, lora_A)` elements.
+    """
+    M, K = x.shape
+    R = lora_A.shape[0]
+    assert (*lora_A.shape, *out.shape) == (R, K, M, R), (x.shape, lora_A.shape, out.shape)
+    if M == 0:
+        return
+    config = config or _config(x, lora_A)
+    threshold, dropout_scale = threshold_and_scale(dropout_p) if seed is not None else (0, 1.0)
+    blocks = configs.cdiv(K, config.block_k)
+    splits = config.num_splits
+    if splits > 1:
+        assert workspace is not None, "a split of K needs a workspace"
+        assert workspace.numel() >= splits * M * R
+        target, strides = workspace, (M * R, R, 1)
+    else:
+        target, strides = out, (0, out.stride(0), out.stride(1))
+    grid = (configs.cdiv(M, config.block_m), splits, configs.cdiv(R, config.block_r))
+    _shrink_kernel[grid](
+        x,
+        lora_A,
+        target,
+        seed,
+        M,
+        K,
+        R,
+        *x.stride(),
+        *lora_A.stride(),
+        *strides,
+        configs.cdiv(blocks, splits) * config.block_k,
+        float(scale) * dropout_scale,
+        threshold,
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        BLOCK_R=config.block_r,
+        DROPOUT=seed is not None,
+        INPUT_PRECISION=configs.input_precision(x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if splits > 1:
+        reduce_partials(target, out, splits)
