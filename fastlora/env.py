@@ -146,8 +146,10 @@ def unknown(environ: Mapping[str, str] | None = None) -> dict[str, str | None]:
     found = {}
     for name in sorted(names):
         if name.startswith(PREFIX) and name not in VARIABLES:
-            close = difflib.get_close_matches(name, VARIABLES, n=1)
-            found[name] = close[0] if close else None
+            # Compared without the prefix, which would make every pair look alike.
+            known = [known[len(PREFIX) :] for known in VARIABLES]
+            close = difflib.get_close_matches(name[len(PREFIX) :], known, n=1)
+            found[name] = PREFIX + close[0] if close else None
     return found
 
 

@@ -1,0 +1,55 @@
+"""Everything static is in pyproject.toml. This adds one thing: FASTLORA_BUILD_CUDA=1 compiles csrc/ into the wheel.
+
+    FASTLORA_BUILD_CUDA=1 pip install --no-build-isolation .
+
+(--no-build-isolation, because csrc/ is compiled against the torch that is installed.) Without it the package is pure
+Python, and the ops are compiled at first use.
+"""
+
+import importlib
+import sys
+import types
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).resolve().parent
+
+
+def load(name):
+    """A module of fastlora without fastlora/__init__.py, whose imports need not be installed while building."""
+    package = sys.modules.setdefault("fastlora", types.ModuleType("fastlora"))
+    package.__path__ = [str(HERE / "fastlora")]
+    return importlib.import_module(f"fastlora.{name}")
+
+
+BUILD_CUDA = load("env").build_cuda()
+
+
+class BuildPy(build_py):
+    def run(self):
+        super().run()
+        if not BUILD_CUDA:
+            return
+        # An editable install runs from the checkout, so the object belongs there.
+        package = HERE / "fastlora" if self.editable_mode else Path(self.build_lib) / "fastlora"
+        print(f"compiling csrc/ into {package}/_prebuilt", flush=True)
+        load("_build").prebuild(package)
+
+
+class BdistWheel(bdist_wheel):
+    """A wheel with compiled ops is for one platform and every Python: the ops use torch's stable ABI only."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        if BUILD_CUDA:
+            self.root_is_pure = False
+
+    def get_tag(self):
+        _, _, platform = super().get_tag()
+        return ("py3", "none", platform) if BUILD_CUDA else super().get_tag()
+
+
+setup(cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel})
