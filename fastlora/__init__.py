@@ -1,9 +1,25 @@
 """fastlora: LoRA fine-tuning that costs little more than the frozen model.
 
-`fastlora.patch(model)` swaps the fused layers in; `fastlora.unpatch(model)` takes them out again. Importing does nothing else.
+`fastlora.patch(model)` swaps the fused layers in; `fastlora.unpatch(model)` takes them out again. Importing does
+nothing else.
 """
 
 from . import functional
+from .adapters import disable_adapter, merge, set_adapter, unmerge
+from .layers import FusedLoraLinear
+from .patching import ModuleReport, PatchReport, is_patched, patch, unpatch
 
 __version__ = "0.1.0"
-__all__ = ["functional"]
+__all__ = [
+    "FusedLoraLinear",
+    "ModuleReport",
+    "PatchReport",
+    "disable_adapter",
+    "functional",
+    "is_patched",
+    "merge",
+    "patch",
+    "set_adapter",
+    "unmerge",
+    "unpatch",
+]

@@ -1,9 +1,12 @@
-"""The LoRA linear layer's place in autograd: what is saved, which gradients are computed, and its twin for `torch.compile`.
+"""The LoRA linear layer's place in autograd: what is saved, which gradients are computed, and its twin for
+`torch.compile`.
 
-Eager calls go through an `autograd.Function` (about 3 µs a call); under `torch.compile` and `torch.export`, which cannot look into the backends,
-the same two passes are the ops `fastlora::lora_linear` and `fastlora::lora_linear_backward` (15 µs a call when run eagerly).
+Eager calls go through an `autograd.Function` (about 3 µs a call); under `torch.compile` and `torch.export`, which
+cannot look into the backends, the same two passes are the ops `fastlora::lora_linear` and
+`fastlora::lora_linear_backward` (15 µs a call when run eagerly).
 
-Saved for backward: x (for dA), S (for dB), the dropout state, and references to W0, A and B: no copy of x, no drop(x), nothing of size N×K.
+Saved for backward: x (for dA), S (for dB), the dropout state, and references to W0, A and B: no copy of x, no drop(x),
+nothing of size N×K.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class LoraLinearFunction(torch.autograd.Function):
     ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
         y, s, state = module.forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p)
-        need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
             x2 if need_a or need_w else None,
             weight if need_x else None,
@@ -79,7 +82,8 @@ def lora_linear(
     dropout_p: float,
     backend: str,
 ) -> Tensor:
-    """Runs the chosen backend under autograd. Arguments are checked already (functional.py); dropout_p is 0 outside training."""
+    """Runs the chosen backend under autograd. Arguments are checked already (functional.py); dropout_p is 0 outside
+    training."""
     if torch.compiler.is_compiling():
         return _compiled_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -90,8 +94,9 @@ def lora_linear(
     return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, module)  # type: ignore[return-value]
 
 
-# The torch.library twin. Randomness stays outside the ops, in the graph, where the compiler may move or repeat it: they are given the dropout
-# state, a Philox seed for the hand-written kernels and a mask for ATen, and are functions of their arguments.
+# The torch.library twin. Randomness stays outside the ops, in the graph, where the compiler may move or repeat it: they
+# are given the dropout state, a Philox seed for the hand-written kernels and a mask for ATen, and are functions of
+# their arguments.
 
 _library = torch.library.Library("fastlora", "FRAGMENT")
 _library.define(
@@ -100,8 +105,8 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? s, Tensor? dropout_state, "
-    "float scaling, float dropout_p, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? s, "
+    "Tensor? dropout_state, float scaling, float dropout_p, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -152,7 +157,7 @@ def _op_backward_fake(dy, x, weight, lora_A, lora_B, s, dropout_state, scaling, 
 
 
 def _op_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, bias, lora_A, lora_B, state, scaling, dropout_p, backend = inputs
+    x, weight, _, lora_A, lora_B, state, scaling, dropout_p, backend = inputs
     ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], state)
     ctx.arguments = (scaling, dropout_p, backend)
     ctx.mark_non_differentiable(output[1])

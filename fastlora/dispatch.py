@@ -1,8 +1,9 @@
 """Which backend runs a call, and why.
 
-On a CPU: `torch`. On a GPU: `cublas` once it has passed its self-check on that device, `torch` otherwise; `triton` by request (it is the faster
-one only where its GEMM reaches 96 % of cuBLAS: docs/kernels/gemm.md). A request comes as `backend=` or as `FASTLORA_BACKEND`; a backend that
-cannot take a call falls down one step (triton, cublas, torch), with the reason in the `Choice`.
+On a CPU: `torch`. On a GPU: `cublas` once it has passed its self-check on that device, `torch` otherwise; `triton` by
+request (it is the faster one only where its GEMM reaches 96 % of cuBLAS: docs/kernels/gemm.md). A request comes as
+`backend=` or as `FASTLORA_BACKEND`; a backend that cannot take a call falls down one step (triton, cublas, torch), with
+the reason in the `Choice`.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def _why_not(
 def _self_check_failure(
     name: str, module: ModuleType, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout: bool
 ) -> str | None:
-    """None where the backend has been compared with the reference on this device and agrees; otherwise why it is not trusted."""
+    """None where the backend has been compared with the reference on this device and agrees; otherwise why it is not
+    trusted."""
     key = (name, str(device), dtype, adapter_dtype, dropout)
     if key not in _self_checks:
         if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
@@ -118,8 +120,8 @@ def self_check(
 ) -> str | None:
     """Compares a backend's forward and gradients with the fp64 reference on a small problem that divides nothing.
 
-    None where they agree, else what differs. With dropout the mask is read off the backend itself: with A = I, S is drop(x).
-    The generators' states are left as they were.
+    None where they agree, else what differs. With dropout the mask is read off the backend itself: with A = I, S is
+    drop(x). The generators' states are left as they were.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
@@ -152,7 +154,9 @@ def _compare_with_reference(
             leaves[0], weight.double(), leaves[1], leaves[2], scaling, bias.double(), dropout_p, keep
         )
     expected_grads = torch.autograd.grad(expected, leaves, dy.double())
-    tolerance = 4e-2 if dtype in (torch.bfloat16, torch.float16) else 2e-3  # a wrong kernel is wrong by 1, not by a rounding
+    tolerance = (
+        4e-2 if dtype in (torch.bfloat16, torch.float16) else 2e-3
+    )  # a wrong kernel is wrong by 1, not by a rounding
     names = ("output", "gradient of x", "gradient of lora_A", "gradient of lora_B")
     for name, got, want in zip(names, (y, *grads), (expected, *expected_grads), strict=True):
         error = ((got.double() - want).norm() / want.norm()).item()

@@ -1,4 +1,5 @@
-"""`lora_linear` and its form for several adapters: the checks, autocast and the choice of path. The maths is one floor down."""
+"""`lora_linear` and its form for several adapters: the checks, autocast and the choice of path. The maths is one floor
+down."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 class Adapter(NamedTuple):
-    """One low-rank term s·(drop(x) Aᵀ) Bᵀ: lora_A (r, K), lora_B (N, r), the scale s and the dropout probability in force (0 in eval mode)."""
+    """One low-rank term s·(drop(x) Aᵀ) Bᵀ: lora_A (r, K), lora_B (N, r), the scale s and the dropout probability in
+    force (0 in eval mode)."""
 
     lora_A: Tensor
     lora_B: Tensor
@@ -43,8 +45,10 @@ def lora_linear(
 
     Args:
         x: (..., K), at least 1-D, float32, float64, bfloat16 or float16, any strides.
-        weight: (N, K), x's dtype (any float dtype under autocast), any strides: a Conv1D's weight goes in as `weight.t()`.
-        lora_A: (r, K). lora_B: (N, r). Both of any float dtype: float32 adapters on a bfloat16 base get float32 gradients,
+        weight: (N, K), x's dtype (any float dtype under autocast), any strides: a Conv1D's weight goes in as
+            `weight.t()`.
+        lora_A: (r, K). lora_B: (N, r). Both of any float dtype: float32 adapters on a bfloat16 base get float32
+            gradients,
             and x is not upcast for them.
         scaling: s, a run-time number: alpha/r, or alpha/√r with rsLoRA (arXiv 2312.03732).
         bias: (N,) or None.
@@ -52,10 +56,12 @@ def lora_linear(
         backend: "auto", "triton", "cublas" or "torch"; one that cannot take the call falls down to the next.
 
     Returns:
-        (..., N) in x's dtype (autocast's dtype under autocast). Differentiable once in x, weight, bias, lora_A and lora_B.
+        (..., N) in x's dtype (autocast's dtype under autocast). Differentiable once in x, weight, bias, lora_A and
+        lora_B.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit together, a probability outside [0, 1], an unknown backend.
+        ValueError: shapes, dtypes or devices that do not fit together, a probability outside [0, 1], an unknown
+            backend.
 
     Example:
         >>> x, weight = torch.randn(4, 32, 64), torch.randn(128, 64)
@@ -81,8 +87,9 @@ def multi_lora_linear(
 ) -> Tensor:
     """A linear layer with any number of adapters: y = x W0ᵀ + b + Σ sᵢ·(dropᵢ(x) Aᵢᵀ) Bᵢᵀ.
 
-    Arguments as in `lora_linear`. Without adapters it is the frozen layer. Adapters that drop nothing run as one, of rank Σ rᵢ; each of the
-    others has a mask of its own, drawn in the order given (as PEFT does); all but one of those add their term in eager PyTorch.
+    Arguments as in `lora_linear`. Without adapters it is the frozen layer. Adapters that drop nothing run as one, of
+    rank Σ rᵢ; each of the others has a mask of its own, drawn in the order given (as PEFT does); all but one of those
+    add their term in eager PyTorch.
     """
     if not training:
         adapters = [adapter._replace(dropout_p=0.0) for adapter in adapters]
@@ -115,7 +122,8 @@ def _fused(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, bac
 
 
 def _takes_fused_path(*tensors: Tensor | None) -> bool:
-    """False for what sees into operations: tensor subclasses (DTensor, quantised weights), torch.func transforms, torch.jit.trace."""
+    """False for what sees into operations: tensor subclasses (DTensor, quantised weights), torch.func transforms,
+    torch.jit.trace."""
     if torch.compiler.is_compiling():
         return True
     if any(tensor is not None and type(tensor) not in _PLAIN_TENSORS for tensor in tensors):
@@ -124,10 +132,13 @@ def _takes_fused_path(*tensors: Tensor | None) -> bool:
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What autocast does to F.linear's arguments: floats, but not doubles, go to its dtype. Adapters are cast further down, in their kernels."""
+    """What autocast does to F.linear's arguments: floats, but not doubles, go to its dtype. Adapters are cast further
+    down, in their kernels."""
     dtype = torch.get_autocast_dtype(x.device.type)
     cast = [
-        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        tensor.to(dtype)
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
         for tensor in (x, weight, bias)
     ]
     return cast[0], cast[1], cast[2]  # type: ignore[return-value]
@@ -166,9 +177,16 @@ def _check(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None) -> 
             f"lora_B {tuple(lora_B.shape)}, want x (..., K), weight (N, K), lora_A (r, K), lora_B (N, r) with r >= 1"
         )
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != n):
-        raise ValueError(f"lora_linear: bias: got shape {tuple(bias.shape)}, want ({n},) to match weight {tuple(weight.shape)}")
+        raise ValueError(
+            f"lora_linear: bias: got shape {tuple(bias.shape)}, want ({n},) to match weight {tuple(weight.shape)}"
+        )
     device = x.device
-    if weight.device != device or lora_A.device != device or lora_B.device != device or (bias is not None and bias.device != device):
+    if (
+        weight.device != device
+        or lora_A.device != device
+        or lora_B.device != device
+        or (bias is not None and bias.device != device)
+    ):
         raise ValueError(
             f"lora_linear: devices: got x on {device}, weight on {weight.device}, lora_A on {lora_A.device}, "
             f"lora_B on {lora_B.device}{'' if bias is None else f', bias on {bias.device}'}, want all on one: move the "
@@ -176,5 +194,6 @@ def _check(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None) -> 
         )
     if not (x.is_floating_point() and lora_A.is_floating_point() and lora_B.is_floating_point()):
         raise ValueError(
-            f"lora_linear: dtypes: got x {x.dtype}, lora_A {lora_A.dtype}, lora_B {lora_B.dtype}, want floating-point tensors"
+            f"lora_linear: dtypes: got x {x.dtype}, lora_A {lora_A.dtype}, lora_B {lora_B.dtype}, "
+            "want floating-point tensors"
         )

@@ -1,7 +1,7 @@
 """The specification: a LoRA linear layer in eager PyTorch, written to be read.
 
-Every backend is tested against `lora_linear` in fp64. It is also what runs where a fused path cannot: tensor subclasses (DTensor, quantised
-weights), `torch.func` transforms, `torch.jit.trace`.
+Every backend is tested against `lora_linear` in fp64. It is also what runs where a fused path cannot: tensor subclasses
+(DTensor, quantised weights), `torch.func` transforms, `torch.jit.trace`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def lora_linear(
 ) -> torch.Tensor:
     """y = x W0ᵀ + b + s·(drop(x) Aᵀ) Bᵀ (Hu et al. 2021, arXiv 2106.09685, eq. 3).
 
-    x (..., K), weight (N, K), lora_A (r, K), lora_B (N, r), bias (N,) or None, keep_mask like x or None. Returns (..., N). Adapters of another
-    dtype than x are cast to x's.
+    x (..., K), weight (N, K), lora_A (r, K), lora_B (N, r), bias (N,) or None, keep_mask like x or None. Returns (...,
+    N). Adapters of another dtype than x are cast to x's.
     """
     dropped = apply_dropout(x, dropout_p, keep_mask)
     s = F.linear(dropped, lora_A.to(x.dtype))

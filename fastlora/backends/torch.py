@@ -1,8 +1,9 @@
 """The LoRA linear layer in plain ATen: the CPU's path, and every other backend's fallback.
 
-What it saves over eager autograd: the rank-r term is written first and the base GEMM accumulates into it (`addmm_`, beta = 1), so the output is
-rounded once and no M×N temporary is added afterwards; fp32 adapters are cast down (r·(K + N) numbers) instead of x up (M·K numbers); with
-dropout only a bool mask is kept, and drop(x) is formed again in the backward pass.
+What it saves over eager autograd: the rank-r term is written first and the base GEMM accumulates into it (`addmm_`,
+beta = 1), so the output is rounded once and no M×N temporary is added afterwards; fp32 adapters are cast down (r·(K +
+N) numbers) instead of x up (M·K numbers); with dropout only a bool mask is kept, and drop(x) is formed again in the
+backward pass.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def forward(
     dropout_p: float,
     dropout_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(y, S, keep mask): y = x W0ᵀ + b + s·S Bᵀ with S = drop(x) Aᵀ. Shapes: docs/architecture.md, "The backend interface"."""
+    """(y, S, keep mask): y = x W0ᵀ + b + s·S Bᵀ with S = drop(x) Aᵀ. Shapes: docs/architecture.md, "The backend
+    interface"."""
     a = lora_A.to(x.dtype)
     b = lora_B.to(x.dtype)
     if dropout_p > 0.0:
@@ -58,12 +60,14 @@ def backward(
     dropout_p: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX, dA, dB), None where `needs` (x, lora_A, lora_B) is False: dS = s·dY B, dB = s·dYᵀ S, dX = dY W0 + drop′(dS A), dA = dSᵀ drop(x)."""
+    """(dX, dA, dB), None where `needs` (x, lora_A, lora_B) is False: dS = s·dY B, dB = s·dYᵀ S, dX = dY W0 + drop′(dS
+    A), dA = dSᵀ drop(x)."""
     needs_x, needs_a, needs_b = needs
     dx = grad_a = grad_b = None
     if needs_b:
         assert s is not None and lora_B is not None
-        # As (r, N) and transposed: ATen's GEMM is faster with the long side last (285 against 484 µs at M = 512, N = 1024, r = 16, fp32).
+        # As (r, N) and transposed: ATen's GEMM is faster with the long side last (285 against 484 µs at M = 512, N =
+        # 1024, r = 16, fp32).
         grad_b = s.t().mm(dy).mul_(scaling).t().to(lora_B.dtype)
     if needs_x or needs_a:
         assert lora_A is not None and lora_B is not None
@@ -87,7 +91,8 @@ def backward(
 
 
 def _keep_mask(dropout_state: Tensor, shape: tuple[int, ...], dropout_p: float) -> Tensor:
-    """The mask itself, or the one that a seed stands for: a compiled graph made for the kernels that fell down to this backend."""
+    """The mask itself, or the one that a seed stands for: a compiled graph made for the kernels that fell down to this
+    backend."""
     if dropout_state.dtype == torch.bool:
         return dropout_state
     generator = torch.Generator(dropout_state.device).manual_seed(int(dropout_state.item()))

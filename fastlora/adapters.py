@@ -1,0 +1,113 @@
+"""The adapters of a whole model: which are active, disabled, merged. Works on fastlora's layers and on PEFT's LoRA
+layers."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .layers import FusedLoraLinear
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, layer) of every `FusedLoraLinear` and every PEFT LoRA layer."""
+    peft_layer = sys.modules.get("peft.tuners.lora.layer")
+    kinds = (FusedLoraLinear,) if peft_layer is None else (FusedLoraLinear, peft_layer.LoraLayer)
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            yield name, module
+
+
+def merge(model: nn.Module) -> None:
+    """Adds the active adapters to the weights they adapt, so that inference costs what the base model costs.
+
+    Sums in float32, rounds once, and keeps the former bits in host memory: `unmerge` restores them exactly. A weight
+    that several modules use is untied for the time being. Raises ValueError where a merged weight would not be finite,
+    or where adapters are merged already; the model is then as it was.
+    """
+    layers = _require_layers(model, "merge")
+    users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    done = []
+    try:
+        for name, layer in layers:
+            try:
+                if isinstance(layer, FusedLoraLinear):
+                    layer.merge(untie=users[id(layer.weight)] > 1)
+                else:
+                    layer.merge(safe_merge=True)
+            except ValueError as error:
+                raise ValueError(f"merge: {name!r}: {error}") from error
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+
+
+def unmerge(model: nn.Module) -> None:
+    """Takes merged adapters out of the weights again, bit for bit. Layers that are not merged stay as they are."""
+    for _, layer in _require_layers(model, "unmerge"):
+        if layer.merged_adapters:
+            layer.unmerge()
+
+
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
+    """Makes one adapter, or several together, active and trainable in every layer that has it, and freezes the others.
+
+    A layer without the adapter then runs its base weight alone. Raises ValueError for a name that no layer has, or
+    while adapters are merged.
+    """
+    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    layers = _require_layers(model, "set_adapter")
+    known = sorted({name for _, layer in layers for name in layer.lora_A})
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(f"set_adapter: adapter_name: got {adapter_name!r}, want one or several of {known}")
+    merged = [name for name, layer in layers if layer.merged_adapters]
+    if merged:
+        raise ValueError(f"set_adapter: adapters are merged into {merged[0]!r}; call fastlora.unmerge(model) first")
+    for _, layer in layers:
+        if isinstance(layer, FusedLoraLinear):
+            layer.set_adapter([name for name in names if name in layer.lora_A])
+        else:
+            layer.set_adapter(names)
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it the model computes what the base model does; afterwards adapters are as before, merged ones merged
+    again.
+
+    Nests, and undoes itself on an exception too. Example: the reference log-probabilities of DPO.
+    """
+    layers = _require_layers(model, "disable_adapter")
+    attributes = [
+        "disable_adapters" if isinstance(layer, FusedLoraLinear) else "_disable_adapters" for _, layer in layers
+    ]
+    before = [getattr(layer, attribute) for (_, layer), attribute in zip(layers, attributes, strict=True)]
+    merged = any(layer.merged_adapters for _, layer in layers)
+    if merged:
+        unmerge(model)
+    for (_, layer), attribute in zip(layers, attributes, strict=True):
+        setattr(layer, attribute, True)
+    try:
+        yield model
+    finally:
+        for (_, layer), attribute, value in zip(layers, attributes, before, strict=True):
+            setattr(layer, attribute, value)
+        if merged:
+            merge(model)
+
+
+def _require_layers(model: nn.Module, caller: str) -> list[tuple[str, Any]]:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{caller}: model: got {type(model).__name__}, want a torch.nn.Module")
+    layers = list(lora_layers(model))
+    if not layers:
+        raise ValueError(f"{caller}: this {type(model).__name__} has no LoRA layers; call fastlora.patch(model) first")
+    return layers

@@ -1,0 +1,349 @@
+"""`FusedLoraLinear`: an `nn.Linear` with named low-rank adapters. Parameters and adapter state live here; the maths is
+in functional.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import dispatch, functional
+
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+class FusedLoraLinear(nn.Linear):
+    """y = x W0ᵀ + b + Σ s·(drop(x) Aᵀ) Bᵀ over the active adapters, with W0 and b frozen.
+
+    It is an `nn.Linear`: `weight` (out_features, in_features) and `bias` keep their keys. Adapters are `lora_A[name]`
+    (r, in_features) and `lora_B[name]` (out_features, r); `scaling[name]` is a run-time number (alpha/r, or alpha/√r
+    with rsLoRA). A is Kaiming-uniform and B zero, so a new layer's output is the base layer's.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`; dtype also holds for the adapter.
+        r: rank of the adapter named "default", at least 1.
+        lora_alpha: alpha, the numerator of the scale.
+        lora_dropout: probability, in [0, 1), of dropping an input element on the low-rank path while training.
+        use_rslora: scale by alpha/√r (arXiv 2312.03732) rather than alpha/r.
+
+    Raises:
+        ValueError: r < 1, a probability outside [0, 1), an adapter name that is taken or cannot name a parameter.
+
+    Source: Hu et al. 2021, LoRA, arXiv 2106.09685.
+    """
+
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        use_rslora: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_adapter_arguments("default", r, lora_alpha, lora_dropout)
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self._init_adapter_state(fan_in_fan_out=False, backend="auto")
+        self.add_adapter("default", r, lora_alpha, lora_dropout, use_rslora, dtype=self.weight.dtype)
+        self._freeze_base()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> FusedLoraLinear:
+        """A layer that shares `linear`'s weight and bias, which are frozen by this; `linear` itself stays usable.
+
+        `adapter_dtype` is float32 by default where the weight is bfloat16 or float16, else the weight's dtype.
+        """
+        if type(linear) is not nn.Linear:
+            raise ValueError(
+                f"FusedLoraLinear.from_linear: linear: got {type(linear).__name__}, want a torch.nn.Linear"
+            )
+        check_adapter_arguments("default", r, lora_alpha, lora_dropout)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.in_features, layer.out_features = linear.in_features, linear.out_features
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.training = linear.training
+        layer._init_adapter_state(fan_in_fan_out=False, backend="auto")
+        layer.add_adapter("default", r, lora_alpha, lora_dropout, use_rslora, dtype=adapter_dtype)
+        layer._freeze_base()
+        return layer
+
+    # Adapter state. `STATE` names everything that turns a plain linear layer into this one, so that `patching.unpatch`
+    # can take it away again.
+
+    STATE = (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "scaling",
+        "lora_A",
+        "lora_B",
+        "active_adapters",
+        "disable_adapters",
+        "merged_adapters",
+        "fan_in_fan_out",
+        "backend",
+        "_base_weight",
+    )
+
+    def _init_adapter_state(self, fan_in_fan_out: bool, backend: str) -> None:
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.active_adapters: list[str] = []
+        self.disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.fan_in_fan_out = fan_in_fan_out  # True: weight is (in, out), as in transformers' Conv1D
+        self.backend = backend
+        # While merged, what undoes it: a copy of the weight's bits, or the tied Parameter itself. In a tuple, so that
+        # it does not become a parameter.
+        self._base_weight: tuple[Tensor] | None = None
+
+    def _freeze_base(self) -> None:
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+
+    def add_adapter(
+        self,
+        name: str,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Adds an adapter; it is active (and trainable) only where it is the layer's first.
+
+        `init_lora_weights`: see `reset_adapter`. `dtype` is float32 by default where the weight is bfloat16 or float16,
+            else the weight's.
+
+        Raises ValueError for r < 1, a probability outside [0, 1), a name that is taken or cannot name a parameter.
+        """
+        check_adapter_arguments(name, r, lora_alpha, lora_dropout)
+        check_init(init_lora_weights, "FusedLoraLinear.add_adapter")
+        if name in self.lora_A:
+            raise ValueError(
+                f"FusedLoraLinear.add_adapter: name: {name!r} is taken; this layer has {list(self.lora_A)}"
+            )
+        if dtype is None:
+            dtype = torch.float32 if self.weight.dtype in HALF_DTYPES else self.weight.dtype
+        self.r[name] = r
+        self.lora_alpha[name] = lora_alpha
+        self.lora_dropout[name] = float(lora_dropout)
+        self.use_rslora[name] = use_rslora
+        self.scaling[name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        factory = {"device": self.weight.device, "dtype": dtype}
+        active = not self.active_adapters
+        self.lora_A[name] = nn.Parameter(torch.empty(r, self.in_features, **factory), requires_grad=active)
+        self.lora_B[name] = nn.Parameter(torch.empty(self.out_features, r, **factory), requires_grad=active)
+        self.reset_adapter(name, init_lora_weights)
+        if active:
+            self.active_adapters = [name]
+
+    def reset_adapter(self, name: str, init_lora_weights: bool | str = True) -> None:
+        """Draws A and B anew, by PEFT's names: True, A ~ U(±1/√in) (Kaiming, a = √5) and B = 0; "gaussian", A ~ N(0,
+        1/r²) and B = 0 (the paper's); False, B like A, so that the adapter changes the output at once (for tests and
+        benchmarks)."""
+        check_init(init_lora_weights, "FusedLoraLinear.reset_adapter")
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A[name], std=1.0 / self.r[name])
+        else:
+            nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
+        if init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.lora_B[name], a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.lora_B[name])
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for name in self.__dict__.get("r", ()):  # nn.Linear.__init__ calls this before there are adapters
+            self.reset_adapter(name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Removes an adapter. Raises ValueError for an unknown name, or while it is merged."""
+        self._check_names([name], "delete_adapter")
+        if name in self.merged_adapters:
+            raise ValueError(
+                f"FusedLoraLinear.delete_adapter: name: {name!r} is merged; call fastlora.unmerge(model) first"
+            )
+        for state in (
+            self.r,
+            self.lora_alpha,
+            self.lora_dropout,
+            self.use_rslora,
+            self.scaling,
+            self.lora_A,
+            self.lora_B,
+        ):
+            del state[name]
+        self.active_adapters = [active for active in self.active_adapters if active != name]
+
+    def set_adapter(self, names: str | Iterable[str]) -> None:
+        """Makes these adapters the active, trainable ones, and freezes the others.
+
+        Raises ValueError for an unknown name, or while adapters are merged.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        self._check_names(names, "set_adapter")
+        if self.merged_adapters:
+            raise ValueError(
+                f"FusedLoraLinear.set_adapter: adapters {self.merged_adapters} are merged into the weight; "
+                "call fastlora.unmerge(model) first"
+            )
+        self.active_adapters = names
+        for name in self.lora_A:
+            self.lora_A[name].requires_grad_(name in names)
+            self.lora_B[name].requires_grad_(name in names)
+
+    def _check_names(self, names: Iterable[str], method: str) -> None:
+        unknown = [name for name in names if name not in self.lora_A]
+        if unknown:
+            raise ValueError(f"FusedLoraLinear.{method}: name: got {unknown}, want one of {list(self.lora_A)}")
+
+    # Merging.
+
+    def get_delta_weight(self, name: str) -> Tensor:
+        """s·B A in float32 (float64 for float64 adapters), in the weight's layout: (out, in), or (in, out) with
+        `fan_in_fan_out`."""
+        self._check_names([name], "get_delta_weight")
+        dtype = torch.float64 if self.lora_A[name].dtype == torch.float64 else torch.float32
+        with torch.no_grad():
+            a, b = self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
+            delta = torch.mm(b, a).mul_(self.scaling[name])
+        return delta.t() if self.fan_in_fan_out else delta
+
+    def merge(self, untie: bool = False) -> None:
+        """Adds the active adapters to the weight: summed in float32, rounded once to the weight's dtype.
+
+        The weight's former bits are kept (in host memory), so that `unmerge` restores them exactly. With `untie` the
+        layer gets a new weight and
+        the old Parameter is set aside: for a weight that other modules use too.
+
+        Raises ValueError, with nothing changed, where the merged weight would not be finite, or adapters are merged
+        already.
+        """
+        if self.merged_adapters:
+            raise ValueError(
+                f"FusedLoraLinear.merge: adapters {self.merged_adapters} are merged already; "
+                "call fastlora.unmerge(model) first"
+            )
+        if not self.active_adapters:
+            return
+        with torch.no_grad():
+            dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+            merged = self.weight.to(dtype, copy=True)
+            for name in self.active_adapters:
+                merged += self.get_delta_weight(name)
+            merged = merged.to(self.weight.dtype)
+            if not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"FusedLoraLinear.merge: merging {self.active_adapters} into a {self.weight.dtype} weight would give "
+                    "non-finite values; nothing was changed. Check the adapter for NaN, or merge in a wider dtype "
+                    "(model.float())"
+                )
+            if untie:
+                self._base_weight = (self.weight,)
+                self.weight = nn.Parameter(merged, requires_grad=False)
+            else:
+                self._base_weight = (self.weight.detach().to("cpu", copy=True),)
+                self.weight.data.copy_(merged)
+        self.merged_adapters = list(self.active_adapters)
+
+    def unmerge(self) -> None:
+        """Puts the weight's former bits back; nothing happens where nothing is merged."""
+        if not self.merged_adapters:
+            return
+        assert self._base_weight is not None
+        (base,) = self._base_weight
+        if isinstance(base, nn.Parameter) and base.device == self.weight.device and base.dtype == self.weight.dtype:
+            self.weight = base
+        else:  # the bits as the model has them now: it may have been moved or cast since
+            self.weight.data.copy_(base)
+        self._base_weight = None
+        self.merged_adapters = []
+
+    # Running.
+
+    def running_adapters(self) -> list[functional.Adapter]:
+        """The low-rank terms that `forward` adds now: none while adapters are disabled or merged."""
+        if self.disable_adapters or self.merged_adapters:
+            return []
+        training = self.training
+        return [
+            functional.Adapter(
+                self.lora_A[name], self.lora_B[name], self.scaling[name], self.lora_dropout[name] if training else 0.0
+            )
+            for name in self.active_adapters
+        ]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.disable_adapters and self.merged_adapters:
+            self.unmerge()
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        adapters = self.running_adapters()
+        if not adapters:
+            return F.linear(input, weight, self.bias)
+        return functional.multi_lora_linear(input, weight, adapters, self.bias, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        adapters = ", ".join(
+            f"{name}{'' if name in self.active_adapters else ' (inactive)'}: r={self.r[name]}, "
+            f"scaling={self.scaling[name]:g}"
+            + (f", dropout={self.lora_dropout[name]:g}" if self.lora_dropout[name] else "")
+            for name in self.r
+        )
+        merged = f", merged={self.merged_adapters}" if self.merged_adapters else ""
+        return f"{super().extra_repr()}, {adapters}{merged}"
+
+
+def check_adapter_arguments(
+    name: str, r: int, lora_alpha: float, lora_dropout: float, caller: str = "FusedLoraLinear"
+) -> None:
+    """Raises ValueError for an adapter that cannot be."""
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        raise ValueError(f"{caller}: r: got {r!r}, want an integer of at least 1 (the rank of the adapter)")
+    if not isinstance(lora_alpha, (int, float)) or isinstance(lora_alpha, bool) or not math.isfinite(lora_alpha):
+        raise ValueError(f"{caller}: lora_alpha: got {lora_alpha!r}, want a finite number")
+    if not isinstance(lora_dropout, (int, float)) or not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"{caller}: lora_dropout: got {lora_dropout!r}, want a probability in [0, 1)")
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ParameterDict, name):
+        raise ValueError(
+            f"{caller}: adapter_name: got {name!r}, want a non-empty string without dots "
+            "that is no attribute of nn.ParameterDict"
+        )
+
+
+def check_init(init_lora_weights: bool | str, caller: str) -> None:
+    """Raises ValueError for an initialisation that does not exist."""
+    if init_lora_weights not in (True, False, "gaussian"):
+        raise ValueError(f'{caller}: init_lora_weights: got {init_lora_weights!r}, want True, False or "gaussian"')
+
+
+def check_backend(backend: str, caller: str) -> None:
+    """Raises ValueError for a backend name that does not exist."""
+    if backend not in dispatch.BACKENDS:
+        raise ValueError(f"{caller}: backend: got {backend!r}, want one of {', '.join(dispatch.BACKENDS)}")

@@ -1,0 +1,456 @@
+"""`patch` and `unpatch`: the fused layers swapped into a model and out again, and the report of what was done and why.
+
+A swap changes the class of the module instance and gives it its adapters; the module, its weight and its hooks stay the
+same objects, so references held elsewhere (lists, tied modules, optimisers) stay right, and `unpatch` has nothing to
+search for. No class and no source is touched.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from .layers import FusedLoraLinear, check_adapter_arguments, check_backend, check_init
+
+_FROZEN = "_fastlora_requires_grad"  # on the patched model: {parameter name: requires_grad before}
+_ORIGINAL_CLASS = "_fastlora_class"  # on a patched layer
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One module: `patched` or not, and why (for a patched one: what it got)."""
+
+    name: str
+    kind: str
+    patched: bool
+    reason: str
+    targeted: bool = True
+
+
+@dataclass
+class PatchReport:
+    """What `patch` did, a line per module; `str(report)` is the table."""
+
+    modules: list[ModuleReport] = field(default_factory=list)
+
+    @property
+    def patched(self) -> list[str]:
+        """Names of the modules that run fused now."""
+        return [line.name for line in self.modules if line.patched]
+
+    @property
+    def left_alone(self) -> dict[str, str]:
+        """Name -> reason for every linear layer or target that was left as it was."""
+        return {line.name: line.reason for line in self.modules if not line.patched}
+
+    def __str__(self) -> str:
+        rows = [("module", "kind", "", "why")]
+        rows += [
+            (line.name or "(the model itself)", line.kind, "patched" if line.patched else "left alone", line.reason)
+            for line in self.modules
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        table = "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + f"  {row[3]}"
+            for row in rows
+        )
+        return f"fastlora: {len(self.patched)} modules patched, {len(self.left_alone)} left alone\n{table}"
+
+    __repr__ = __str__
+
+
+def patch(
+    model: nn.Module,
+    *,
+    r: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    exclude_modules: str | Sequence[str] | None = None,
+    use_rslora: bool = False,
+    init_lora_weights: bool | str = True,
+    adapter_name: str = "default",
+    backend: str = "auto",
+    strict: bool = False,
+) -> PatchReport:
+    """Swaps fused LoRA layers into a model, in place.
+
+    A plain model: every target (`nn.Linear`, and transformers' `Conv1D`) becomes a `FusedLoraLinear` with a new
+    adapter, sharing its weight, and all other parameters are frozen. A model with PEFT LoRA layers: those run fused
+    from now on, nothing is added, and PEFT goes on managing them. Patching again with the same settings does nothing;
+    with another `adapter_name` it adds an adapter (inactive until `set_adapter`).
+
+    Args:
+        model: the model; changed in place.
+        r, lora_alpha, lora_dropout, use_rslora: as in `FusedLoraLinear`.
+        target_modules: as in PEFT: "all-linear" (every linear layer but a transformers model's output head), a list of
+            names or name endings, or
+            one regular expression that matches whole names.
+        exclude_modules: likewise, names to leave out.
+        init_lora_weights: True (A Kaiming, B zero), "gaussian" (A normal, B zero), or False (both random).
+        adapter_name: the adapter's name.
+        backend: "auto", "triton", "cublas" or "torch".
+        strict: raise on the first target that would be left alone.
+
+    Returns:
+        A `PatchReport`: a line per module, patched or left alone and why.
+
+    Raises:
+        ValueError: no target in the model, a setting out of range, other settings than an earlier `patch` for the same
+            adapter; with `strict`, a
+            target that cannot be patched. The model is then as it was.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> fastlora.patch(model, r=4).patched
+        ['0', '2']
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"patch: model: got {type(model).__name__}, want a torch.nn.Module")
+    check_adapter_arguments(adapter_name, r, lora_alpha, lora_dropout, caller="patch")
+    check_backend(backend, "patch")
+    check_init(init_lora_weights, "patch")
+    selection = _Selection(model, target_modules, exclude_modules)
+    peft_layers = dict(_peft_lora_layers(model))
+    settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": float(lora_dropout), "use_rslora": use_rslora}
+    if peft_layers:
+        _warn_of_ignored_settings(settings)
+        return _patch_peft(peft_layers, selection, backend, strict)
+    report = PatchReport()
+    plan: list[nn.Module] = []
+    for name, module in _candidates(model, selection):
+        why_not = selection.why_not(name, module)
+        targeted = why_not is None
+        if targeted:
+            why_not = _why_not_patchable(module)
+        if why_not is not None:
+            if targeted and strict:
+                raise ValueError(f"patch: strict=True, and {name!r} cannot be patched: {why_not}")
+            report.modules.append(ModuleReport(name, type(module).__name__, False, why_not, targeted))
+            continue
+        status = _adapter_status(name, module, adapter_name, settings)
+        if not status:
+            plan.append(module)
+        reason = status or f"adapter {adapter_name!r}, r={r}"
+        report.modules.append(ModuleReport(name, _original_kind(module), True, reason))
+    _check_something_matched(model, report, selection, strict)
+    _apply(model, plan, adapter_name, settings, init_lora_weights, backend)
+    return report
+
+
+def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
+    """Takes the fused layers out: classes, parameters and `requires_grad` flags are as before `patch`, and the adapters
+    are gone.
+
+    Merged adapters are unmerged first, so that the weights' bits are the original ones; with `keep_merged` the merged
+    weights stay (what PEFT calls merge_and_unload). PEFT models keep their adapters: only the layers' execution goes
+    back to PEFT. A model that is not patched stays as it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"unpatch: model: got {type(model).__name__}, want a torch.nn.Module")
+    for module in list(model.modules()):
+        if isinstance(module, FusedLoraLinear) and _ORIGINAL_CLASS in module.__dict__:
+            if not keep_merged:
+                module.unmerge()
+            _restore_layer(module)
+        elif _is_fused_peft(module):
+            sys.modules["fastlora.peft_layers"].release(module)
+    for module in model.modules():
+        flags = module.__dict__.pop(_FROZEN, {})
+        parameters = dict(module.named_parameters())
+        for name, flag in flags.items():
+            if name in parameters:
+                parameters[name].requires_grad_(flag)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """True where `patch` has swapped any layer of the model (or the model itself is such a layer)."""
+    return any(_ORIGINAL_CLASS in module.__dict__ or _is_fused_peft(module) for module in model.modules())
+
+
+def _warn_of_ignored_settings(settings: dict) -> None:
+    defaults = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": False}
+    ignored = [f"{key}={value!r}" for key, value in settings.items() if value != defaults[key]]
+    if ignored:
+        warnings.warn(
+            f"fastlora.patch: this model carries PEFT's LoRA layers, which keep their own adapters; "
+            f"{', '.join(ignored)} had no effect",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+# What is a target, and which targets can be patched.
+
+
+class _Selection:
+    """`target_modules` and `exclude_modules` in PEFT's meaning."""
+
+    def __init__(self, model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] | None) -> None:
+        self.targets = _check_names(targets, "target_modules")
+        self.exclude = _check_names(exclude if exclude is not None else [], "exclude_modules")
+        self.all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+        self.heads = _output_heads(model) if self.all_linear else {}
+        self.unused = set() if isinstance(self.targets, str) else set(self.targets)
+
+    def why_not(self, name: str, module: nn.Module) -> str | None:
+        """None for a target; else why the module is not one."""
+        if not self.all_linear and not self.names(name):
+            return "not among target_modules"
+        if self.excludes(name):
+            return "in exclude_modules"
+        if id(module) in self.heads:
+            return self.heads[id(module)]
+        return None
+
+    def excludes(self, name: str) -> bool:
+        """True where exclude_modules names this module."""
+        return self._matches(name, self.exclude)
+
+    def names(self, name: str) -> bool:
+        """True where target_modules names this module."""
+        return self._matches(name, self.targets)
+
+    def _matches(self, name: str, names: str | Sequence[str]) -> bool:
+        if isinstance(names, str):
+            return re.fullmatch(names, name) is not None
+        found = [target for target in names if name == target or name.endswith(f".{target}")]
+        self.unused.difference_update(found)
+        return bool(found)
+
+
+def _check_names(names: str | Sequence[str], argument: str) -> str | list[str]:
+    if isinstance(names, str):
+        try:
+            re.compile(names)
+        except re.error as error:
+            raise ValueError(f"patch: {argument}: got {names!r}, want a regular expression: {error}") from None
+        return names
+    names = list(names)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"patch: {argument}: got {names!r}, want a string or a list of strings")
+    return names
+
+
+def _output_heads(model: nn.Module) -> dict[int, str]:
+    """The heads that "all-linear" leaves alone, as PEFT does: a transformers model's output embeddings and
+    classifiers."""
+    heads: dict[int, str] = {}
+    for module in model.modules():
+        output = getattr(module, "get_output_embeddings", None)
+        if not callable(output):
+            continue
+        head = output()
+        if isinstance(head, nn.Module):
+            heads[id(head)] = 'the output head: "all-linear" leaves it alone'
+        if type(module).__name__.endswith(("ForSequenceClassification", "ForTokenClassification")):
+            for attribute in ("score", "classifier"):
+                head = getattr(module, attribute, None)
+                for part in head.modules() if isinstance(head, nn.Module) else ():
+                    heads[id(part)] = 'the classification head: "all-linear" leaves it alone'
+    return heads
+
+
+def _candidates(model: nn.Module, selection: _Selection) -> Iterator[tuple[str, nn.Module]]:
+    """Every linear layer, and whatever else was named as a target, once each."""
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or _is_conv1d(module)
+        leaf = not any(True for _ in module.children()) and not isinstance(module, nn.ParameterDict)
+        if linear or (leaf and not selection.all_linear and selection.names(name)):
+            yield name, module
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and type(module) is pytorch_utils.Conv1D
+
+
+def _why_not_patchable(module: nn.Module) -> str | None:
+    if isinstance(module, FusedLoraLinear):
+        return None
+    kind = type(module).__name__
+    if type(module) is not nn.Linear and not _is_conv1d(module):
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return "nn.MultiheadAttention reads this layer's weight itself and never calls its forward"
+        if isinstance(module, nn.Linear):
+            return f"{kind} is a subclass of nn.Linear with behaviour of its own (quantised, parametrised or custom)"
+        return f"{kind} is not a linear layer"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance (an accelerate hook, say), so a swapped layer would not run"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed by a hook (weight_norm, pruning), not a plain parameter"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}, not a plain tensor: patch before sharding or quantising"
+    if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return f"its weight has dtype {weight.dtype}"
+    if weight.numel() == 0:
+        return "its weight is empty (partitioned by ZeRO-3?): patch before partitioning"
+    return None
+
+
+def _adapter_status(name: str, module: nn.Module, adapter_name: str, settings: dict) -> str:
+    """Why nothing is to be done for this adapter; empty where it is to be added. ValueError where it exists with other
+    settings."""
+    if not isinstance(module, FusedLoraLinear) or adapter_name not in module.r:
+        return ""
+    for key, wanted in settings.items():
+        existing = getattr(module, key)[adapter_name]
+        if existing != wanted:
+            raise ValueError(
+                f"patch: {key}: got {wanted!r}, but {name!r} already has an adapter {adapter_name!r} with "
+                f"{key}={existing!r}. "
+                "Call fastlora.unpatch(model) first, or give another adapter_name"
+            )
+    return f"adapter {adapter_name!r} was there already"
+
+
+def _check_something_matched(model: nn.Module, report: PatchReport, selection: _Selection, strict: bool) -> None:
+    if not report.patched:
+        linear = sorted({line.name.rpartition(".")[2] for line in report.modules if line.kind in ("Linear", "Conv1D")})
+        found = f"its linear layers are called {', '.join(linear)}" if linear else "it has no linear layers"
+        reasons = "; ".join(f"{line.name}: {line.reason}" for line in report.modules if line.targeted)
+        raise ValueError(
+            f"patch: target_modules: {selection.targets!r} selects nothing that can be patched in this "
+            f"{type(model).__name__}; {found}" + (f" ({reasons})" if reasons else "")
+        )
+    if selection.unused and not selection.all_linear:
+        message = f"patch: target_modules: no module is called {', '.join(map(repr, sorted(selection.unused)))}"
+        if strict:
+            raise ValueError(f"{message} (strict=True)")
+        warnings.warn(f"fastlora.{message}; the other targets were patched", UserWarning, stacklevel=3)
+
+
+# The swap.
+
+
+def _apply(
+    model: nn.Module,
+    plan: list[nn.Module],
+    adapter_name: str,
+    settings: dict,
+    init_lora_weights: bool | str,
+    backend: str,
+) -> None:
+    """Swaps the planned layers and freezes the rest; on any failure (memory, Ctrl-C) the model is put back first."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    first_time = _FROZEN not in model.__dict__
+    done: list[nn.Module] = []
+    try:
+        for module in plan:
+            done.append(module)
+            if not isinstance(module, FusedLoraLinear):
+                _swap_class(module, backend)
+            module.add_adapter(adapter_name, init_lora_weights=init_lora_weights, **settings)  # type: ignore[operator]
+        adapters = {id(p) for m in model.modules() if isinstance(m, FusedLoraLinear) for p in _adapter_parameters(m)}
+        for parameter in model.parameters():
+            if id(parameter) not in adapters and first_time:
+                parameter.requires_grad_(False)
+    except BaseException:
+        for module in done:
+            if isinstance(module, FusedLoraLinear):
+                if adapter_name in module.lora_A:
+                    module.delete_adapter(adapter_name)
+                if not module.r and _ORIGINAL_CLASS in module.__dict__:
+                    _restore_layer(module)
+        for name, parameter in model.named_parameters():
+            if name in flags:
+                parameter.requires_grad_(flags[name])
+        raise
+    if first_time:
+        model.__dict__[_FROZEN] = flags
+
+
+def _adapter_parameters(layer: FusedLoraLinear) -> Iterator[nn.Parameter]:
+    yield from layer.lora_A.parameters()
+    yield from layer.lora_B.parameters()
+
+
+def _swap_class(module: nn.Module, backend: str) -> None:
+    original = type(module)
+    module.__dict__[_ORIGINAL_CLASS] = original
+    if original is not nn.Linear:  # a Conv1D does not say its sizes in these words
+        module.in_features, module.out_features = module.weight.shape  # type: ignore[misc]
+    module.__class__ = FusedLoraLinear
+    assert isinstance(module, FusedLoraLinear)
+    module._init_adapter_state(fan_in_fan_out=original is not nn.Linear, backend=backend)
+
+
+def _restore_layer(layer: FusedLoraLinear) -> None:
+    for attribute in FusedLoraLinear.STATE:
+        if attribute in layer._modules:
+            del layer._modules[attribute]
+        else:
+            layer.__dict__.pop(attribute, None)
+    original = layer.__dict__.pop(_ORIGINAL_CLASS)
+    if original is not nn.Linear:
+        del layer.in_features, layer.out_features
+    cast(nn.Module, layer).__class__ = original
+
+
+def _original_kind(module: nn.Module) -> str:
+    return module.__dict__.get(_ORIGINAL_CLASS, type(module)).__name__
+
+
+# PEFT models.
+
+
+def _peft_lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    peft_layer = sys.modules.get("peft.tuners.lora.layer")
+    if peft_layer is None:
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, peft_layer.LoraLayer):
+            yield name, module
+
+
+def _patch_peft(layers: dict[str, Any], selection: _Selection, backend: str, strict: bool) -> PatchReport:
+    from . import peft_layers  # the one place that needs peft, and the model brought it
+
+    report = PatchReport()
+    plan = []
+    for name, layer in layers.items():
+        kind = type(layer).__name__
+        why_not = None
+        if not selection.all_linear and not selection.names(name):
+            why_not = "not among target_modules"
+        elif selection.excludes(name):
+            why_not = "in exclude_modules"
+        targeted = why_not is None
+        if isinstance(layer, peft_layers.FusedPeftLinear):
+            report.modules.append(ModuleReport(name, kind, True, "was patched already", targeted))
+            continue
+        why_not = why_not or peft_layers.unsupported(layer)
+        if targeted and why_not is not None and strict:
+            raise ValueError(f"patch: strict=True, and {name!r} cannot be patched: {why_not}")
+        if why_not is None:
+            plan.append(layer)
+        reason = why_not or peft_layers.prediction(layer) or "PEFT's adapters, run fused"
+        report.modules.append(ModuleReport(name, kind, why_not is None, reason, targeted))
+    if not any(line.targeted for line in report.modules):
+        raise ValueError(
+            f"patch: target_modules: {selection.targets!r} selects none of this model's PEFT layers: "
+            f"{', '.join(list(layers)[:8])}{', ...' if len(layers) > 8 else ''}"
+        )
+    for layer in plan:
+        peft_layers.adopt(layer, backend)
+    if not report.patched:
+        warnings.warn(
+            "fastlora.patch: none of this model's PEFT layers can run fused; they stay with PEFT. Reasons:\n"
+            + str(report),
+            UserWarning,
+            stacklevel=3,
+        )
+    return report
+
+
+def _is_fused_peft(module: nn.Module) -> bool:
+    peft_layers = sys.modules.get("fastlora.peft_layers")
+    return peft_layers is not None and isinstance(module, peft_layers.FusedPeftLinear)
