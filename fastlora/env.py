@@ -98,7 +98,7 @@ VARIABLES: dict[str, Variable] = {
         ),
         Variable(
             "FASTLORA_CACHE_DIR",
-            "where measured dispatch choices and the compiled csrc/ are kept",
+            "where what is made once per machine is kept: the compiled csrc/",
             "$XDG_CACHE_HOME/fastlora, or ~/.cache/fastlora",
             _default_cache_dir,
             _directory,
@@ -109,20 +109,6 @@ VARIABLES: dict[str, Variable] = {
             "80,90a,100",
             lambda: ("80", "90a", "100"),
             _cuda_archs,
-        ),
-        Variable(
-            "FASTLORA_MEASURE",
-            "0: the dispatcher times nothing and takes its default choice for each call",
-            "1",
-            lambda: True,
-            _flag,
-        ),
-        Variable(
-            "FASTLORA_SELF_CHECK",
-            "0: hand-written kernels are trusted without comparing them with the reference once per device",
-            "1",
-            lambda: True,
-            _flag,
         ),
     )
 }
@@ -171,13 +157,3 @@ def cache_dir() -> Path:
 def cuda_archs() -> tuple[str, ...]:
     """Compute capabilities that ``csrc/`` is compiled for, such as ``("80", "90a", "100")``."""
     return get("FASTLORA_CUDA_ARCHS")
-
-
-def measure() -> bool:
-    """Whether the dispatcher may time candidates."""
-    return get("FASTLORA_MEASURE")
-
-
-def self_check() -> bool:
-    """Whether a hand-written kernel is compared with the reference before it is first trusted on a device."""
-    return get("FASTLORA_SELF_CHECK")

@@ -18,17 +18,15 @@ def clean_environment(monkeypatch):
 
 def test_defaults():
     assert env.backend() == "auto"
-    assert env.measure() is True
-    assert env.self_check() is True
     assert env.build_cuda() is False
     assert env.cuda_archs() == ("80", "90a", "100")
 
 
 @pytest.mark.parametrize("text", ["", "  "])
 def test_empty_means_unset(monkeypatch, text):
-    monkeypatch.setenv("FASTLORA_MEASURE", text)
+    monkeypatch.setenv("FASTLORA_BUILD_CUDA", text)
     monkeypatch.setenv("FASTLORA_CACHE_DIR", text)
-    assert env.measure() is True
+    assert env.build_cuda() is False
     assert env.cache_dir().name == "fastlora"
 
 
@@ -37,10 +35,9 @@ def test_empty_means_unset(monkeypatch, text):
     [
         ("FASTLORA_BACKEND", "torch", "torch"),
         ("FASTLORA_BACKEND", " Triton ", "triton"),
-        ("FASTLORA_MEASURE", "0", False),
-        ("FASTLORA_MEASURE", "on", True),
-        ("FASTLORA_SELF_CHECK", "False", False),
         ("FASTLORA_BUILD_CUDA", "1", True),
+        ("FASTLORA_BUILD_CUDA", "on", True),
+        ("FASTLORA_BUILD_CUDA", "False", False),
         ("FASTLORA_CUDA_ARCHS", "90a; 100,120f", ("90a", "100", "120f")),
     ],
 )
@@ -53,8 +50,6 @@ def test_values(monkeypatch, name, text, value):
     "name, text, wanted",
     [
         ("FASTLORA_BACKEND", "cuda", "auto, torch, cublas, triton"),
-        ("FASTLORA_MEASURE", "maybe", "1 or 0"),
-        ("FASTLORA_SELF_CHECK", "2", "1 or 0"),
         ("FASTLORA_BUILD_CUDA", "-1", "1 or 0"),
         ("FASTLORA_CUDA_ARCHS", "9.0", "without the dot"),
         ("FASTLORA_CUDA_ARCHS", ",", "without the dot"),
@@ -96,7 +91,7 @@ def test_cache_dir_that_is_a_file(monkeypatch, tmp_path):
 
 
 def test_unknown_names_come_with_the_closest_known_one():
-    environ = {"FASTLORA_BACKENDS": "torch", "FASTLORA_QQQ": "1", "FASTLORA_MEASURE": "1", "HOME": "/"}
+    environ = {"FASTLORA_BACKENDS": "torch", "FASTLORA_QQQ": "1", "FASTLORA_BACKEND": "torch", "HOME": "/"}
     assert env.unknown(environ) == {"FASTLORA_BACKENDS": "FASTLORA_BACKEND", "FASTLORA_QQQ": None}
 
 
@@ -107,6 +102,14 @@ def test_nothing_else_reads_the_variables():
     assert len(sources) > 3
     found = [str(path) for path in sources if path.name != "env.py" and reader.search(path.read_text(encoding="utf-8"))]
     assert found == []
+
+
+@pytest.mark.parametrize("function", ["backend", "build_cuda", "cache_dir", "cuda_archs"])
+def test_every_variable_is_used(function):
+    sources = [path for path in (ROOT / "fastlora").rglob("*.py") if path.name != "env.py"] + [ROOT / "setup.py"]
+    uses = re.compile(rf"\b(env|load\(.env.\))\.{function}\(")
+    assert any(uses.search(path.read_text(encoding="utf-8")) for path in sources)
+    assert "FASTLORA_" + function.upper() in env.VARIABLES
 
 
 @pytest.mark.parametrize("name", sorted(env.VARIABLES))
