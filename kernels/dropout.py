@@ -15,7 +15,7 @@ blocks, sees the same mask. `seed` is an int64 tensor of one element that stays 
 the host.
 
 Seven rounds are the fewest with which Philox4x32 passes BigCrush (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", SC 2011, table 2); the customary ten cost 40 % more integer work for a margin that a dropout mask has no use for.
+1, 2, 3", SC 2011, table 2); the customary ten cost 40 % more integer work for a margin that dropout has no use for.
 """
 
 import torch
