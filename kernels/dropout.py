@@ -24,9 +24,6 @@ import triton.language as tl
 
 PHILOX_ROUNDS = tl.constexpr(7)
 
-# Columns that share a Philox call. A mask block must begin at a multiple of it and be a multiple of it wide.
-COLUMNS_PER_CALL = tl.constexpr(8)
-
 _RANGE = 1 << 16
 
 
@@ -36,10 +33,10 @@ def keep_mask(seed, row_start, column_start, threshold, ROWS: tl.constexpr, COLU
 
     seed: the int64 scalar loaded from the seed tensor; column_start and COLUMNS: multiples of 8.
     """
-    CALLS: tl.constexpr = COLUMNS // COLUMNS_PER_CALL
+    CALLS: tl.constexpr = COLUMNS // 8  # 128 random bits are eight times 16
     zero = tl.zeros((ROWS, CALLS), dtype=tl.int32)
     rows = zero + (row_start + tl.arange(0, ROWS))[:, None]
-    calls = zero + (column_start // COLUMNS_PER_CALL + tl.arange(0, CALLS))[None, :]
+    calls = zero + (column_start // 8 + tl.arange(0, CALLS))[None, :]
     w0, w1, w2, w3 = tl.philox(seed, rows, calls, zero, zero, PHILOX_ROUNDS)
     # tl.join adds an innermost axis of two: the first join is the outermost bit of column % 8, the last the innermost.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
@@ -66,7 +63,7 @@ def _multiply(a: torch.Tensor, constant: int) -> tuple[torch.Tensor, torch.Tenso
 
 def reference_keep_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:
     """The same mask in plain torch: (M, K) bool on seed's device. The specification the kernels are compared with."""
-    calls = -(-K // COLUMNS_PER_CALL.value)
+    calls = -(-K // 8)
     zero = torch.zeros(M, calls, dtype=torch.int64, device=seed.device)
     c0 = zero + torch.arange(M, device=seed.device)[:, None]
     c1 = zero + torch.arange(calls, device=seed.device)[None, :]
