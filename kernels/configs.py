@@ -1,13 +1,14 @@
 """Launch configurations as data, and the rule that chooses among them.
 
-`capability` and `num_sms` are the only places in `kernels/` that ask what a device is; every launcher goes through them, so
-a test (or someone with a new GPU) can stand in for a device by replacing these two. Nothing is probed at import.
+`capability` and `num_sms` are the only places in `kernels/` that ask what a device is; every launcher goes through
+them, so a test (or someone with a new GPU) can stand in for a device by replacing these two. Nothing is probed at
+import.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,7 +18,7 @@ INTERPRETER = (0, 0)
 INTERPRETER_SMS = 3
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _properties(index: int) -> tuple[tuple[int, int], int]:
     properties = torch.cuda.get_device_properties(index)
     return (properties.major, properties.minor), properties.multi_processor_count
@@ -38,8 +39,11 @@ def num_sms(device: torch.device) -> int:
 
 
 def has_tma(target: tuple[int, int]) -> bool:
-    """Whether host-side tensor descriptors are copied by hardware there (Hopper and later)."""
-    return target >= (9, 0) or target == INTERPRETER
+    """Whether the GEMMs use host-side tensor descriptors there: Hopper and data-centre Blackwell copy them by hardware.
+
+    So does sm_12x, which takes the generic rule: with 99 KiB of shared memory and no wgmma its kernels are Ampere's.
+    """
+    return target[0] in (9, 10) or target == INTERPRETER
 
 
 def shared_memory_limit(target: tuple[int, int]) -> int:
@@ -60,26 +64,155 @@ def power_of_two_at_least(n: int) -> int:
 
 
 # ---- the GEMMs with a rank-r step (gemm.py) ----
+#
+# Every number here comes from compiled code (docs/kernels/gemm.md has the table) or from a source that is named; none
+# from a run.
 
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """One way to launch the GEMM kernel.
+    """One way to launch the GEMM kernel. In the tables below, num_stages and block_r are upper bounds.
 
-    epilogue_split: the finished tile leaves in this many column slices, each with its own rank-r step, so that the second
-    accumulator is a slice wide. max_rank_block: columns of S and B taken by one rank-r `tl.dot`.
-    efficiency: the assumed fraction of the tensor-core rate at large K, relative to the best tile: used only to choose.
+    epilogue_split: the finished tile leaves in this many slices of columns, each with its own rank-r step, so that the
+    second accumulator is a slice wide. block_r: columns of S and B taken by one rank-r `tl.dot`; a larger rank loops.
+    programs_per_sm: how many programs a multiprocessor can hold; the grid is that many times the multiprocessors.
+    efficiency: the fraction of the tensor cores' rate that the tile is expected to reach at large K, beside the best
+    tile. plain_only: only for calls without a dropout mask, without S computed inside and with a rank within block_r.
     """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
-    num_stages: int
+    num_stages: int = 4
     epilogue_split: int = 1
-    max_rank_block: int = 64
+    block_r: int = 64
     group_m: int = 8
+    programs_per_sm: int = 1
     efficiency: float = 1.0
+    s_inside: bool = True
+    masked: bool = True
+    rank_loop: bool = True
+
+
+# The efficiencies follow the operands that a tile reads for its FLOPs, (1/block_m + 1/block_n): a quarter more of them
+# for each halving. Only their order matters where tiles are plenty; they were not measured.
+_HOPPER = (
+    # One program of 8 warps holds 128×256 fp32 in 128 registers a thread. In 2 slices the rank-r accumulator takes 64
+    # more and dX with dropout spills (42 stores); in 4 slices nothing does, and a fourth stage fits beside the output
+    # slice at r <= 16.
+    GemmConfig(128, 256, 64, 8, epilogue_split=4),
+    GemmConfig(128, 128, 64, 8, epilogue_split=2, efficiency=0.85),  # with 4 warps dX with dropout spills
+    GemmConfig(64, 128, 64, 4, epilogue_split=2, efficiency=0.7),
+    GemmConfig(64, 64, 64, 4, efficiency=0.55),
+)
+# The accumulators live in 512 columns of tensor memory. The slices' rank-r accumulators take block_n columns more,
+# which at 256 fills it exactly: with S inside, which needs r columns besides, ptxas gets a kernel that traps. Hence
+# block_n <= 128 there.
+_BLACKWELL = (
+    GemmConfig(128, 256, 64, 8, epilogue_split=4, s_inside=False),
+    GemmConfig(128, 128, 64, 8, epilogue_split=2, efficiency=0.85),
+    GemmConfig(128, 64, 64, 8, efficiency=0.7),
+)
+# 53 KiB of shared memory at 4 stages, so that these also fit the 99 KiB of sm_86, sm_89 and sm_120, and of the unknown.
+_AMPERE = (
+    # 4 warps: 64×64 of the tile to a warp, two programs to a multiprocessor (255 registers, no spills at r <= 16
+    # without a mask).
+    GemmConfig(128, 128, 32, 4, block_r=16, programs_per_sm=2, masked=False, rank_loop=False),
+    GemmConfig(128, 128, 32, 8, efficiency=0.9),
+    GemmConfig(64, 64, 32, 4, block_r=32, programs_per_sm=2, efficiency=0.55),
+)
+# Operands that no 16-byte copy can fetch go through registers, element by element: larger tiles spill.
+_UNALIGNED = (GemmConfig(64, 64, 32, 4, num_stages=2, block_r=16, programs_per_sm=2),)
+# fp32 through pointers everywhere: with descriptors the FMA kernels spill on sm_90 (86 stores at 64×64×32).
+_FP32_IEEE = (
+    GemmConfig(128, 64, 32, 8, num_stages=3, block_r=16),
+    GemmConfig(64, 64, 16, 4, num_stages=3, block_r=16, programs_per_sm=2, efficiency=0.8),
+)
+_FP32_TF32 = (
+    GemmConfig(128, 128, 32, 8, num_stages=3, epilogue_split=2, block_r=16),
+    GemmConfig(64, 64, 32, 4, num_stages=3, block_r=16, programs_per_sm=2, efficiency=0.7),
+)
+_INTERPRETED = (GemmConfig(32, 64, 32, 4, num_stages=2, epilogue_split=2, block_r=16),)
+
+
+def _gemm_table(dtype: torch.dtype, target: tuple[int, int], aligned: bool) -> tuple[GemmConfig, ...]:
+    if target == INTERPRETER:
+        return _INTERPRETED
+    if dtype == torch.float32:
+        return _FP32_TF32 if input_precision(dtype) == "tf32" else _FP32_IEEE
+    if not aligned:
+        return _UNALIGNED
+    return {9: _HOPPER, 10: _BLACKWELL}.get(target[0], _AMPERE)
+
+
+def _gemm_stage_count(config: GemmConfig, itemsize: int, compute_s: bool, target: tuple[int, int]) -> int:
+    """The most stages, up to the config's own number, whose shared memory fits.
+
+    A stage holds a tile of x, one of the weight, and one of A where S is computed inside; beside the stages lie one
+    tile of S and of B each and a slice of the output. The compiler reports 24 to 48 bytes more than this on sm_90 and
+    sm_100.
+    """
+    stage = (config.block_m + config.block_n + (config.block_r if compute_s else 0)) * config.block_k * itemsize
+    low_rank = ((0 if compute_s else config.block_m) + config.block_n) * config.block_r * itemsize
+    output_slice = config.block_m * config.block_n // config.epilogue_split * itemsize
+    free = shared_memory_limit(target) // config.programs_per_sm - low_rank - output_slice - 256
+    return max(1, min(config.num_stages, free // stage))
+
+
+def gemm(
+    M: int,
+    N: int,
+    r: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    aligned: bool = True,
+    compute_s: bool = False,
+    masked: bool = False,
+) -> GemmConfig:
+    """The configuration for out (M, N) with a rank-r step.
+
+    aligned: x and the weight can be fetched 16 bytes at a time. compute_s, masked: S is computed inside, a dropout
+    mask is used. Takes the tile with the least predicted time: waves of programs over the multiprocessors × a tile's
+    area ÷ its efficiency. So few or small tiles win where large ones would leave multiprocessors idle or compute
+    mostly padding.
+    """
+    target, sms = capability(device), num_sms(device)
+    rank = max(16, power_of_two_at_least(r))
+
+    def time(config: GemmConfig) -> float:
+        tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
+        waves = cdiv(tiles, sms * config.programs_per_sm) * config.programs_per_sm
+        return waves * config.block_m * config.block_n / config.efficiency
+
+    def allowed(config: GemmConfig) -> bool:
+        return (
+            (config.s_inside or not compute_s)
+            and (config.masked or not masked)
+            and (config.rank_loop or rank <= config.block_r)
+        )
+
+    row = min(filter(allowed, _gemm_table(dtype, target, aligned)), key=time)
+    config = replace(row, block_r=rank if compute_s else min(rank, row.block_r))
+    return replace(config, num_stages=_gemm_stage_count(config, dtype.itemsize, compute_s, target))
+
+
+MAX_RANK_INSIDE = 64
+
+
+def s_inside(N: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout_p: float) -> bool:
+    """Whether the forward GEMM should compute S itself instead of having it computed by a pass of its own over x.
+
+    Inside, S costs 2·M·K·r FLOPs more for every column of tiles, ceil(N/256) times; outside, 2·M·K bytes at memory
+    speed. On an H200 (790 TFLOP/s, 4.3 TB/s) they break even at r·ceil(N/256) = 184 if a narrow wgmma ran at full
+    rate. It does not (64×16 needs 16 cycles to read its 64×16 of x for 8 cycles of work, and A arrives by 16-byte
+    copies), so half of that is the bound. With dropout every column of tiles would make the mask again; adapters of
+    another dtype would be cast again.
+    """
+    rank = max(16, power_of_two_at_least(r))
+    same = adapter_dtype == dtype and dtype != torch.float32
+    return same and dropout_p == 0.0 and rank <= MAX_RANK_INSIDE and rank * cdiv(N, 256) <= 92
 
 
 # ---- the skinny kernels (shrink.py, expand.py, grads.py): one side of every product is the rank ----
@@ -139,8 +272,8 @@ class DsDbConfig:
 def input_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies fp32: as torch would. Other dtypes have one way only.
 
-    Triton's own default is tf32, ten bits of mantissa; torch's is IEEE fp32, which on a GPU means no tensor cores. "tf32"
-    is taken where torch takes it: `torch.backends.cuda.matmul.fp32_precision`, which the older `allow_tf32` and
+    Triton's own default is tf32, ten bits of mantissa; torch's is IEEE fp32, which on a GPU means no tensor cores.
+    "tf32" is taken where torch takes it: `torch.backends.cuda.matmul.fp32_precision`, which the older `allow_tf32` and
     `set_float32_matmul_precision` set too (reading those raises where the new name was used).
     """
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -178,7 +311,8 @@ def shrink(M: int, K: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtyp
         block_m, block_k, block_r, num_warps = 128, 64, 128, 8
     stage_bytes = block_k * (block_m * dtype.itemsize + block_r * adapter_dtype.itemsize)
     programs = cdiv(M, block_m) * cdiv(r, block_r)
-    # One program per multiprocessor keeps 4.3 TB/s busy (33 KB in flight for each of 132, at 1 µs); more cost a reduction.
+    # One program per multiprocessor keeps 4.3 TB/s busy (33 KB in flight for each of 132, at 1 µs); more cost a
+    # reduction.
     num_splits = _parts(programs, cdiv(K, block_k), num_sms(device))
     return ShrinkConfig(block_m, block_k, block_r, num_splits, num_warps, _stages(stage_bytes, 0, target))
 
