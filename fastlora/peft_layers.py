@@ -63,14 +63,11 @@ class FusedPeftLinear(PeftLinear):
     to its layers goes on working. `calls` counts what happened; `prediction(layer)` says what would happen now.
     """
 
-    backend: str = "auto"
-
-    @property
-    def calls(self) -> CallCounts:
-        counts = self.__dict__.get("_fastlora_calls")
-        if counts is None:
-            counts = self.__dict__["_fastlora_calls"] = CallCounts()
-        return counts
+    # Set by `adopt`, taken away by `release`.
+    STATE = ("backend", "calls", "undos")
+    backend: str
+    calls: CallCounts
+    undos: list[_Undo]  # oldest first
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan: _Plan | str | None
@@ -123,15 +120,14 @@ class FusedPeftLinear(PeftLinear):
             self.merged_adapters.extend(names)
         undo.names.extend(names)
         undo.fingerprint = _fingerprint(base)
-        undos = self.__dict__.setdefault("_fastlora_undos", [])
-        if undo not in undos[-1:]:
-            undos.append(undo)
+        if not self.undos or self.undos[-1] is not undo:
+            self.undos.append(undo)
         return None
 
     def unmerge(self) -> None:
         """Takes back every merge: this class's bit for bit, what PEFT merged before it by PEFT's subtraction."""
         if not self.merged_adapters:
-            self.__dict__.pop("_fastlora_undos", None)
+            self.undos.clear()
             return super().unmerge()  # PEFT's warning
         self._restore()
         if self.merged_adapters:
@@ -141,7 +137,7 @@ class FusedPeftLinear(PeftLinear):
     def _restore(self) -> None:
         """Takes back what this class merged, latest first, bit for bit."""
         base = self.get_base_layer()
-        undos: list[_Undo] = self.__dict__.pop("_fastlora_undos", [])
+        undos, self.undos = self.undos, []
         while undos:
             undo = undos.pop()
             if self.merged_adapters[undo.start :] != undo.names or not _is_current(undo, base):
@@ -153,9 +149,8 @@ class FusedPeftLinear(PeftLinear):
 
     def _open_undo(self, base: nn.Module) -> _Undo:
         """The latest undo where it still describes the weights (merging one by one keeps one copy), else a new one."""
-        undos = self.__dict__.get("_fastlora_undos", [])
-        if undos:
-            undo = undos[-1]
+        if self.undos:
+            undo = self.undos[-1]
             if self.merged_adapters[undo.start :] == undo.names and _is_current(undo, base):
                 return undo
         weight, bias = _parameters(base)
@@ -171,13 +166,12 @@ class FusedPeftLinear(PeftLinear):
             total_bias = bias.detach().to(wide, copy=True) if bias is not None else None
             for name in names:
                 scaling = float(self.scaling[name])
-                lora_a = self.lora_A[name].weight.to(device, wide)
-                lora_b = self.lora_B[name].weight.to(device, wide)
+                (down, _), (up, lora_bias) = _parameters(self.lora_A[name]), _parameters(self.lora_B[name])
+                lora_a, lora_b = down.to(device, wide), up.to(device, wide)
                 if self.fan_in_fan_out:
                     total.addmm_(lora_a.t(), lora_b.t(), alpha=scaling)
                 else:
                     total.addmm_(lora_b, lora_a, alpha=scaling)
-                lora_bias = self.lora_B[name].bias
                 if lora_bias is not None:
                     if total_bias is None:
                         raise RuntimeError(
@@ -245,7 +239,9 @@ def adopt(layer: nn.Module, backend: str = "auto") -> FusedPeftLinear:
     reason = unsupported(layer)
     if reason is not None:
         raise ValueError(f"fastlora: adopt: layer: {reason}")
-    layer.__class__ = FusedPeftLinear
+    if type(layer) is PeftLinear:
+        layer.__class__ = FusedPeftLinear
+        layer.calls, layer.undos = CallCounts(), []  # type: ignore[assignment]
     fused = cast(FusedPeftLinear, layer)
     fused.backend = backend
     return fused
@@ -256,9 +252,9 @@ def release(layer: FusedPeftLinear) -> None:
     merged = list(layer.merged_adapters)
     layer._restore()
     again = merged[len(layer.merged_adapters) :]
-    for name in ("backend", "_fastlora_calls", "_fastlora_undos"):
-        layer.__dict__.pop(name, None)
-    layer.__class__ = PeftLinear
+    for name in FusedPeftLinear.STATE:
+        delattr(layer, name)
+    cast(nn.Module, layer).__class__ = PeftLinear
     if again:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of merging on top of others
@@ -295,8 +291,10 @@ def _why_not_base(base: nn.Module) -> str | None:
 
 def _why_not_merge(base: nn.Module) -> str | None:
     reason = _why_not_base(base)
-    if reason is None and (base.weight.dim() != 2 or base.weight.is_meta):
-        reason = "base weight is sharded, offloaded or not materialised"
+    if reason is None:
+        weight, _ = _parameters(base)
+        if weight.dim() != 2 or weight.is_meta:
+            reason = "base weight is sharded, offloaded or not materialised"
     return reason
 
 
@@ -417,4 +415,4 @@ def _fingerprint(base: nn.Module) -> tuple[int, int | None]:
 
 def _is_current(undo: _Undo, base: nn.Module) -> bool:
     """Whether the weights are those the merge left. After a change of dtype the old weights, cast, are best."""
-    return base.weight.dtype != undo.weight.dtype or _fingerprint(base) == undo.fingerprint
+    return _parameters(base)[0].dtype != undo.weight.dtype or _fingerprint(base) == undo.fingerprint

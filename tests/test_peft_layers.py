@@ -42,7 +42,7 @@ def peft_model(base=None, seed=0, **config) -> Any:
     return peft.get_peft_model(base, peft.LoraConfig(**config))
 
 
-def fused_layers(model):
+def fused_layers(model) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FusedPeftLinear)]
 
 
@@ -64,7 +64,7 @@ def counts(model, kind="fused"):
     return [getattr(layer.calls, kind) for layer in fused_layers(model)]
 
 
-def run(model, x, seed=1, **kwargs):
+def run(model, x, seed=1, **kwargs) -> tuple[Any, Any, dict[str, Any]]:
     """Output, gradient of x, gradients of every trainable parameter by name."""
     torch.manual_seed(seed)
     model.zero_grad()
@@ -107,7 +107,7 @@ def test_lora_bias_folds_into_the_bias():
     model = peft_model(lora_bias=True, lora_dropout=0.2)
     for module in model.modules():
         if isinstance(module, PeftLinear):
-            nn.init.normal_(module.lora_B["default"].bias)
+            module.lora_B["default"].bias.data.normal_()  # type: ignore[operator]
     fused = patched_copy(model)
     assert_agree(model, fused, torch.randn(6, K))
     assert counts(fused) == [1, 1]
