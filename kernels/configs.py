@@ -295,8 +295,8 @@ def _parts(programs: int, blocks: int, wanted_programs: int) -> int:
 
     A part keeps at least four steps: shorter ones never fill the pipeline. The parts come out equal, and none is empty.
     """
-    wanted = max(1, min(wanted_programs // programs, blocks // 4))
-    return cdiv(blocks, cdiv(blocks, wanted))
+    wanted = max(1, min(wanted_programs // max(1, programs), blocks // 4))
+    return cdiv(blocks, cdiv(blocks, wanted)) if blocks else 1
 
 
 def shrink(M: int, K: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype, device: torch.device) -> ShrinkConfig:

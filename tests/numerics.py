@@ -34,7 +34,7 @@ def with_layout(matrix: Tensor, layout: str) -> Tensor:
 
 
 def assert_surroundings_untouched(view: Tensor) -> None:
-    """Nothing was written beside a view that `poisoned_empty` or `with_layout` made: the rest of its storage is still NaN."""
+    """Nothing was written beside a view that `poisoned_empty` or `with_layout` made: the rest is still NaN."""
     storage = torch.empty(0, dtype=view.dtype, device=view.device).set_(view.untyped_storage())
     outside = torch.ones_like(storage, dtype=torch.bool)
     outside.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
@@ -44,9 +44,9 @@ def assert_surroundings_untouched(view: Tensor) -> None:
 def assert_close_to_fp64(actual: Tensor, reference64: Tensor, eager: Tensor, what: str = "result") -> None:
     """`actual` is at most twice as far from the fp64 reference as `eager`, which does the same in actual's dtype.
 
-    Two rules, so that neither one bad element nor a small error everywhere passes: the largest error beyond one unit in the last
-    place of its element is at most twice eager's largest, and the Frobenius norm of the error is at most twice eager's plus half
-    a unit in the last place of everything.
+    Two rules, so that neither one bad element nor a small error everywhere passes: the largest error beyond one unit in
+    the last place of its element is at most twice eager's largest, and the Frobenius norm of the error is at most twice
+    eager's plus half a unit in the last place of everything.
     """
     assert actual.shape == reference64.shape, f"{what}: shape {tuple(actual.shape)}, want {tuple(reference64.shape)}"
     assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, want {eager.dtype}"

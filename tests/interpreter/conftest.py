@@ -2,8 +2,8 @@
 
     TRITON_INTERPRET=1 python -m pytest tests/interpreter
 
-The variable is read when a kernel is decorated, and Triton decorates its own library when it is imported, so it must be set
-before. Without it the tests are skipped.
+The variable is read when a kernel is decorated, and Triton decorates its own library when it is imported, so it must be
+set before. Without it the tests are skipped.
 """
 
 import importlib.util

@@ -1,0 +1,146 @@
+import pytest
+import torch
+from numerics import assert_close_to_fp64, with_layout
+
+from fastlora import reference
+from fastlora.backends import cublas
+from fastlora.kernels.dropout import reference_keep_mask, threshold_and_scale
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ALL = (True, True, True)
+
+
+def problem(m, n, k, r, dtype, adapter_dtype, bias, layout):
+    torch.manual_seed(m + n + k + r)
+    x = with_layout(torch.randn(m, k).to(dtype), layout)
+    weight = with_layout((torch.randn(n, k) * k**-0.5).to(dtype), "contiguous" if layout == "expanded" else layout)
+    a = (torch.randn(r, k) * k**-0.5).to(adapter_dtype)
+    b = (torch.randn(n, r) * r**-0.5).to(adapter_dtype)
+    dy = with_layout(torch.randn(m, n).to(dtype), layout)
+    return x, weight, (torch.randn(n).to(dtype) if bias else None), a, b, dy
+
+
+def dropped_linear(x, weight, a, b, scaling, bias, keep, scale):
+    """The reference, with the scale of the quantised dropout probability and the dtype of its arguments."""
+    y = torch.nn.functional.linear(x, weight, bias)
+    return y + scaling * torch.nn.functional.linear(torch.nn.functional.linear(x * keep * scale, a), b)
+
+
+def gradients(y, leaves, dy, needs):
+    wanted = [leaf for leaf, needed in zip(leaves, needs) if needed]
+    grads = iter(torch.autograd.grad(y, wanted, dy))
+    return [next(grads) if needed else None for needed in needs]
+
+
+def check(m, n, k, r, dtype=BF16, adapter_dtype=None, *, p=0.0, bias=True, scaling=1.5, needs=ALL, layout="contiguous"):
+    adapter_dtype = adapter_dtype or dtype
+    x, weight, bias_, a, b, dy = problem(m, n, k, r, dtype, adapter_dtype, bias, layout)
+    assert cublas.unsupported(x, weight, bias_, a, b, p) is None
+    y, s, state = cublas.forward(x, weight, bias_, a, b, scaling, p)
+    saved_x, saved_s = (x if needs[1] else None), (s if needs[2] else None)
+    grads = cublas.backward(dy, saved_x, weight, a, b, saved_s, state, scaling, p, needs)
+
+    keep = reference_keep_mask(state, m, k, p) if p else torch.ones(m, k, dtype=torch.bool)
+    scale = threshold_and_scale(p)[1]
+    leaves64 = [t.to(dtype).double().requires_grad_() for t in (x, a, b)]
+    bias64 = None if bias_ is None else bias_.double()
+    y64 = dropped_linear(leaves64[0], weight.double(), leaves64[1], leaves64[2], scaling, bias64, keep, scale)
+    if p == 0.0:
+        expected = reference.lora_linear(leaves64[0], weight.double(), leaves64[1], leaves64[2], scaling, bias64)
+        torch.testing.assert_close(y64, expected)
+    leaves = [t.clone().requires_grad_() for t in (x, a, b)]
+    eager = dropped_linear(leaves[0], weight, leaves[1].to(dtype), leaves[2].to(dtype), scaling, bias_, keep, scale)
+
+    assert_close_to_fp64(y, y64.detach(), eager.detach(), "y")
+    grads64, eager_grads = gradients(y64, leaves64, dy.double(), needs), gradients(eager, leaves, dy, needs)
+    for what, got, want, eager_grad in zip(("dX", "dA", "dB"), grads, grads64, eager_grads):
+        if want is None:
+            assert got is None, what
+        else:
+            assert_close_to_fp64(got, want, eager_grad, what)
+
+
+@pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32)])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_output_and_gradients(dtype, adapter_dtype, p):
+    check(37, 53, 45, 5, dtype, adapter_dtype, p=p)
+
+
+@pytest.mark.parametrize("m, n, k, r", [(1, 33, 40, 16), (1, 1, 1, 1), (33, 7, 90, 3), (20, 90, 17, 60)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_shapes(m, n, k, r, bias):
+    check(m, n, k, r, p=0.1, bias=bias)
+
+
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]
+)
+def test_only_what_is_needed(needs):
+    check(18, 35, 20, 4, p=0.2, needs=needs)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_strides(layout):
+    check(18, 35, 20, 4, p=0.2, layout=layout)
+
+
+@pytest.mark.parametrize("scaling", [0.0, -2.0, 64.0])
+def test_scaling(scaling):
+    check(18, 35, 20, 4, scaling=scaling)
+
+
+def test_everything_dropped():
+    x, weight, bias, a, b, dy = problem(6, 9, 10, 2, FP32, FP32, True, "contiguous")
+    y, s, state = cublas.forward(x, weight, bias, a, b, 1.0, 1.0)
+    dx, grad_a, grad_b = cublas.backward(dy, x, weight, a, b, s, state, 1.0, 1.0, ALL)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
+    torch.testing.assert_close(dx, dy @ weight)
+    assert not grad_a.any()
+    assert not grad_b.any()
+
+
+def test_no_rows():
+    x, weight, bias, a, b, dy = problem(0, 9, 10, 2, BF16, FP32, True, "contiguous")
+    y, s, state = cublas.forward(x, weight, bias, a, b, 1.0, 0.5)
+    dx, grad_a, grad_b = cublas.backward(dy, x, weight, a, b, s, state, 1.0, 0.5, ALL)
+    assert (y.shape, s.shape, dx.shape) == ((0, 9), (0, 2), (0, 10))
+    assert torch.equal(grad_a, torch.zeros(2, 10))
+    assert torch.equal(grad_b, torch.zeros(9, 2))
+
+
+def test_a_seed_given_again_gives_the_same_output_and_a_fresh_one_follows_the_generator():
+    x, weight, bias, a, b, _ = problem(20, 30, 40, 4, BF16, BF16, True, "contiguous")
+    torch.manual_seed(5)
+    y, _, state = cublas.forward(x, weight, bias, a, b, 1.0, 0.5)
+    another, _, _ = cublas.forward(x, weight, bias, a, b, 1.0, 0.5)
+    torch.manual_seed(5)
+    again, _, _ = cublas.forward(x, weight, bias, a, b, 1.0, 0.5)
+    assert torch.equal(y, again)
+    assert not torch.equal(y, another)
+    assert torch.equal(y, cublas.forward(x, weight, bias, a, b, 1.0, 0.5, state)[0])
+
+
+def test_saved_tensors_are_not_written_to():
+    x, weight, bias, a, b, dy = problem(20, 30, 40, 4, BF16, FP32, True, "contiguous")
+    _, s, state = cublas.forward(x, weight, bias, a, b, 1.0, 0.5)
+    saved = (dy, x, weight, a, b, s, state)
+    copies = [t.clone() for t in saved]
+    cublas.backward(*saved, 1.0, 0.5, ALL)
+    for tensor, copy in zip(saved, copies):
+        assert torch.equal(tensor, copy)
+
+
+def test_reasons_for_what_the_kernels_cannot_take():
+    x, weight, bias, a, b, _ = problem(4, 6, 8, 2, BF16, FP32, True, "contiguous")
+    cases = (
+        ("float64", (x.double(), weight.double(), bias, a, b)),
+        ("one dtype", (x, weight.float(), bias, a, b)),
+        ("rank from 1 to 512, got 513", (x, weight, bias, torch.zeros(513, 8), torch.zeros(6, 513))),
+        ("one device", (x, weight.to("meta"), bias, a, b)),
+        ("CUDA device, got meta", tuple(t.to("meta") for t in (x, weight, bias, a, b))),
+        ("at least one feature", (x[:, :0], weight[:, :0], bias, a[:, :0], b)),
+    )
+    for words, arguments in cases:
+        reason = cublas.unsupported(*arguments, 0.0)
+        assert reason is not None
+        assert words in reason, (words, reason)
