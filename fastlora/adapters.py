@@ -30,7 +30,10 @@ def merge(model: nn.Module) -> None:
     that several modules use is untied for the time being. Raises ValueError where a merged weight would not be finite,
     or where adapters are merged already; the model is then as it was.
     """
-    layers = _require_layers(model, "merge")
+    _merge(model, _require_layers(model, "merge"))
+
+
+def _merge(model: nn.Module, layers: list[tuple[str, Any]]) -> None:
     users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     done = []
     try:
@@ -62,7 +65,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     A layer without the adapter then runs its base weight alone. Raises ValueError for a name that no layer has, or
     while adapters are merged.
     """
-    names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+    names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
     layers = _require_layers(model, "set_adapter")
     known = sorted({name for _, layer in layers for name in layer.lora_A})
     unknown = [name for name in names if name not in known]
@@ -90,7 +93,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         "disable_adapters" if isinstance(layer, FusedLoraLinear) else "_disable_adapters" for _, layer in layers
     ]
     before = [getattr(layer, attribute) for (_, layer), attribute in zip(layers, attributes, strict=True)]
-    merged = any(layer.merged_adapters for _, layer in layers)
+    merged = [(name, layer) for name, layer in layers if layer.merged_adapters]
     if merged:
         unmerge(model)
     for (_, layer), attribute in zip(layers, attributes, strict=True):
@@ -100,8 +103,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for (_, layer), attribute, value in zip(layers, attributes, before, strict=True):
             setattr(layer, attribute, value)
-        if merged:
-            merge(model)
+        _merge(model, [(name, layer) for name, layer in merged if not layer.merged_adapters])
 
 
 def _require_layers(model: nn.Module, caller: str) -> list[tuple[str, Any]]:

@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
+from .backends import torch as torch_backend
+
+SMALL = 1 << 17  # elements of x; below, on a CPU, ATen's own autograd is faster (bench/lora_linear.py)
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -48,11 +51,18 @@ class LoraLinearFunction(torch.autograd.Function):
             state if need_x or need_a else None,
         )
         ctx.arguments = (module, scaling, dropout_p, x.shape)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return _as_shaped(y, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
+        if autocast_enabled(dy):  # `backward()` called within autocast: ATen would cast some of the operands and not others
+            with torch.autocast(dy.device.type, enabled=False):
+                return LoraLinearFunction.gradients(ctx, dy)
+        return LoraLinearFunction.gradients(ctx, dy)
+
+    @staticmethod
+    def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x2, weight, lora_A, lora_B, s, state = ctx.saved_tensors
         module, scaling, dropout_p, shape = ctx.arguments
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
@@ -89,9 +99,20 @@ def lora_linear(
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     module = dispatch.select(x2, weight, bias, lora_A, lora_B, dropout_p, backend).module
     if not torch.is_grad_enabled():
-        y = module.forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p)[0]
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return _as_shaped(module.forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p)[0], x)
+    if module is torch_backend and x.device.type == "cpu" and x.numel() < SMALL:
+        return torch_backend.composed(x, weight, bias, lora_A, lora_B, scaling, dropout_p)
     return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, module)  # type: ignore[return-value]
+
+
+def autocast_enabled(tensor: Tensor) -> bool:
+    """Whether autocast is on for the tensor's device (the meta device knows none, and raises when asked)."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
+def _as_shaped(y: Tensor, x: Tensor) -> Tensor:
+    """y (M, N) as (..., N), and no view of it: autograd refuses to write into a view that a Function returns (`ReLU(inplace=True)`)."""
+    return torch._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) if x.dim() != 2 else y
 
 
 # The torch.library twin. Randomness stays outside the ops, in the graph, where the compiler may move or repeat it: they
@@ -124,7 +145,7 @@ def _compiled_lora_linear(
     x2 = x.reshape(-1, x.shape[-1])
     state = None
     if dropout_p > 0.0 and (x.device.type == "cpu" or backend == "torch"):
-        state = torch.empty(x2.shape, dtype=torch.bool, device=x.device).bernoulli_(1.0 - dropout_p)
+        state = torch_backend.draw_keep_mask(x2, dropout_p)
     elif dropout_p > 0.0:
         state = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
     y, _ = torch.ops.fastlora.lora_linear(x2, weight, bias, lora_A, lora_B, state, scaling, dropout_p, backend)
@@ -144,7 +165,8 @@ def _op_forward_fake(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dr
 def _op_backward(dy, x, weight, lora_A, lora_B, s, dropout_state, scaling, dropout_p, needs, backend):
     module = dispatch.select(dy, weight, None, lora_A, lora_B, dropout_p, backend).module
     grads = module.backward(dy, x, weight, lora_A, lora_B, s, dropout_state, scaling, dropout_p, tuple(needs))
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)  # an op's outputs are not optional
+    # An op's outputs are not optional, and have the strides that the fake ones promise.
+    return tuple(dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
 def _op_backward_fake(dy, x, weight, lora_A, lora_B, s, dropout_state, scaling, dropout_p, needs, backend):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import env, reference
+from .backends import torch as torch_backend
 
 FALL_DOWN = ("triton", "cublas", "torch")
 BACKENDS = env.BACKENDS
@@ -29,6 +30,9 @@ class Choice(NamedTuple):
     module: ModuleType
     reason: str
 
+
+_ASKED_FOR_TORCH = Choice("torch", torch_backend, "asked for")
+_NOT_A_GPU = Choice("torch", torch_backend, "not on a GPU: ATen is the path there")
 
 _modules: dict[str, ModuleType | str] = {}  # a module, or why it cannot be imported
 _self_checks: dict[tuple[str, str, torch.dtype, torch.dtype, bool], str | None] = {}  # None: passed
@@ -47,9 +51,10 @@ def select(
     requested = env.backend() if backend == "auto" else backend
     if requested not in BACKENDS:
         raise ValueError(f"fastlora: backend: got {requested!r}, want one of {', '.join(BACKENDS)}")
-    if requested == "torch" or (requested == "auto" and x.device.type != "cuda"):
-        reason = "asked for" if requested == "torch" else f"device {x.device.type}: ATen is the path there"
-        return Choice("torch", load("torch"), reason)
+    if requested == "torch":
+        return _ASKED_FOR_TORCH
+    if requested == "auto" and x.device.type != "cuda":
+        return _NOT_A_GPU
     reasons = ["asked for" if requested != "auto" else "default on a GPU"]
     start = FALL_DOWN.index("cublas" if requested == "auto" else requested)
     for name in FALL_DOWN[start:-1]:
@@ -57,7 +62,7 @@ def select(
         if why_not is None:
             return Choice(name, load(name), "; ".join(reasons))
         reasons.append(f"{name}: {why_not}")
-    return Choice("torch", load("torch"), "; ".join(reasons[1:]))
+    return Choice("torch", torch_backend, "; ".join(reasons[1:]))
 
 
 def load(name: str) -> ModuleType:
@@ -125,7 +130,10 @@ def self_check(
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reach every GPU's generator
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
         return _compare_with_reference(module, device, dtype, adapter_dtype, 0.25 if dropout else 0.0)
 
 

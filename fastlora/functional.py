@@ -111,7 +111,7 @@ def multi_lora_linear(
 def _fused(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, backend: str) -> Tensor:
     lora_A, lora_B, scaling, dropout_p = adapter
     _check(x, weight, adapter, bias)
-    if torch.is_autocast_enabled(x.device.type):
+    if autograd.autocast_enabled(x):
         x, weight, bias = _autocast(x, weight, bias)
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         got = f"x {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")

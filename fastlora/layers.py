@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +137,7 @@ class FusedLoraLinear(nn.Linear):
         init_lora_weights: bool | str = True,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Adds an adapter; it is active (and trainable) only where it is the layer's first.
+        """Adds an adapter; it is active (and trainable) only where it is the layer's only one.
 
         `init_lora_weights`: see `reset_adapter`. `dtype` is float32 by default where the weight is bfloat16 or float16,
             else the weight's.
@@ -151,15 +152,16 @@ class FusedLoraLinear(nn.Linear):
             )
         if dtype is None:
             dtype = torch.float32 if self.weight.dtype in HALF_DTYPES else self.weight.dtype
+        active = len(self.lora_A) == 0
+        factory = {"device": self.weight.device, "dtype": dtype}
+        lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory), requires_grad=active)
+        lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory), requires_grad=active)
         self.r[name] = r
         self.lora_alpha[name] = lora_alpha
         self.lora_dropout[name] = float(lora_dropout)
         self.use_rslora[name] = use_rslora
         self.scaling[name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
-        factory = {"device": self.weight.device, "dtype": dtype}
-        active = not self.active_adapters
-        self.lora_A[name] = nn.Parameter(torch.empty(r, self.in_features, **factory), requires_grad=active)
-        self.lora_B[name] = nn.Parameter(torch.empty(self.out_features, r, **factory), requires_grad=active)
+        self.lora_A[name], self.lora_B[name] = lora_A, lora_B
         self.reset_adapter(name, init_lora_weights)
         if active:
             self.active_adapters = [name]
@@ -190,6 +192,10 @@ class FusedLoraLinear(nn.Linear):
             raise ValueError(
                 f"FusedLoraLinear.delete_adapter: name: {name!r} is merged; call fastlora.unmerge(model) first"
             )
+        self._forget_adapter(name)
+
+    def _forget_adapter(self, name: str) -> None:
+        """Removes what there is of an adapter: an interrupted `add_adapter` leaves a part of one."""
         for state in (
             self.r,
             self.lora_alpha,
@@ -199,7 +205,8 @@ class FusedLoraLinear(nn.Linear):
             self.lora_A,
             self.lora_B,
         ):
-            del state[name]
+            if name in state:
+                del state[name]
         self.active_adapters = [active for active in self.active_adapters if active != name]
 
     def set_adapter(self, names: str | Iterable[str]) -> None:
@@ -262,8 +269,8 @@ class FusedLoraLinear(nn.Linear):
             if not torch.isfinite(merged).all():
                 raise ValueError(
                     f"FusedLoraLinear.merge: merging {self.active_adapters} into a {self.weight.dtype} weight would give "
-                    "non-finite values; nothing was changed. Check the adapter for NaN, or merge in a wider dtype "
-                    "(model.float())"
+                    "non-finite values; nothing was changed. Check the adapter for NaN, or merge in a wider "
+                    "dtype (model.float())"
                 )
             if untie:
                 self._base_weight = (self.weight,)
@@ -292,22 +299,21 @@ class FusedLoraLinear(nn.Linear):
         """The low-rank terms that `forward` adds now: none while adapters are disabled or merged."""
         if self.disable_adapters or self.merged_adapters:
             return []
+        lora_A, lora_B = _tensors(self._modules["lora_A"]), _tensors(self._modules["lora_B"])
+        scaling, dropout = self.scaling, self.lora_dropout
         training = self.training
         return [
-            functional.Adapter(
-                self.lora_A[name], self.lora_B[name], self.scaling[name], self.lora_dropout[name] if training else 0.0
-            )
+            functional.Adapter(lora_A[name], lora_B[name], scaling[name], dropout[name] if training else 0.0)
             for name in self.active_adapters
         ]
 
     def forward(self, input: Tensor) -> Tensor:
         if self.disable_adapters and self.merged_adapters:
             self.unmerge()
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        adapters = self.running_adapters()
-        if not adapters:
-            return F.linear(input, weight, self.bias)
-        return functional.multi_lora_linear(input, weight, adapters, self.bias, backend=self.backend)
+        weight = self.weight
+        if self.fan_in_fan_out:
+            weight = weight.t()
+        return functional.multi_lora_linear(input, weight, self.running_adapters(), self.bias, backend=self.backend)
 
     def extra_repr(self) -> str:
         adapters = ", ".join(
@@ -320,6 +326,12 @@ class FusedLoraLinear(nn.Linear):
         return f"{super().extra_repr()}, {adapters}{merged}"
 
 
+def _tensors(adapters: Any) -> Any:
+    """An `nn.ParameterDict`'s own dict (3 µs a call cheaper), or itself in a DataParallel replica, which has no
+    parameters."""
+    return adapters._parameters or adapters
+
+
 def check_adapter_arguments(
     name: str, r: int, lora_alpha: float, lora_dropout: float, caller: str = "FusedLoraLinear"
 ) -> None:
@@ -330,7 +342,7 @@ def check_adapter_arguments(
         raise ValueError(f"{caller}: lora_alpha: got {lora_alpha!r}, want a finite number")
     if not isinstance(lora_dropout, (int, float)) or not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"{caller}: lora_dropout: got {lora_dropout!r}, want a probability in [0, 1)")
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ParameterDict, name):
+    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ParameterDict(), name):
         raise ValueError(
             f"{caller}: adapter_name: got {name!r}, want a non-empty string without dots "
             "that is no attribute of nn.ParameterDict"

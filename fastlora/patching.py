@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from .layers import FusedLoraLinear, check_adapter_arguments, check_backend, check_init
 
-_FROZEN = "_fastlora_requires_grad"  # on the patched model: {parameter name: requires_grad before}
+_FROZEN = "_fastlora_requires_grad"  # on each module of a patched model: {its own parameter: requires_grad before}
 _ORIGINAL_CLASS = "_fastlora_class"  # on a patched layer
 
 
@@ -163,15 +163,16 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
         elif _is_fused_peft(module):
             sys.modules["fastlora.peft_layers"].release(module)
     for module in model.modules():
-        flags = module.__dict__.pop(_FROZEN, {})
-        parameters = dict(module.named_parameters())
-        for name, flag in flags.items():
-            if name in parameters:
-                parameters[name].requires_grad_(flag)
+        for name, flag in module.__dict__.pop(_FROZEN, {}).items():
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(flag)
 
 
 def is_patched(model: nn.Module) -> bool:
     """True where `patch` has swapped any layer of the model (or the model itself is such a layer)."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"is_patched: model: got {type(model).__name__}, want a torch.nn.Module")
     return any(_ORIGINAL_CLASS in module.__dict__ or _is_fused_peft(module) for module in model.modules())
 
 
@@ -233,7 +234,7 @@ def _check_names(names: str | Sequence[str], argument: str) -> str | list[str]:
         except re.error as error:
             raise ValueError(f"patch: {argument}: got {names!r}, want a regular expression: {error}") from None
         return names
-    names = list(names)
+    names = list(names) if isinstance(names, Iterable) else [names]
     if not all(isinstance(name, str) for name in names):
         raise ValueError(f"patch: {argument}: got {names!r}, want a string or a list of strings")
     return names
@@ -340,37 +341,54 @@ def _apply(
     backend: str,
 ) -> None:
     """Swaps the planned layers and freezes the rest; on any failure (memory, Ctrl-C) the model is put back first."""
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    first_time = _FROZEN not in model.__dict__
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    records = _flags_to_record(model)
+    active = {name for m in model.modules() if isinstance(m, FusedLoraLinear) for name in m.active_adapters}
     done: list[nn.Module] = []
     try:
         for module in plan:
             done.append(module)
             if not isinstance(module, FusedLoraLinear):
                 _swap_class(module, backend)
-            module.add_adapter(adapter_name, init_lora_weights=init_lora_weights, **settings)  # type: ignore[operator]
-        adapters = {id(p) for m in model.modules() if isinstance(m, FusedLoraLinear) for p in _adapter_parameters(m)}
-        for parameter in model.parameters():
-            if id(parameter) not in adapters and first_time:
-                parameter.requires_grad_(False)
+            assert isinstance(module, FusedLoraLinear)
+            module.add_adapter(adapter_name, init_lora_weights=init_lora_weights, **settings)
+            if active and adapter_name not in active and adapter_name in module.active_adapters:
+                module.set_adapter([])  # a second adapter waits for `set_adapter` in the layers that it is the first in
+        for module, record in records:
+            for name in record:
+                module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
     except BaseException:
         for module in done:
             if isinstance(module, FusedLoraLinear):
-                if adapter_name in module.lora_A:
-                    module.delete_adapter(adapter_name)
+                module._forget_adapter(adapter_name)
                 if not module.r and _ORIGINAL_CLASS in module.__dict__:
                     _restore_layer(module)
-        for name, parameter in model.named_parameters():
-            if name in flags:
-                parameter.requires_grad_(flags[name])
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
         raise
-    if first_time:
-        model.__dict__[_FROZEN] = flags
+    for module, record in records:
+        module.__dict__[_FROZEN] = record
 
 
-def _adapter_parameters(layer: FusedLoraLinear) -> Iterator[nn.Parameter]:
-    yield from layer.lora_A.parameters()
-    yield from layer.lora_B.parameters()
+def _flags_to_record(model: nn.Module) -> list[tuple[nn.Module, dict[str, bool]]]:
+    """`requires_grad` of the parameters of every module that no earlier `patch` has seen: of none, where one has seen
+    the whole model.
+
+    Kept by module, so that a part of a model can be patched before or after the whole, and each unpatched alone.
+    """
+    if _FROZEN in model.__dict__:
+        return []
+    layers = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
+    adapters = {id(part) for layer in layers for part in (layer.lora_A, layer.lora_B)}
+    recorded: dict[int, bool] = {}
+    for module in model.modules():
+        flags = module.__dict__.get(_FROZEN, {})
+        recorded |= {id(module._parameters.get(name)): flag for name, flag in flags.items()}
+    return [
+        (module, {n: recorded.get(id(p), p.requires_grad) for n, p in module._parameters.items() if p is not None})
+        for module in model.modules()
+        if _FROZEN not in module.__dict__ and id(module) not in adapters
+    ]
 
 
 def _swap_class(module: nn.Module, backend: str) -> None:
