@@ -1,0 +1,121 @@
+"""The four ways to train the classifier, each from the same pretrained weights: head alone, PEFT's LoRA, fastlora's
+LoRA, everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from encoder import SentenceClassifier, load_encoder
+from settings import Settings
+
+TITLES = {
+    "head": "head alone (encoder frozen)",
+    "peft": "LoRA, PEFT (eager)",
+    "fastlora": "LoRA, fastlora",
+    "full": "all weights",
+}
+ADAPTER = "default"
+
+
+def build(method: str, source: str, classes: int, settings: Settings, device: torch.device) -> SentenceClassifier:
+    """A fresh classifier ready to train: what `method` trains requires a gradient, the rest does not.
+
+    The head's initial weights, and an adapter's, come from the seed alone.
+    """
+    encoder = load_encoder(source, getattr(torch, settings.dtype), device)
+    hidden_size = encoder.config.hidden_size
+    torch.manual_seed(settings.seed)
+    classifier = SentenceClassifier(encoder, hidden_size, classes).to(device)
+    torch.manual_seed(settings.seed)
+    classifier.encoder = _PREPARE[method](encoder, settings)
+    return classifier
+
+
+def _head(encoder: Any, settings: Settings) -> Any:
+    return encoder.requires_grad_(False)
+
+
+def _full(encoder: Any, settings: Settings) -> Any:
+    return encoder.requires_grad_(True)
+
+
+def _peft(encoder: Any, settings: Settings) -> Any:
+    import peft
+
+    config = peft.LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # annotated int, any number works
+        lora_dropout=settings.dropout,
+        target_modules="all-linear",
+    )
+    return peft.get_peft_model(encoder, config)
+
+
+def _fastlora(encoder: Any, settings: Settings) -> Any:
+    import fastlora
+
+    fastlora.patch(
+        encoder,
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.dropout,
+        target_modules="all-linear",
+        strict=True,
+    )
+    return encoder
+
+
+_PREPARE: dict[str, Callable[[Any, Settings], Any]] = {
+    "head": _head,
+    "peft": _peft,
+    "fastlora": _fastlora,
+    "full": _full,
+}
+
+
+def set_training(classifier: SentenceClassifier, training: bool) -> None:
+    """Train or eval mode for the head and the adapters; the encoder's own dropout stays off, in every method.
+
+    A run sees each text twice or so, too little to overfit, and without it the two LoRAs compute the very same function
+    of the batch.
+    """
+    classifier.eval()
+    if training:
+        classifier.head.train()
+        for module in classifier.encoder.modules():
+            if hasattr(module, "lora_A"):
+                module.train()
+
+
+def adapters_of(encoder: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """(A, B) of each adapted layer, PEFT's or fastlora's, under the layer's name in the plain encoder."""
+
+    def weight(adapter: Any) -> torch.Tensor:
+        return adapter if isinstance(adapter, torch.Tensor) else adapter.weight
+
+    return {
+        name.removeprefix("base_model.model."): (weight(module.lora_A[ADAPTER]), weight(module.lora_B[ADAPTER]))
+        for name, module in encoder.named_modules()
+        if hasattr(module, "lora_A") and ADAPTER in module.lora_A
+    }
+
+
+@torch.no_grad()
+def copy_adapters(source: Any, target: Any) -> None:
+    """Gives `target` the adapter weights of `source`, so that both start from the same point.
+
+    Raises RuntimeError where the two do not adapt the same layers in the same shapes: a comparison would mean nothing.
+    """
+    ours, theirs = adapters_of(source), adapters_of(target)
+    if shapes_of(ours) != shapes_of(theirs):
+        raise RuntimeError(f"adapted layers differ: {shapes_of(ours)} and {shapes_of(theirs)}")
+    for name, (lora_a, lora_b) in ours.items():
+        theirs[name][0].copy_(lora_a)
+        theirs[name][1].copy_(lora_b)
+
+
+def shapes_of(adapters: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, tuple[tuple[int, ...], ...]]:
+    return {name: tuple(tuple(tensor.shape) for tensor in pair) for name, pair in adapters.items()}

@@ -1,0 +1,45 @@
+"""A progress bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+LINES = 10
+
+
+class Progress:
+    """tqdm where standard error is a terminal and tqdm is installed; otherwise about ten plain lines over the whole
+    run.
+    """
+
+    def __init__(self, total: int, title: str):
+        self.total, self.title, self.done = total, title, 0
+        self.start = time.perf_counter()
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self.bar = tqdm(total=total, desc=title, dynamic_ncols=True)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, status: str) -> None:
+        """One more step done; `status` is what to say about it."""
+        self.done += 1
+        if self.bar is not None:
+            self.bar.set_postfix_str(status, refresh=False)
+            self.bar.update()
+        elif self.done * LINES // self.total > (self.done - 1) * LINES // self.total:
+            seconds = time.perf_counter() - self.start
+            print(
+                f"{self.title}: {self.done}/{self.total} steps, {seconds:.0f} s; {status}", file=sys.stderr, flush=True
+            )

@@ -1,0 +1,140 @@
+"""The command line of finetune.py and its checks. Imports neither torch nor transformers, so that --help and mistakes
+are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+METHODS = ("head", "peft", "fastlora", "full")
+DEFAULT_METHODS = ("head", "peft", "fastlora")
+DTYPES = ("float32", "bfloat16")
+
+
+class UsageError(Exception):
+    """A request that cannot be met; the message says what came and what is wanted."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one run of the example does; docs/finetuning.md explains the defaults."""
+
+    steps: int
+    batch_size: int
+    max_length: int
+    r: int
+    lora_alpha: float
+    dropout: float
+    lr: float
+    head_lr: float
+    full_lr: float
+    methods: tuple[str, ...]
+    model: str
+    device: str
+    dtype: str
+    seed: int
+    eval_every: int
+    interleave: bool
+    plot: bool
+    out: Path
+
+
+def parse(argv: list[str] | None = None) -> Settings:
+    parser = argparse.ArgumentParser(
+        prog="finetune.py",
+        description="Fine-tune a sentence encoder to tell which module of Python's standard library a docstring came "
+        "from, by several methods, and compare their speed, memory and accuracy.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=_positive_int, default=200, help="optimizer steps per method")
+    training.add_argument("--batch-size", type=_positive_int, default=32)
+    training.add_argument("--max-length", type=_positive_int, default=128, help="tokens kept of each docstring")
+    training.add_argument("--head-lr", type=_positive_float, default=3e-3, help="learning rate of the linear head")
+    training.add_argument("--full-lr", type=_positive_float, default=2e-4, help="the encoder's, for --methods full")
+    training.add_argument("--seed", type=_seed, default=0)
+    lora = parser.add_argument_group("LoRA")
+    lora.add_argument("--r", type=_positive_int, default=8, help="rank of the adapters")
+    lora.add_argument("--lora-alpha", type=_positive_float, default=16.0)
+    lora.add_argument("--lr", type=_positive_float, default=2e-3, help="learning rate of the adapters")
+    lora.add_argument("--dropout", type=_probability, default=0.0, help="dropout on the adapters' input")
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(DEFAULT_METHODS),
+        metavar="METHOD",
+        help=", ".join(METHODS),
+    )
+    run.add_argument("--model", default="minilm", help="minilm, or a directory or cached name of another encoder")
+    run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+    run.add_argument("--dtype", choices=DTYPES, default="float32", help="of the encoder; adapters and head are float32")
+    run.add_argument(
+        "--eval-every", type=_natural_int, default=100, help="steps between validations; 0: only at the end"
+    )
+    run.add_argument(
+        "--interleave",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="give the methods their steps in turn, so that a noisy machine hits all of them alike",
+    )
+    run.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw the loss curves")
+    run.add_argument("--out", type=Path, default=Path("runs/finetune"), help="directory for the results")
+    values = vars(parser.parse_args(argv))
+    values["methods"] = tuple(dict.fromkeys(values["methods"]))
+    return Settings(**values)
+
+
+def _number(kind: Callable[[str], float], accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
+    def parse_number(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"want {wanted}, got {text!r}") from None
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"want {wanted}, got {text}")
+        return value
+
+    return parse_number
+
+
+_positive_int = _number(int, lambda value: value > 0, "a positive integer")
+_natural_int = _number(int, lambda value: value >= 0, "an integer, 0 or more")
+_seed = _number(int, lambda value: 0 <= value < 2**32, "an integer from 0 to 2**32 - 1")
+_positive_float = _number(float, lambda value: 0 < value < float("inf"), "a positive number")
+_probability = _number(float, lambda value: 0 <= value < 1, "a number from 0 up to, not including, 1")
+
+
+def require_packages(settings: Settings) -> None:
+    """Raises UsageError that names the packages this run needs and does not find, and how to install them."""
+    needed = ["torch", "transformers", "safetensors"]
+    if "peft" in settings.methods or "fastlora" in settings.methods:
+        needed.append("peft")
+    if "fastlora" in settings.methods:
+        needed.append("fastlora")
+    if settings.plot:
+        needed.append("matplotlib")
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        hint = " (or pass --no-plot)" if missing == ["matplotlib"] else ""
+        raise UsageError(
+            f"not installed: {', '.join(missing)}{hint}. "
+            "In fastlora's checkout: pip install -c constraints.txt '.[examples]'"
+        )
+
+
+def require_writable(directory: Path) -> None:
+    """Makes `directory`; raises UsageError where it cannot be made or written to, before anything is trained."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UsageError(f"--out {os.fspath(directory)}: cannot write there ({error.strerror or error})") from error
