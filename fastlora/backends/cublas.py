@@ -4,10 +4,10 @@
     backward    dS = s·dY B and dB = s·dYᵀ S in one pass over dY · dA = dSᵀ drop(x)
                 dX = drop′(dS A), then dX.addmm_(dY, W0)
 
-The low-rank term is written first and cuBLAS adds the frozen layer onto it (beta = 1), which reads the output once; adding
-it afterwards would read and write it once more. The price is that the term is rounded to the dtype of y before it is added:
-half a unit in the last place of a term that is usually the smaller one. Eager PyTorch rounds that term, its scaled copy and
-the frozen layer's output before it rounds the sum (docs/kernels/skinny.md has the numbers).
+The low-rank term is written first and cuBLAS adds the frozen layer onto it (beta = 1), which reads the output once;
+adding it afterwards would read and write it once more. The price is that the term is rounded to the dtype of y before
+it is added: half a unit in the last place of a term that is usually the smaller one. Eager PyTorch rounds that term,
+its scaled copy and the frozen layer's output before it rounds the sum (docs/kernels/skinny.md has the numbers).
 
 What is kept for dropout is a seed: the kernels make the mask again wherever it is needed.
 """

@@ -7,9 +7,11 @@ The interpreter keeps bf16 as uint16 bit patterns. In Triton 3.6.0, 3.7.1 and 3.
   (3.9 repairs bf16 ↔ fp16 of `tl.cast` with a rounding mode only).
 And 3.6.0 alone cannot use a tensor as a loop bound with numpy ≥ 2.4 (`range(0, n)` raises TypeError).
 
-`install` replaces the methods concerned by ones that compute on fp32 values and round the result once, which is what the
-hardware does. test_bf16_repair.py fails without it.
+`install` replaces the methods concerned by ones that compute on fp32 values and round the result once, which is what
+the hardware does. test_bf16_repair.py fails without it.
 """
+
+# pyright: reportAttributeAccessIssue=false, reportIncompatibleMethodOverride=false
 
 import numpy as np
 import triton.language as tl

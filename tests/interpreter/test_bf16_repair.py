@@ -1,3 +1,6 @@
+# pyright: reportArgumentType=false
+# Triton types a constexpr parameter as `constexpr` and takes an int for it.
+
 import torch
 import triton
 import triton.language as tl

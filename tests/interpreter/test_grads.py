@@ -1,3 +1,6 @@
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportCallIssue=false
+# Gradients are None where they are not asked for; a test knows which it asked for.
+
 import pytest
 import torch
 from numerics import assert_close_to_fp64, assert_surroundings_untouched, poisoned_empty, with_layout

@@ -1,3 +1,5 @@
+# pyright: reportArgumentType=false
+
 import pytest
 import torch
 from numerics import assert_close_to_fp64, assert_surroundings_untouched, poisoned_empty, with_layout
