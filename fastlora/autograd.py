@@ -56,7 +56,7 @@ class LoraLinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
-        if autocast_enabled(dy):  # `backward()` called within autocast: ATen would cast some of the operands and not others
+        if autocast_enabled(dy):  # backward() within autocast: ATen would cast some operands and not others
             with torch.autocast(dy.device.type, enabled=False):
                 return LoraLinearFunction.gradients(ctx, dy)
         return LoraLinearFunction.gradients(ctx, dy)
@@ -98,10 +98,13 @@ def lora_linear(
         return _compiled_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     module = dispatch.select(x2, weight, bias, lora_A, lora_B, dropout_p, backend).module
+    if module is torch_backend and x.device.type == "cpu" and x.numel() < SMALL:
+        # Without gradients too: reentrant checkpointing expects the same bits of both.
+        return _as_shaped(torch_backend.composed(x2, weight, bias, lora_A, lora_B, scaling, dropout_p), x)
     if not torch.is_grad_enabled():
         return _as_shaped(module.forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p)[0], x)
-    if module is torch_backend and x.device.type == "cpu" and x.numel() < SMALL:
-        return torch_backend.composed(x, weight, bias, lora_A, lora_B, scaling, dropout_p)
+    if x.dim() != 2 and not x2._is_view():  # reshape had to copy x: once is enough
+        x = x2.view(x.shape)
     return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, module)  # type: ignore[return-value]
 
 
@@ -111,8 +114,12 @@ def autocast_enabled(tensor: Tensor) -> bool:
 
 
 def _as_shaped(y: Tensor, x: Tensor) -> Tensor:
-    """y (M, N) as (..., N), and no view of it: autograd refuses to write into a view that a Function returns (`ReLU(inplace=True)`)."""
-    return torch._unsafe_view(y, (*x.shape[:-1], y.shape[-1])) if x.dim() != 2 else y
+    """y (M, N) as (..., N). Without gradients (a Function's forward too) not as a view: autograd lets nobody write into
+    one later, and `ReLU(inplace=True)` does."""
+    if x.dim() == 2:
+        return y
+    shape = (*x.shape[:-1], y.shape[-1])
+    return y.view(shape) if torch.is_grad_enabled() else torch.ops.aten._unsafe_view(y, shape)
 
 
 # The torch.library twin. Randomness stays outside the ops, in the graph, where the compiler may move or repeat it: they

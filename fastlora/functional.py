@@ -72,8 +72,7 @@ def lora_linear(
     Source: Hu et al. 2021, LoRA, arXiv 2106.09685.
     """
     adapter = Adapter(lora_A, lora_B, scaling, dropout_p if training else 0.0)
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"lora_linear: dropout_p: got {dropout_p}, want a probability in [0, 1]")
+    _check_probability(dropout_p)
     return _fused(x, weight, adapter, bias, backend)
 
 
@@ -92,6 +91,8 @@ def multi_lora_linear(
     add their term in eager PyTorch.
     """
     if not training:
+        for adapter in adapters:
+            _check_probability(adapter.dropout_p)
         adapters = [adapter._replace(dropout_p=0.0) for adapter in adapters]
     if len(adapters) == 1:
         return _fused(x, weight, adapters[0], bias, backend)
@@ -116,7 +117,7 @@ def _fused(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, bac
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         got = f"x {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise ValueError(f"lora_linear: x, weight and bias: got {got}, want one dtype (adapters may have another)")
-    if not _takes_fused_path(x, weight, bias, lora_A, lora_B):
+    if weight.numel() == 0 or not _takes_fused_path(x, weight, bias, lora_A, lora_B):
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     return autograd.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
 
@@ -160,9 +161,15 @@ def _low_rank_term(x: Tensor, adapter: Adapter, dtype: torch.dtype) -> Tensor:
     return F.linear(F.linear(dropped, adapter.lora_A.to(dtype)), adapter.lora_B.to(dtype)) * adapter.scaling
 
 
+def _check_probability(dropout_p: float) -> None:
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"lora_linear: dropout_p: got {dropout_p}, want a probability in [0, 1]")
+
+
 def _check(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None) -> None:
     """Raises ValueError for what no backend could mean; cheap enough for every call (about 1 µs)."""
     lora_A, lora_B = adapter.lora_A, adapter.lora_B
+    _check_probability(adapter.dropout_p)
     if x.dim() < 1 or weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
         raise ValueError(
             "lora_linear: dimensions: got "

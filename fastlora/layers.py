@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import dispatch, functional
@@ -214,7 +213,7 @@ class FusedLoraLinear(nn.Linear):
 
         Raises ValueError for an unknown name, or while adapters are merged.
         """
-        names = [names] if isinstance(names, str) else list(names)
+        names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
         self._check_names(names, "set_adapter")
         if self.merged_adapters:
             raise ValueError(
@@ -268,8 +267,8 @@ class FusedLoraLinear(nn.Linear):
             merged = merged.to(self.weight.dtype)
             if not torch.isfinite(merged).all():
                 raise ValueError(
-                    f"FusedLoraLinear.merge: merging {self.active_adapters} into a {self.weight.dtype} weight would give "
-                    "non-finite values; nothing was changed. Check the adapter for NaN, or merge in a wider "
+                    f"FusedLoraLinear.merge: merging {self.active_adapters} into a {self.weight.dtype} weight "
+                    "would give non-finite values; nothing was changed. Check the adapter for NaN, or merge in a wider "
                     "dtype (model.float())"
                 )
             if untie:
@@ -277,7 +276,7 @@ class FusedLoraLinear(nn.Linear):
                 self.weight = nn.Parameter(merged, requires_grad=False)
             else:
                 self._base_weight = (self.weight.detach().to("cpu", copy=True),)
-                self.weight.data.copy_(merged)
+                self.weight.copy_(merged)  # not through .data: a backward pass that has saved the weight must notice
         self.merged_adapters = list(self.active_adapters)
 
     def unmerge(self) -> None:
@@ -289,7 +288,8 @@ class FusedLoraLinear(nn.Linear):
         if isinstance(base, nn.Parameter) and base.device == self.weight.device and base.dtype == self.weight.dtype:
             self.weight = base
         else:  # the bits as the model has them now: it may have been moved or cast since
-            self.weight.data.copy_(base)
+            with torch.no_grad():
+                self.weight.copy_(base)
         self._base_weight = None
         self.merged_adapters = []
 

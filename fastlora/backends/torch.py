@@ -99,16 +99,13 @@ def composed(
     scaling: float,
     dropout_p: float,
 ) -> Tensor:
-    """The same y for x (..., K), differentiated by ATen's own autograd: no Python in the backward pass, but drop(x) is
-    saved.
+    """The same y, differentiated by ATen's own autograd: no Python in the backward pass, but drop(x) is saved.
 
     The faster one for small problems on a CPU, where an `autograd.Function` costs more (about 20 µs) than a pass over
     memory.
     """
-    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    s = F.linear(F.dropout(x2, dropout_p) if dropout_p > 0.0 else x2, lora_A.to(x.dtype))
-    y = F.linear(x2, weight, bias).addmm_(s, lora_B.to(x.dtype).t(), alpha=scaling)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    s = F.linear(F.dropout(x, dropout_p) if dropout_p > 0.0 else x, lora_A.to(x.dtype))
+    return F.linear(x, weight, bias).addmm_(s, lora_B.to(x.dtype).t(), alpha=scaling)
 
 
 def draw_keep_mask(x: Tensor, dropout_p: float) -> Tensor:
