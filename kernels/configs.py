@@ -304,7 +304,7 @@ def shrink(M: int, K: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtyp
     if target == INTERPRETER:
         block_m, block_k, block_r, num_warps = 16, 16, min(rank, 32), 4
     elif dtype == torch.float32:
-        block_m, block_k, block_r, num_warps = 64, 32, min(rank, 32), 4
+        block_m, block_k, block_r, num_warps = 64, 16, min(rank, 32), 4  # a FMA `tl.dot` keeps block_k numbers per row
     elif rank <= 64:
         block_m, block_k, block_r, num_warps = 64, 128, rank, 4
     else:

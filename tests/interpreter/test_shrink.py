@@ -98,3 +98,16 @@ def test_p_of_one_drops_everything():
 
 def test_same_bits_on_every_run():
     assert torch.equal(check(3, 300, 4, p=0.1), check(3, 300, 4, p=0.1))
+
+
+def test_fp32_products_are_tf32_only_where_torch_allows_it():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "ieee"
+        assert configs.input_precision(FP32) == "ieee"
+        matmul.fp32_precision = "tf32"
+        assert configs.input_precision(FP32) == "tf32"
+        assert configs.input_precision(BF16) == "ieee"
+    finally:
+        matmul.fp32_precision = before
