@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,7 +65,8 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     A layer without the adapter then runs its base weight alone. Raises ValueError for a name that no layer has, or
     while adapters are merged.
     """
-    names = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
+    several = isinstance(adapter_name, Iterable) and not isinstance(adapter_name, str)
+    names = list(dict.fromkeys(adapter_name)) if several else [adapter_name]
     layers = _require_layers(model, "set_adapter")
     known = sorted({name for _, layer in layers for name in layer.lora_A})
     unknown = [name for name in names if name not in known]
