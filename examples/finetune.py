@@ -89,7 +89,8 @@ def finetune(settings: Settings) -> int:
     )
     complete = train(runs, parts["train"], parts["validation"], order, settings, device)
     if not complete:
-        print(f"Interrupted after {len(runs[0].losses)} of {settings.steps} steps: saving what there is.", flush=True)
+        done = ", ".join(f"{run.method} {len(run.losses)}" for run in runs)
+        print(f"Interrupted ({done} of {settings.steps} steps): saving what there is, without the test.", flush=True)
     conclude(runs, source, dataset, parts, settings, device, complete, start)
     return 0 if complete else INTERRUPTED
 

@@ -55,7 +55,7 @@ def parse(argv: list[str] | None = None) -> Settings:
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=_positive_int, default=200, help="optimizer steps per method")
     training.add_argument("--batch-size", type=_positive_int, default=32)
-    training.add_argument("--max-length", type=_positive_int, default=128, help="tokens kept of each docstring")
+    training.add_argument("--max-length", type=_positive_int, default=48, help="tokens kept of each docstring")
     training.add_argument("--head-lr", type=_positive_float, default=3e-3, help="learning rate of the linear head")
     training.add_argument("--full-lr", type=_positive_float, default=2e-4, help="the encoder's, for --methods full")
     training.add_argument("--seed", type=_seed, default=0)

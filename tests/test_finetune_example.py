@@ -328,7 +328,7 @@ def test_ctrl_c_leaves_partial_results_and_says_so(tiny_encoder, small_library, 
     assert not results["complete"]
     assert len(results["history"]["fastlora"]["loss"]) == 5
     assert results["table"][1]["test_accuracy"] is None
-    assert "Interrupted after" in capsys.readouterr().out
+    assert "Interrupted (head 5, fastlora 5 of 50 steps)" in capsys.readouterr().out
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "loss.png").is_file()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
