@@ -7,11 +7,12 @@ Python, and the ops are compiled at first use.
 """
 
 import importlib
+import shutil
 import sys
 import types
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -30,11 +31,13 @@ BUILD_CUDA = load("env").build_cuda()
 
 class BuildPy(build_py):
     def run(self):
+        # An editable install runs from the checkout, so the object belongs there.
+        package = HERE / "fastlora" if self.editable_mode else Path(self.build_lib) / "fastlora"
+        if not self.editable_mode:
+            shutil.rmtree(package, ignore_errors=True)  # an earlier build's files would go into this wheel too
         super().run()
         if not BUILD_CUDA:
             return
-        # An editable install runs from the checkout, so the object belongs there.
-        package = HERE / "fastlora" if self.editable_mode else Path(self.build_lib) / "fastlora"
         print(f"compiling csrc/ into {package}/_prebuilt", flush=True)
         load("_build").prebuild(package)
 
@@ -42,14 +45,16 @@ class BuildPy(build_py):
 class BdistWheel(bdist_wheel):
     """A wheel with compiled ops is for one platform and every Python: the ops use torch's stable ABI only."""
 
-    def finalize_options(self):
-        super().finalize_options()
-        if BUILD_CUDA:
-            self.root_is_pure = False
-
     def get_tag(self):
         _, _, platform = super().get_tag()
         return ("py3", "none", platform) if BUILD_CUDA else super().get_tag()
 
 
-setup(cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel})
+class PlatformDistribution(Distribution):
+    """Tells setuptools that there is compiled code, though no extension module of its kind."""
+
+    def has_ext_modules(self):
+        return BUILD_CUDA or super().has_ext_modules()
+
+
+setup(cmdclass={"build_py": BuildPy, "bdist_wheel": BdistWheel}, distclass=PlatformDistribution)

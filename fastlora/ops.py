@@ -42,7 +42,8 @@ def dropout_keep_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Ten
         RuntimeError: seed, M or K is not as above, or ``csrc/`` cannot be compiled here (the message says why).
 
     Example:
-        >>> keep = fastlora.ops.dropout_keep_mask(torch.tensor([1234]), 4, 64, p=0.1)
+        >>> from fastlora import ops
+        >>> keep = ops.dropout_keep_mask(torch.tensor([1234]), 4, 64, p=0.1)
         >>> dropped = torch.where(keep, x / 0.9, 0)
     """
     if not 0.0 <= p <= 1.0:

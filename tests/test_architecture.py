@@ -28,6 +28,7 @@ FLOORS = {
     "fastlora.checkpoint": 6,
     "fastlora.doctor": 6,
     "fastlora.patching": 6,
+    "fastlora.peft_format": 6,
     "fastlora": 6,
     "examples": 7,
     "bench": 7,
