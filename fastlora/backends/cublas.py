@@ -68,12 +68,12 @@ def forward(
 
     Shapes: docs/architecture.md, "The backend interface".
     """
-    with _device_of(x):
+    with device_of(x):
         if dropout_p > 0.0 and dropout_state is None:
             dropout_state = new_seed(x.device)
         seed = dropout_state if dropout_p > 0.0 else None
         s = x.new_empty(x.shape[0], lora_A.shape[0])
-        shrink(x, lora_A, s, _workspace(x, shrink_workspace(x, lora_A)), seed=seed, dropout_p=dropout_p)
+        shrink(x, lora_A, s, new_workspace(x, shrink_workspace(x, lora_A)), seed=seed, dropout_p=dropout_p)
         y = x.new_empty(x.shape[0], weight.shape[0])
         expand(s, lora_B, y, alpha=scaling, bias=bias)
         return y.addmm_(x, weight.t()), s, dropout_state
@@ -94,7 +94,7 @@ def backward(
     """(dX, dA, dB), None where `needs` (x, lora_A, lora_B) is False."""
     needs_x = needs[0]
     seed = dropout_state if dropout_p > 0.0 else None
-    with _device_of(dy):
+    with device_of(dy):
         ds, grad_a, grad_b = low_rank_gradients(dy, x, lora_A, lora_B, s, seed, scaling, dropout_p, needs)
         dx = None
         if needs_x:
@@ -127,22 +127,22 @@ def low_rank_gradients(
         rank = lora_B.shape[1]
         ds = dy.new_empty(dy.shape[0], rank) if needs_ds else None
         grad_b = lora_B.new_empty(lora_B.shape) if needs_b else None
-        workspace = _workspace(dy, ds_and_db_workspace(dy, lora_B, needs_ds=needs_ds, needs_db=needs_b))
+        workspace = new_workspace(dy, ds_and_db_workspace(dy, lora_B, needs_ds=needs_ds, needs_db=needs_b))
         ds_and_db(dy, lora_B, s, ds, grad_b, workspace, scaling=scaling)
     if needs_a:
         assert x is not None
         assert lora_A is not None
         assert ds is not None
         grad_a = lora_A.new_empty(lora_A.shape)
-        workspace = _workspace(x, weight_grad_workspace(x, lora_A.shape[0]))
+        workspace = new_workspace(x, weight_grad_workspace(x, lora_A.shape[0]))
         weight_grad(x, ds, grad_a.t(), workspace, seed=seed, dropout_p=dropout_p)
     return ds, grad_a, grad_b
 
 
-def _workspace(like: Tensor, size: int) -> Tensor | None:
+def new_workspace(like: Tensor, size: int) -> Tensor | None:
     return like.new_empty(size, dtype=torch.float32) if size else None
 
 
-def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
+def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, whatever device its arguments are on."""
     return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
