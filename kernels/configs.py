@@ -320,14 +320,15 @@ def shrink(M: int, K: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtyp
 def expand(M: int, N: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype, device: torch.device) -> ExpandConfig:
     target, rank = capability(device), max(16, power_of_two_at_least(r))
     if target == INTERPRETER:
-        block_m, block_n, block_r = 16, 32, 16
+        block_m, block_n, block_r, num_warps = 16, 32, 16, 4
     elif dtype == torch.float32:
-        block_m, block_n, block_r = 64, 64, 16
+        block_m, block_n, block_r, num_warps = 32, 64, 16, 4
     else:
-        block_m, block_n, block_r = 64, 128, min(rank, 64)
+        # Steps of 64 above r = 64 would take 254 registers on sm_80.
+        block_m, block_n, block_r, num_warps = 64, 128, rank if rank <= 64 else 32, 4
     stage_bytes = block_r * (block_m * dtype.itemsize + block_n * adapter_dtype.itemsize)
     num_stages = 1 if rank <= block_r else min(3, _stages(stage_bytes, 0, target))
-    return ExpandConfig(block_m, block_n, block_r, 4, num_stages)
+    return ExpandConfig(block_m, block_n, block_r, num_warps, num_stages)
 
 
 def weight_grad(M: int, K: int, r: int, dtype: torch.dtype, device: torch.device) -> WeightGradConfig:
