@@ -116,7 +116,7 @@ def draw_keep_mask(x: Tensor, dropout_p: float) -> Tensor:
     bf16); elsewhere a bool.
     """
     dtype = x.dtype if x.device.type == "cpu" else torch.bool
-    return torch.empty(x.shape, dtype=dtype, device=x.device).bernoulli_(1.0 - dropout_p)
+    return torch.empty_like(x, dtype=dtype).bernoulli_(1.0 - dropout_p)
 
 
 def _keep_mask(dropout_state: Tensor, shape: tuple[int, ...], dropout_p: float) -> Tensor:

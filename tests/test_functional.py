@@ -1,0 +1,428 @@
+"""`lora_linear` and `multi_lora_linear` on the CPU, through both paths: values, gradients, dropout, bad input."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import with_layout
+from problems import NAMES, PATHS, assert_right, eager, fused, make_problem, path, run
+from torch import Tensor
+
+from fastlora import reference
+from fastlora.functional import Adapter, lora_linear, multi_lora_linear
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=PATHS, autouse=True)
+def either_path(request):
+    with path(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_and_every_gradient(dtype, bias, dropout_p):
+    problem = make_problem(33, 65, dtype=dtype, bias=bias, dropout_p=dropout_p)
+    assert_right(problem, trained=NAMES if bias else [name for name in NAMES if name != "bias"])
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "dtype, adapter_dtype",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+    ],
+    ids=str,
+)
+def test_adapters_of_another_dtype(dtype, adapter_dtype, dropout_p):
+    """They are rounded to x's dtype, and their gradients come in their own."""
+    problem = make_problem(33, 65, dtype=dtype, adapter_dtype=adapter_dtype, dropout_p=dropout_p)
+    assert_right(problem)
+    got = fused(problem)
+    assert [got[name].dtype for name in ("y", "x", "lora_A", "lora_B")] == [dtype, dtype, adapter_dtype, adapter_dtype]
+
+
+@pytest.mark.parametrize("r", [1, 2, 16, 64, 512])
+def test_ranks(r):
+    assert_right(make_problem(20, 37, n=29, r=r, dropout_p=0.25))
+
+
+@pytest.mark.parametrize("shape", [(9,), (1, 9), (0, 9), (2, 3, 9), (2, 0, 9), (2, 3, 4, 9)], ids=str)
+def test_inputs_of_one_to_four_dimensions(shape):
+    problem = make_problem(*shape, n=7, dropout_p=0.25, dtype=torch.float64)
+    got, want = fused(problem, NAMES), eager(problem, NAMES, problem.keep_mask(0))
+    torch.testing.assert_close(got, want)
+    assert got["y"].shape == (*shape[:-1], 7)
+
+
+@pytest.mark.parametrize("side", ["K", "N"])
+def test_layers_without_elements(side):
+    """As in F.linear: no inputs leave the bias, no outputs leave nothing, and gradients are zeros."""
+    problem = make_problem(2, 3, 0, n=4) if side == "K" else make_problem(2, 3, 5, n=0)
+    got, want = fused(problem), eager(problem)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "offset", "expanded"])
+@pytest.mark.parametrize("changed", ["x", "weight", "lora_A", "lora_B", "dy"])
+def test_strides(changed, layout):
+    """Any of the tensors may be a view; around it lies NaN, so that a stray read shows."""
+    problem = make_problem(33, 65, dropout_p=0.25)
+    viewed = with_layout(getattr(problem, changed), layout)
+    problem.__dict__[changed] = viewed
+    assert_right(problem, trained=NAMES)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:, 1:4],
+        lambda x: x[:, ::2],
+        lambda x: x[..., 3:],
+        lambda x: x[:1].expand(4, -1, -1),
+        lambda x: x[:, :1].expand(-1, 5, -1),
+        lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    ],
+)
+def test_views_of_three_dimensions(view):
+    x = view(torch.randn(4, 6, 19))
+    problem = make_problem(*x.shape, n=13)
+    problem.__dict__["x"] = x
+    assert_right(problem, trained=NAMES)
+
+
+@pytest.mark.parametrize("scaling", [0.0, -2.5, 1e-3, 300.0, 2])
+def test_scales(scaling):
+    assert_right(make_problem(33, 65, scaling=scaling, dropout_p=0.25))
+
+
+def test_a_transposed_weight():
+    """A Conv1D's weight (K, N) goes in as `weight.t()`."""
+    problem = make_problem(33, 65)
+    problem.__dict__["weight"] = problem.weight.t().contiguous().t()
+    assert_right(problem, trained=NAMES)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "trained", [("lora_A",), ("lora_B",), ("x",), ("lora_A", "lora_B"), ("weight",), ("bias",), ()], ids=str
+)
+def test_each_gradient_alone(trained, dropout_p):
+    """The same bits as when all are computed."""
+    problem = make_problem(2, 10, 21, dropout_p=dropout_p)
+    everything, some = fused(problem, NAMES), fused(problem, trained)
+    assert some.keys() == {"y", *trained}
+    assert some["y"].requires_grad is False
+    assert all(torch.equal(some[name], everything[name]) for name in some)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradients_against_finite_differences(dropout_p):
+    problem = make_problem(3, 2, 5, n=4, r=2, dtype=torch.float64)
+    leaves = [getattr(problem, name).requires_grad_() for name in ("x", "weight", "lora_A", "lora_B", "bias")]
+
+    def function(x, weight, lora_A, lora_B, bias):
+        torch.manual_seed(5)
+        return lora_linear(x, weight, lora_A, lora_B, 1.5, bias, dropout_p)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "cublas", "triton"])
+def test_every_backend_s_name_is_understood_on_a_cpu(backend):
+    """What a hand-written backend cannot take falls down to ATen."""
+    problem = make_problem(8, 16, n=16, r=4)
+    got, want = fused(problem, backend=backend), fused(problem)
+    torch.testing.assert_close(got, want)
+
+
+def test_the_output_may_be_written_into():
+    """`ReLU(inplace=True)` after a layer, or `h += ...` on what was computed without gradients."""
+    for shape in ((6, 9), (2, 3, 9), (9,)):
+        problem = make_problem(*shape, n=7)
+        want = run(problem, lambda *a: F.relu(lora_linear(*a)))
+        got = run(problem, lambda *a: F.relu_(lora_linear(*a)))
+        assert all(torch.equal(got[name], want[name]) for name in want)
+        with torch.no_grad():
+            y = fused(problem, trained=())["y"]
+        y += torch.ones(7, requires_grad=True)
+        assert y.requires_grad
+
+
+def test_the_meta_device_gives_shapes_and_dtypes():
+    problem = make_problem(2, 3, 9, n=7, dropout_p=0.1, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    got, want = fused(problem.mapped(lambda t: t.to("meta"))), fused(problem)
+    assert all(value.is_meta for value in got.values())
+    assert {k: (v.shape, v.dtype) for k, v in got.items()} == {k: (v.shape, v.dtype) for k, v in want.items()}
+
+
+# Dropout.
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1, 3), (7, 11), (2, 16, 40)], ids=str)
+def test_drops_what_torch_drops_and_leaves_the_generator_where_torch_does(shape, dtype):
+    x = torch.ones(shape, dtype=dtype)
+    k = shape[-1]
+    torch.manual_seed(11)
+    want = F.dropout(x, 0.4)
+    after = torch.get_rng_state()
+    torch.manual_seed(11)
+    eye = torch.eye(k, dtype=dtype)
+    y = lora_linear(x, torch.zeros(k, k, dtype=dtype), eye, eye, 1.0, dropout_p=0.4)
+    torch.testing.assert_close(y, want)
+    assert torch.equal(y == 0, want == 0)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+def test_kept_fraction():
+    """Within 4σ of what was asked for."""
+    eye = torch.eye(300)
+    torch.manual_seed(0)
+    for p in (0.05, 0.5, 0.95):
+        y = lora_linear(torch.ones(400, 300), torch.zeros(300, 300), eye, eye, 1.0, dropout_p=p)
+        kept = (y != 0).double().mean().item()
+        assert abs(kept - (1 - p)) < 4 * (p * (1 - p) / y.numel()) ** 0.5
+
+
+def test_nothing_dropped_in_eval_mode():
+    problem = make_problem(8, 16, dropout_p=0.5)
+    before = torch.get_rng_state()
+    got = run(problem, lora_linear, training=False)
+    assert torch.equal(torch.get_rng_state(), before)
+    problem.__dict__["dropout_p"] = 0.0
+    want = fused(problem)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_everything_dropped():
+    problem = make_problem(8, 16, dropout_p=1.0)
+    got, want = fused(problem), eager(problem, keep_mask=torch.zeros(8, 16, dtype=torch.bool))
+    torch.testing.assert_close(got, want)
+    assert not got["lora_A"].any() and not got["lora_B"].any()
+    torch.testing.assert_close(got["y"], F.linear(problem.x, problem.weight, problem.bias))
+
+
+def test_another_mask_at_every_call():
+    problem = make_problem(8, 16, dropout_p=0.5)
+    torch.manual_seed(0)
+    arguments = (problem.x, problem.weight, problem.lora_A, problem.lora_B, 1.0, None, 0.5)
+    assert not torch.equal(lora_linear(*arguments), lora_linear(*arguments))
+
+
+# Autocast.
+
+
+@pytest.mark.parametrize("backward_within", [False, True])
+@pytest.mark.parametrize("base, adapters", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")])
+def test_autocast(base, adapters, backward_within):
+    """F.linear's casts: the error is at most twice eager's in the same context; gradients in their tensors' dtypes."""
+    dtype, adapter_dtype = getattr(torch, base), getattr(torch, adapters)
+    problem = make_problem(2, 20, 65, dtype=dtype, adapter_dtype=adapter_dtype)
+    problem.__dict__["x"] = problem.x.float()
+    problem.__dict__["dy"] = problem.dy.bfloat16()
+
+    def under_autocast(function):
+        def call(x, weight, lora_A, lora_B, scaling, bias, dropout_p):
+            with torch.autocast("cpu", torch.bfloat16):
+                return function(x, weight, lora_A, lora_B, scaling, bias)
+
+        with torch.autocast("cpu", torch.bfloat16, enabled=backward_within):
+            return run(problem, call, NAMES)
+
+    got = under_autocast(lora_linear)
+    in_same_dtype = under_autocast(lambda x, w, a, b, s, bias: F.linear(x, w, bias) + s * F.linear(F.linear(x, a), b))
+    exact = eager(problem.mapped(Tensor.double), NAMES)
+    for name, value in got.items():
+        assert value.dtype == in_same_dtype[name].dtype
+        error, allowed = (value.double() - exact[name]).norm(), (in_same_dtype[name].double() - exact[name]).norm()
+        assert error <= 2 * allowed, name
+
+
+def test_backward_within_autocast_of_a_forward_outside():
+    problem = make_problem(2, 20, 65, dropout_p=0.25)
+    want = fused(problem, NAMES)
+    leaves = {name: getattr(problem, name).requires_grad_() for name in NAMES}
+    torch.manual_seed(0)
+    y = lora_linear(leaves["x"], leaves["weight"], leaves["lora_A"], leaves["lora_B"], 1.5, leaves["bias"], 0.25)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(y, list(leaves.values()), problem.dy)
+    for name, value in zip(leaves, got, strict=True):
+        assert value.dtype == torch.float32
+        assert (value - want[name]).norm() < 0.02 * want[name].norm(), name
+
+
+# Several adapters.
+
+
+def _adapters(k, n):
+    generator = torch.Generator().manual_seed(1)
+
+    def adapter(r, scaling, dropout_p, dtype=torch.float64):
+        a, b = torch.randn(r, k, generator=generator), torch.randn(n, r, generator=generator)
+        return Adapter(a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_(), scaling, dropout_p)
+
+    return {
+        "plain": adapter(3, 2.0, 0.0),
+        "plain too": adapter(1, 2.0, 0.0),
+        "another scale": adapter(8, -0.5, 0.0),
+        "float32": adapter(2, 1.5, 0.0, torch.float32),
+        "dropped": adapter(4, 1.0, 0.3),
+        "dropped more": adapter(5, 0.7, 0.6),
+    }
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        (),
+        ("plain",),
+        ("dropped",),
+        ("plain", "plain too"),
+        ("plain", "plain too", "another scale"),
+        ("plain", "float32"),
+        ("dropped", "dropped more"),
+        ("dropped more", "plain", "dropped", "another scale"),
+    ],
+    ids=" + ".join,
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_several_adapters(names, training):
+    """The sum of their terms, each with a mask of its own, drawn in the order given."""
+    x = torch.randn(2, 6, 9, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(7, 9, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    adapters = [_adapters(9, 7)[name] for name in names]
+    torch.manual_seed(2)
+    got = multi_lora_linear(x, weight, adapters, bias, training=training)
+    torch.manual_seed(2)
+    want = F.linear(x, weight, bias)
+    for a, b, scaling, dropout_p in adapters:
+        dropped = F.dropout(x, dropout_p, training) if dropout_p else x
+        want = want + scaling * F.linear(F.linear(dropped, a.to(x.dtype)), b.to(x.dtype))
+    torch.testing.assert_close(got, want)
+    leaves = [x, *(t for adapter in adapters for t in adapter[:2])]
+    dy = torch.randn_like(want)
+    for value, wanted in zip(torch.autograd.grad(got, leaves, dy), torch.autograd.grad(want, leaves, dy), strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-6, atol=1e-6)  # dtypes too; a float32 adapter rounds s·B
+
+
+def test_several_adapters_in_half_precision():
+    problem = make_problem(33, 65, dtype=torch.bfloat16)
+    weight, bias = problem.weight, problem.bias
+    adapters = [a._replace(lora_A=a.lora_A * 65**-0.5) for a in _adapters(65, 47).values() if a.dropout_p == 0.0]
+    got = multi_lora_linear(problem.x, weight, adapters, bias)
+
+    def summed(x, weight, bias):
+        y = F.linear(x, weight, bias)
+        for a, b, scaling, _ in adapters:
+            y = y + scaling * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+        return y
+
+    exact = summed(problem.x.double(), weight.double(), bias.double())
+    eager_error = (summed(problem.x, weight, bias).double() - exact).norm()
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - exact).norm() <= 2 * eager_error
+
+
+# Bad input.
+
+
+def _arguments(**changes):
+    arguments = {
+        "x": torch.randn(5, 8),
+        "weight": torch.randn(6, 8),
+        "lora_A": torch.randn(2, 8),
+        "lora_B": torch.randn(6, 2),
+        "scaling": 1.0,
+        "bias": torch.randn(6),
+    }
+    return arguments | changes
+
+
+BAD_CALLS = {
+    "x of no dimensions": ({"x": torch.tensor(1.0)}, r"dimensions: got x 0-D.*want x at least 1-D"),
+    "weight 1-D": ({"weight": torch.randn(8)}, r"dimensions: got x 2-D, weight 1-D"),
+    "lora_A 3-D": ({"lora_A": torch.randn(1, 2, 8)}, r"lora_A 3-D.*want x at least 1-D and the others 2-D"),
+    "x too wide": ({"x": torch.randn(5, 9)}, r"shapes: got x \(5, 9\), weight \(6, 8\).*want x \(\.\.\., K\)"),
+    "lora_A too narrow": ({"lora_A": torch.randn(2, 7)}, r"shapes: got .*lora_A \(2, 7\).*want .*lora_A \(r, K\)"),
+    "ranks differ": ({"lora_B": torch.randn(6, 3)}, r"shapes: got .*lora_B \(6, 3\).*want .*lora_B \(N, r\)"),
+    "lora_B transposed": ({"lora_B": torch.randn(2, 6)}, r"shapes: got .*lora_B \(2, 6\)"),
+    "rank 0": ({"lora_A": torch.randn(0, 8), "lora_B": torch.randn(6, 0)}, r"got .*lora_A \(0, 8\).*want .*r >= 1"),
+    "bias too long": ({"bias": torch.randn(7)}, r"bias: got shape \(7,\), want \(6,\)"),
+    "bias 2-D": ({"bias": torch.randn(1, 6)}, r"bias: got shape \(1, 6\), want \(6,\)"),
+    "another device": (
+        {"lora_A": torch.randn(2, 8, device="meta")},
+        r"devices: got x on cpu.*lora_A on meta.*want all",
+    ),
+    "bias on another device": ({"bias": torch.randn(6, device="meta")}, r"devices: got .*bias on meta.*model\.to"),
+    "x of integers": ({"x": torch.ones(5, 8, dtype=torch.long)}, r"dtypes: got x torch\.int64.*want floating-point"),
+    "lora_B of integers": ({"lora_B": torch.ones(6, 2, dtype=torch.int8)}, r"lora_B torch\.int8.*want floating-point"),
+    "x of another dtype": (
+        {"x": torch.randn(5, 8).bfloat16()},
+        r"got x torch\.bfloat16, weight torch\.float32.*one dtype",
+    ),
+    "bias of another dtype": ({"bias": torch.randn(6).half()}, r"bias torch\.float16, want one dtype"),
+    "dropout_p above 1": ({"dropout_p": 1.5}, r"dropout_p: got 1\.5, want a probability in \[0, 1\]"),
+    "dropout_p negative": ({"dropout_p": -0.1, "training": False}, r"dropout_p: got -0\.1, want a probability"),
+    "dropout_p not a number": ({"dropout_p": float("nan")}, r"dropout_p: got nan, want a probability"),
+    "no such backend": ({"backend": "nonsense"}, r"backend: got 'nonsense', want one of auto, "),
+}
+
+
+@pytest.mark.parametrize("changes, message", BAD_CALLS.values(), ids=BAD_CALLS.keys())
+def test_bad_input_is_refused_in_words(changes, message):
+    arguments = _arguments(**changes)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        lora_linear(**arguments)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dropout_p", [-0.1, 1.5])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("others", [0, 1])
+def test_bad_probabilities_among_several_adapters(dropout_p, training, others):
+    arguments = _arguments()
+    adapter = Adapter(arguments["lora_A"], arguments["lora_B"], 1.0)
+    adapters = [adapter] * others + [adapter._replace(dropout_p=dropout_p)]
+    with pytest.raises(ValueError, match=f"dropout_p: got {dropout_p}, want a probability"):
+        multi_lora_linear(arguments["x"], arguments["weight"], adapters, training=training)
+
+
+def test_bad_shapes_among_several_adapters():
+    arguments = _arguments()
+    good = Adapter(arguments["lora_A"], arguments["lora_B"], 1.0)
+    with pytest.raises(ValueError, match=r"shapes: got .*lora_A \(2, 7\)"):
+        multi_lora_linear(arguments["x"], arguments["weight"], [good, good._replace(lora_A=torch.randn(2, 7))])
+
+
+def test_the_path_without_gradients_gives_the_same_bits():
+    problem = make_problem(2, 10, 21, dropout_p=0.25)
+    want = fused(problem)["y"]
+    with torch.no_grad():
+        assert torch.equal(fused(problem, trained=())["y"], want)
+    with torch.inference_mode():
+        assert torch.equal(fused(problem, trained=())["y"], want)
+
+
+def test_tensor_subclasses_see_every_operation():
+    """A subclass gets to see the matmuls: it is what sharded and quantised tensors live by."""
+    seen = []
+
+    class Watching(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    problem = make_problem(5, 8, n=6)
+    want = reference.lora_linear(problem.x, problem.weight, problem.lora_A, problem.lora_B, 1.5)
+    weight = problem.weight.as_subclass(Watching)
+    y = lora_linear(problem.x, weight, problem.lora_A, problem.lora_B, 1.5)
+    assert isinstance(y, Watching) and F.linear in seen
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), want)
