@@ -6,6 +6,7 @@ nothing else.
 
 from . import functional
 from .adapters import disable_adapter, merge, set_adapter, unmerge
+from .checkpoint import load_adapter, save_adapter
 from .layers import FusedLoraLinear
 from .patching import ModuleReport, PatchReport, is_patched, patch, unpatch
 
@@ -17,8 +18,10 @@ __all__ = [
     "disable_adapter",
     "functional",
     "is_patched",
+    "load_adapter",
     "merge",
     "patch",
+    "save_adapter",
     "set_adapter",
     "unmerge",
     "unpatch",

@@ -1,0 +1,372 @@
+"""Adapters on disk, in PEFT's own format: `adapter_config.json` and `adapter_model.safetensors`.
+
+PEFT loads what is saved here, and what PEFT saved loads here. Files are written beside their final place and renamed
+into it; everything read is checked before the model is touched. No pickle, ever. docs/peft.md has the details.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from . import patching, peft_format
+from .adapters import lora_layers
+from .layers import FusedLoraLinear, check_adapter_arguments
+from .peft_format import AdapterFile, Spec, some
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+    """Writes adapters as PEFT would, so that `PeftModel.from_pretrained(base_model, directory)` loads them.
+
+    Args:
+        model: a patched model, or a `PeftModel` (which saves itself, with all that PEFT saves).
+        directory: made where it does not exist. An adapter that is there is replaced, whole or not at all.
+        adapter_name: save this one, into `directory` itself. None: all of them, "default" into `directory` and each
+            other one into the subdirectory of its name, as PEFT does.
+
+    Weights are saved in the dtype they have. What is saved of the scale is alpha, not a changed `scaling`, as in PEFT.
+
+    Raises:
+        ValueError: no adapters, an unknown name, a directory that is a file, parameters sharded over processes.
+        OSError: the directory cannot be written (PermissionError, no space left, ...); nothing in it was changed.
+
+    Example:
+        >>> fastlora.save_adapter(model, "runs/my-adapter")
+    """
+    model = _unwrap(model, "save_adapter")
+    root = Path(directory)
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"save_adapter: directory: got {str(root)!r}, which is a file; want a directory")
+    names = _adapters_of(model)
+    if not names:
+        raise ValueError(
+            f"save_adapter: model: this {type(model).__name__} has no adapters; want a model after fastlora.patch"
+        )
+    if adapter_name is not None and adapter_name not in names:
+        raise ValueError(f"save_adapter: adapter_name: got {adapter_name!r}, want one of {names}")
+    wanted = names if adapter_name is None else [adapter_name]
+    files: dict[Path, bytes] = {}
+    for name in wanted:
+        folder = root if name in ("default", adapter_name) else root / name
+        contents = _peft_contents(model, name, root) if _is_peft_model(model) else _contents(model, name)
+        files.update({(root if file == "README.md" else folder) / file: data for file, data in contents.items()})
+    try:
+        peft_format.write_files(files)
+    except OSError as error:
+        message = f"save_adapter: directory: cannot write to {str(root)!r}, nothing in it was changed: {error.strerror}"
+        raise OSError(error.errno, message, error.filename) from error
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Puts an adapter saved by `save_adapter` or by PEFT into a model, under this name.
+
+    A plain model is patched as the adapter's configuration says, and the adapter is active. A patched model gets one
+    more adapter, inactive until `set_adapter`, or has the one of that name overwritten. A `PeftModel` loads it itself.
+    Weights take the dtype of the layer's adapters: float32 on half-precision bases.
+
+    Raises:
+        FileNotFoundError: the directory or one of its two files is not there.
+        ValueError: files that are truncated, foreign or in use of features that are not supported; keys or shapes that
+            do not fit the model; an adapter of that name with other shapes, or merged. The model is then as it was.
+
+    Example:
+        >>> fastlora.load_adapter(model, "runs/my-adapter")
+    """
+    model = _unwrap(model, "load_adapter")
+    root = Path(directory)
+    config, tensors = peft_format.read(root)
+    if _is_peft_model(model):
+        _load_into_peft(model, root, adapter_name)
+        return
+    file = peft_format.parse(root, config, tensors)
+    layers = dict(_modules_outside_adapters(model))
+    _check_against_model(model, layers, file, adapter_name)
+    new = [name for name in file.lora_A if not _has_adapter(layers[name], adapter_name)]
+    if new:
+        _add(model, layers, file, adapter_name, new)
+    with torch.no_grad():
+        for name in file.lora_A:
+            layer = layers[name]
+            assert isinstance(layer, FusedLoraLinear)
+            _set_scale(layer, adapter_name, file.spec(name))
+            layer.lora_A[adapter_name].copy_(file.lora_A[name])
+            layer.lora_B[adapter_name].copy_(file.lora_B[name])
+
+
+# Which model.
+
+
+def _unwrap(model: nn.Module, caller: str) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel or torch.compile's wrapper: names on disk are its own."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{caller}: model: got {type(model).__name__}, want a torch.nn.Module")
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _is_peft_model(model: nn.Module) -> bool:
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def _adapters_of(model: nn.Module) -> list[str]:
+    if _is_peft_model(model):
+        return list(model.peft_config)  # type: ignore[arg-type]
+    names: dict[str, None] = {}
+    for name, layer in lora_layers(model):
+        if not isinstance(layer, FusedLoraLinear):
+            raise ValueError(
+                f"save_adapter: model: {name!r} is PEFT's layer in a {type(model).__name__}, want the PeftModel around "
+                "it (or save with the library that put PEFT's layers there)"
+            )
+        names.update(dict.fromkeys(layer.lora_A))
+    return list(names)
+
+
+def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by name, but for what a LoRA layer holds inside."""
+    inside: set[int] = set()
+    for _, layer in lora_layers(model):
+        inside.update(id(module) for module in layer.modules() if module is not layer)
+    for name, module in model.named_modules():
+        if id(module) not in inside:
+            yield name, module
+
+
+def _has_adapter(module: nn.Module, adapter_name: str) -> bool:
+    return isinstance(module, FusedLoraLinear) and adapter_name in module.lora_A
+
+
+# Saving.
+
+
+def _contents(model: nn.Module, adapter_name: str) -> dict[str, bytes]:
+    """The two files' contents."""
+    modules = dict(_modules_outside_adapters(model))
+    layers = {name: m for name, m in modules.items() if isinstance(m, FusedLoraLinear) and adapter_name in m.lora_A}
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        r = layer.r[adapter_name]
+        wanted = {"A": (r, layer.in_features), "B": (layer.out_features, r)}
+        for side, parameter in (("A", layer.lora_A[adapter_name]), ("B", layer.lora_B[adapter_name])):
+            tensor = parameter.detach()
+            if hasattr(tensor, "full_tensor"):  # DTensor
+                tensor = tensor.full_tensor()  # type: ignore[operator]
+            if tuple(tensor.shape) != wanted[side] or tensor.is_meta:
+                raise ValueError(
+                    f"save_adapter: model: lora_{side} of {name!r} is a {tuple(tensor.shape)} tensor on "
+                    f"{tensor.device}, want {wanted[side]}: gather sharded parameters before saving"
+                )
+            tensors[f"{peft_format.PREFIX}{name}{'.' if name else ''}lora_{side}.weight"] = tensor.cpu().contiguous()
+    config = _config(model, modules, layers, adapter_name)
+    return {
+        peft_format.CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        peft_format.WEIGHTS_NAME: safetensors.torch.save(tensors, metadata={"format": "pt"}),
+    }
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def _config(
+    model: nn.Module, modules: dict[str, nn.Module], layers: dict[str, FusedLoraLinear], adapter_name: str
+) -> dict[str, Any]:
+    use_rslora = _most_common(layer.use_rslora[adapter_name] for layer in layers.values())
+    ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
+    alphas = {}
+    for name, layer in layers.items():
+        alpha = layer.lora_alpha[adapter_name]
+        if layer.use_rslora[adapter_name] != use_rslora:  # one flag for all: the same scale by another alpha
+            alpha = alpha / math.sqrt(ranks[name]) if not use_rslora else alpha * math.sqrt(ranks[name])
+            alpha = alpha * ranks[name] if not use_rslora else alpha / ranks[name]
+        alphas[name] = alpha
+    dropouts = {layer.lora_dropout[adapter_name] for layer in layers.values()}
+    dropout = _most_common(layer.lora_dropout[adapter_name] for layer in layers.values())
+    if len(dropouts) > 1:
+        warnings.warn(
+            f"fastlora.save_adapter: adapter {adapter_name!r} has lora_dropout {sorted(dropouts)} in different layers, "
+            f"and the format holds one number: {dropout} is saved",
+            UserWarning,
+            stacklevel=4,
+        )
+    r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    return {
+        "peft_type": "LORA",
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "revision": None,
+        "task_type": None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": peft_format.target_modules(set(layers), set(modules)),
+        "exclude_modules": None,
+        "rank_pattern": {peft_format.pattern(name): rank for name, rank in ranks.items() if rank != r},
+        "alpha_pattern": {peft_format.pattern(name): value for name, value in alphas.items() if value != alpha},
+        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
+        "bias": "none",
+        "use_rslora": use_rslora,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "use_dora": False,
+        "lora_bias": False,
+    }
+
+
+def _peft_contents(model: Any, adapter_name: str, root: Path) -> dict[str, bytes]:
+    """What PEFT's own `save_pretrained` writes for one adapter (and its README.md), without touching the directory."""
+    with tempfile.TemporaryDirectory() as folder:
+        card = root / "README.md"
+        if card.is_file():  # PEFT updates a model card that is there
+            shutil.copy(card, folder)
+        model.save_pretrained(folder, selected_adapters=[adapter_name])
+        paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+        return {path.name: path.read_bytes() for path in paths}
+
+
+# Reading, and checking before the model is touched.
+
+
+def _check_against_model(model: nn.Module, layers: dict[str, nn.Module], file: AdapterFile, adapter_name: str) -> None:
+    """Raises ValueError where the file does not fit the model, naming the module, what it has and what is wanted."""
+    check_adapter_arguments(adapter_name, 1, 1, 0.0, caller="load_adapter")
+    given = set(file.lora_A)
+    if given - set(layers):
+        linear = [name for name, module in layers.items() if isinstance(module, nn.Linear)]
+        raise ValueError(
+            f"load_adapter: the adapter has weights for {some(given - set(layers))}, which this {type(model).__name__} "
+            f"has not; its linear layers are {some(linear)}"
+        )
+    targets = file.config["target_modules"]
+    all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+    selected = given if all_linear else {name for name in layers if peft_format.selects(file.config, name)}
+    existing = {name for name, layer in layers.items() if _has_adapter(layer, adapter_name)}
+    if (selected | existing) - given:
+        missing = some((selected | existing) - given)
+        raise ValueError(f"load_adapter: the adapter has no weights for {missing}, which it targets in this model")
+    if given - selected:
+        raise ValueError(
+            f"load_adapter: target_modules: {targets!r} does not select {some(given - selected)}, for which there are "
+            "weights"
+        )
+    for name, layer in layers.items():
+        if isinstance(layer, FusedLoraLinear) and adapter_name in layer.merged_adapters:
+            raise ValueError(
+                f"load_adapter: {adapter_name!r} is merged into {name!r}; call fastlora.unmerge(model) first"
+            )
+    if existing and given - existing:
+        raise ValueError(
+            f"load_adapter: adapter_name: {adapter_name!r} exists already, and not in {some(given - existing)}, for "
+            "which there are weights; want another name"
+        )
+    for name in file.lora_A:
+        _check_shapes(name, layers[name], file, adapter_name)
+
+
+def _check_shapes(name: str, layer: nn.Module, file: AdapterFile, adapter_name: str) -> None:
+    why_not = patching._why_not_patchable(layer)
+    if why_not is not None:
+        raise ValueError(f"load_adapter: {name!r} cannot carry an adapter: {why_not}")
+    weight_shape = tuple(layer.weight.shape)  # type: ignore[arg-type]
+    stored_as_in_out = layer.fan_in_fan_out if isinstance(layer, FusedLoraLinear) else not isinstance(layer, nn.Linear)
+    n, k = weight_shape[::-1] if stored_as_in_out else weight_shape
+    r = file.spec(name).r
+    if isinstance(layer, FusedLoraLinear) and adapter_name in layer.r:
+        r = layer.r[adapter_name]
+    for side, tensor, wanted in (("A", file.lora_A[name], (r, k)), ("B", file.lora_B[name], (n, r))):
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(f"load_adapter: lora_{side} of {name!r}: got shape {tuple(tensor.shape)}, want {wanted}")
+
+
+# Loading.
+
+
+def _add(
+    model: nn.Module, layers: dict[str, nn.Module], file: AdapterFile, adapter_name: str, names: list[str]
+) -> None:
+    """Adds the adapter (weights still to come) to these modules, patching those that are plain; all or nothing."""
+    was_patched = patching.is_patched(model)
+    fused = [layer for layer in layers.values() if isinstance(layer, FusedLoraLinear)]
+    common = _most_common(file.spec(name) for name in names)
+    patching.patch(
+        model,
+        **common._asdict(),
+        target_modules="|".join(re.escape(name) for name in names),
+        adapter_name=adapter_name,
+        backend=fused[0].backend if fused else "auto",
+        strict=True,
+    )
+    try:
+        for name in names:
+            layer, spec = layers[name], file.spec(name)
+            assert isinstance(layer, FusedLoraLinear)
+            if spec.r != common.r:
+                layer.delete_adapter(adapter_name)
+                layer.add_adapter(adapter_name, **spec._asdict())
+            if was_patched and layer not in fused:
+                layer.set_adapter([])  # the model's active adapters stay the same
+    except BaseException:
+        if not was_patched:
+            patching.unpatch(model)
+        for layer in (layers[name] for name in names):
+            if isinstance(layer, FusedLoraLinear) and layer not in fused:
+                patching._restore_layer(layer)
+            elif isinstance(layer, FusedLoraLinear) and adapter_name in layer.lora_A:
+                layer.delete_adapter(adapter_name)
+        raise
+
+
+def _set_scale(layer: FusedLoraLinear, adapter_name: str, spec: Spec) -> None:
+    layer.lora_alpha[adapter_name] = spec.lora_alpha
+    layer.lora_dropout[adapter_name] = spec.lora_dropout
+    layer.use_rslora[adapter_name] = spec.use_rslora
+    layer.scaling[adapter_name] = spec.lora_alpha / (math.sqrt(spec.r) if spec.use_rslora else spec.r)
+
+
+def _load_into_peft(model: Any, root: Path, adapter_name: str) -> None:
+    """PEFT's own `load_adapter`. It adds first and checks later: where the file does not fit, it is all taken back."""
+    existed = adapter_name in model.peft_config
+    marker = f".{adapter_name}."
+    before = {k: v.detach().clone() for k, v in model.state_dict().items() if marker in k} if existed else {}
+    modules_before = set(model.modules())
+    fused = [module for module in modules_before if patching._is_fused_peft(module)]
+    try:
+        result = model.load_adapter(str(root), adapter_name)
+        wrong = [*result.missing_keys, *result.unexpected_keys]
+        if wrong:
+            raise ValueError(f"keys missing or unexpected: {some(wrong)}")
+    except Exception as error:
+        if existed:
+            model.load_state_dict(before, strict=False)
+        elif adapter_name in model.peft_config:
+            model.delete_adapter(adapter_name)
+        for name, module in list(model.named_modules()):
+            if module not in modules_before and getattr(module, "base_layer", None) in modules_before:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.base_layer)
+        raise ValueError(f"load_adapter: {str(root)!r} does not fit this PeftModel: {error}") from error
+    if fused:  # the adapter may have brought new layers
+        patching.patch(model, backend=fused[0].backend)  # type: ignore[arg-type]
