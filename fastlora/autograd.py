@@ -43,7 +43,7 @@ class LoraLinearFunction(torch.autograd.Function):
         y, s, state = module.forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p)
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
-            x2 if need_a or need_w else None,
+            x if need_a or need_w else None,
             weight if need_x else None,
             lora_A if need_x or need_a else None,
             lora_B if need_x or need_a or need_b else None,
@@ -63,16 +63,17 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x2, weight, lora_A, lora_B, s, state = ctx.saved_tensors
+        x, weight, lora_A, lora_B, s, state = ctx.saved_tensors
         module, scaling, dropout_p, shape = ctx.arguments
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        x2 = x.reshape(-1, x.shape[-1]) if x is not None else None
         dy2 = dy.reshape(-1, dy.shape[-1])
         dx, grad_a, grad_b = module.backward(
             dy2, x2, weight, lora_A, lora_B, s, state, scaling, dropout_p, (need_x, need_a, need_b)
         )
         return (
             dx.view(shape) if dx is not None else None,
-            dy2.t().mm(x2) if need_w else None,
+            dy2.t().mm(x2) if need_w and x2 is not None else None,
             dy2.sum(0) if need_bias else None,
             grad_a,
             grad_b,

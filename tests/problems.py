@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ def run(
     **options: object,
 ) -> dict[str, Tensor]:
     """{"y": output, name: gradient} for `function`, called as `lora_linear` is."""
-    leaves = {name: getattr(problem, name) for name in NAMES}
+    leaves: dict[str, Any] = {name: getattr(problem, name) for name in NAMES}
     leaves = {name: None if t is None else t.detach().requires_grad_(name in trained) for name, t in leaves.items()}
     y = function(
         leaves["x"],

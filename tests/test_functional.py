@@ -313,7 +313,7 @@ def test_several_adapters(names, training):
 
 def test_several_adapters_in_half_precision():
     problem = make_problem(33, 65, dtype=torch.bfloat16)
-    weight, bias = problem.weight, problem.bias
+    weight, bias = problem.weight, torch.randn(47).bfloat16()
     adapters = [a._replace(lora_A=a.lora_A * 65**-0.5) for a in _adapters(65, 47).values() if a.dropout_p == 0.0]
     got = multi_lora_linear(problem.x, weight, adapters, bias)
 

@@ -41,17 +41,18 @@ def test_dropout_without_a_mask_is_torch_s():
 
 def test_adapters_of_another_dtype_are_cast_to_x_s():
     problem = make_problem(4, 7, dtype=torch.bfloat16, adapter_dtype=torch.float32)
-    arguments = (problem.x, problem.weight, problem.lora_A, problem.lora_B, 1.0)
-    y = reference.lora_linear(*arguments)
+    tensors = (problem.x, problem.weight, problem.lora_A, problem.lora_B)
+    y = reference.lora_linear(*tensors, 1.0)
     assert y.dtype == torch.bfloat16
-    assert torch.equal(y, reference.lora_linear(*(t.bfloat16() for t in arguments[:4]), 1.0))
+    x, weight, lora_A, lora_B = (tensor.bfloat16() for tensor in tensors)
+    assert torch.equal(y, reference.lora_linear(x, weight, lora_A, lora_B, 1.0))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4, 1.0])
 def test_gradients_against_finite_differences(dropout_p):
     problem = make_problem(3, 2, 5, n=4, r=2, dtype=torch.float64)
     keep = torch.rand(3, 2, 5) < 1 - dropout_p if dropout_p else None
-    leaves = [t.requires_grad_() for t in (problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.bias)]
+    leaves = [getattr(problem, name).requires_grad_() for name in ("x", "weight", "lora_A", "lora_B", "bias")]
     assert torch.autograd.gradcheck(
         lambda x, w, a, b, bias: reference.lora_linear(x, w, a, b, 1.5, bias, dropout_p, keep), leaves
     )
