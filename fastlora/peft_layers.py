@@ -113,7 +113,7 @@ class FusedPeftLinear(PeftLinear):
             return None
         undo = self._open_undo(base)
         if any(name in self.lora_variant for name in names):
-            self._merge_as_peft(names, base, undo)
+            self._merge_as_peft(names, base)
         else:
             weight, bias = self._merged(names, base)
             _write(base, weight, bias)
@@ -190,7 +190,7 @@ class FusedPeftLinear(PeftLinear):
             )
         return total, total_bias
 
-    def _merge_as_peft(self, names: list[str], base: nn.Module, undo: _Undo) -> None:
+    def _merge_as_peft(self, names: list[str], base: nn.Module) -> None:
         """PEFT's own merge, for DoRA and other variants; all or nothing."""
         weight, bias = _parameters(base)
         before = (weight.detach().clone(), bias.detach().clone() if bias is not None else None)
