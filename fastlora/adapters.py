@@ -66,7 +66,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     while adapters are merged.
     """
     several = isinstance(adapter_name, Iterable) and not isinstance(adapter_name, str)
-    names = list(dict.fromkeys(adapter_name)) if several else [adapter_name]
+    names: list[Any] = list(dict.fromkeys(adapter_name)) if several else [adapter_name]
     layers = _require_layers(model, "set_adapter")
     known = sorted({name for _, layer in layers for name in layer.lora_A})
     unknown = [name for name in names if name not in known]

@@ -169,6 +169,7 @@ class FusedLoraLinear(nn.Linear):
         """Draws A and B anew, by PEFT's names: True, A ~ U(±1/√in) (Kaiming, a = √5) and B = 0; "gaussian", A ~ N(0,
         1/r²) and B = 0 (the paper's); False, B like A, so that the adapter changes the output at once (for tests and
         benchmarks)."""
+        self._check_names([name], "reset_adapter")
         check_init(init_lora_weights, "FusedLoraLinear.reset_adapter")
         if init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A[name], std=1.0 / self.r[name])

@@ -133,7 +133,7 @@ def patch(
         if why_not is not None:
             if targeted and strict:
                 raise ValueError(f"patch: strict=True, and {name!r} cannot be patched: {why_not}")
-            report.modules.append(ModuleReport(name, type(module).__name__, False, why_not, targeted))
+            report.modules.append(ModuleReport(name, _original_kind(module), False, why_not, targeted))
             continue
         status = _adapter_status(name, module, adapter_name, settings)
         if not status:
@@ -234,10 +234,10 @@ def _check_names(names: str | Sequence[str], argument: str) -> str | list[str]:
         except re.error as error:
             raise ValueError(f"patch: {argument}: got {names!r}, want a regular expression: {error}") from None
         return names
-    names = list(names) if isinstance(names, Iterable) else [names]
-    if not all(isinstance(name, str) for name in names):
+    listed: list[Any] = list(names) if isinstance(names, Iterable) else [names]
+    if not all(isinstance(name, str) for name in listed):
         raise ValueError(f"patch: {argument}: got {names!r}, want a string or a list of strings")
-    return names
+    return listed
 
 
 def _output_heads(model: nn.Module) -> dict[int, str]:
@@ -315,7 +315,8 @@ def _adapter_status(name: str, module: nn.Module, adapter_name: str, settings: d
 
 def _check_something_matched(model: nn.Module, report: PatchReport, selection: _Selection, strict: bool) -> None:
     if not report.patched:
-        linear = sorted({line.name.rpartition(".")[2] for line in report.modules if line.kind in ("Linear", "Conv1D")})
+        kinds = ("Linear", "Conv1D", FusedLoraLinear.__name__)
+        linear = sorted({line.name.rpartition(".")[2] for line in report.modules if line.kind in kinds})
         found = f"its linear layers are called {', '.join(linear)}" if linear else "it has no linear layers"
         reasons = "; ".join(f"{line.name}: {line.reason}" for line in report.modules if line.targeted)
         raise ValueError(
