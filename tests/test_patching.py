@@ -120,11 +120,15 @@ def test_adapters_of_a_half_precision_base_are_float32(dtype, adapter_dtype):
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
 
 
+def negate(module, args, output):
+    return -output
+
+
 def test_optimiser_and_hooks_from_before_stay_valid():
     model = Net()
     fired = []
     model.head.register_forward_pre_hook(lambda module, args: fired.append("pre"))
-    model.head.register_forward_hook(lambda module, args, output: output + 1)
+    model.head.register_forward_hook(negate)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(4, 6)
     expected = model(x)
@@ -156,7 +160,10 @@ def test_report_has_a_line_per_module_and_reads_as_a_table():
     assert len(lines) == 2 + 9 and repr(report) == str(report)
     assert lines[2].split(maxsplit=3) == ["blocks.0.up", "Linear", "patched", "adapter 'default', r=3"]
     assert lines[3].split()[:4] == ["blocks.0.norm", "LayerNorm", "left", "alone"]
-    assert [line.kind for line in report.modules if line.patched] == ["Linear", "Conv1D", "Conv1D"]
+    kinds = ["Linear", "LayerNorm", "Conv1D", "Linear", "Linear", "LayerNorm", "Conv1D", "Linear", "Linear"]
+    assert [line.kind for line in report.modules] == kinds
+    again = fastlora.patch(model, r=3, target_modules=["conv", "norm"], exclude_modules=["norm"])
+    assert [line.kind for line in again.modules] == kinds, "a patched layer's kind is its former one"
     column = lines[1].index("why")
     assert all(line[column - 2 : column] == "  " for line in lines[2:]), "the columns do not line up"
 
@@ -238,7 +245,7 @@ def test_what_the_user_unfroze_stays_so_when_an_adapter_is_added():
 
 def peft_choice(model: nn.Module, **config: Any) -> list[str]:
     """The modules that PEFT itself gives an adapter, on a copy."""
-    adapted = peft.get_peft_model(cast(Any, copy.deepcopy(model)), peft.LoraConfig(r=2, **config)).base_model.model
+    adapted: Any = peft.get_peft_model(cast(Any, copy.deepcopy(model)), peft.LoraConfig(r=2, **config)).base_model.model
     return [name for name, module in adapted.named_modules() if isinstance(module, peft.tuners.lora.Linear)]
 
 

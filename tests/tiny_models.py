@@ -49,6 +49,10 @@ def _decoder_sizes(**more: Any) -> dict[str, Any]:
     }
 
 
+def _config(kind: Any, **settings: Any) -> Any:
+    return kind(**settings)  # settings that transformers' configurations take beyond those they declare
+
+
 def _llama(dropout: float) -> nn.Module:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_decoder_sizes(attention_dropout=dropout)))
 
@@ -59,7 +63,8 @@ def _qwen3(dropout: float) -> nn.Module:
 
 
 def _gpt2(dropout: float) -> nn.Module:
-    config = transformers.GPT2Config(
+    config = _config(
+        transformers.GPT2Config,
         vocab_size=_VOCABULARY,
         n_positions=64,
         n_embd=24,
@@ -76,8 +81,9 @@ def _gpt2(dropout: float) -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
-def _bert_config(dropout: float) -> transformers.BertConfig:
-    return transformers.BertConfig(
+def _bert_config(dropout: float) -> Any:
+    return _config(
+        transformers.BertConfig,
         vocab_size=_VOCABULARY,
         hidden_size=24,
         intermediate_size=40,
@@ -99,7 +105,8 @@ def _bert_classifier(dropout: float) -> nn.Module:
 
 
 def _t5(dropout: float) -> nn.Module:
-    config = transformers.T5Config(
+    config = _config(
+        transformers.T5Config,
         vocab_size=_VOCABULARY,
         d_model=24,
         d_kv=6,
@@ -116,7 +123,8 @@ def _t5(dropout: float) -> nn.Module:
 
 
 def _vit(dropout: float) -> nn.Module:
-    config = transformers.ViTConfig(
+    config = _config(
+        transformers.ViTConfig,
         hidden_size=24,
         intermediate_size=40,
         num_hidden_layers=2,

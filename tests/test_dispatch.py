@@ -1,0 +1,305 @@
+"""Which backend runs, and why: choices on a CPU and on a pretended GPU, and the self-check that precedes trust."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastlora import dispatch, env
+from fastlora.backends import torch as torch_backend
+from fastlora.functional import lora_linear
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
+
+
+def arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, bias, lora_A, lora_B."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((5, 8), (6, 8), (6,), (3, 8), (6, 3))
+    x, weight, bias, lora_A, lora_B = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return x, weight, bias, lora_A, lora_B
+
+
+# On the CPU.
+
+
+@pytest.mark.parametrize("backend, reason", [("auto", "not on a GPU"), ("torch", "asked for")])
+def test_the_cpu_takes_torch(backend, reason):
+    choice = dispatch.select(*arguments(), dropout_p=0.0, backend=backend)
+    assert (choice.name, choice.module) == ("torch", torch_backend) and reason in choice.reason
+
+
+@pytest.mark.parametrize("backend", ["triton", "cublas"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_a_gpu_backend_falls_down_to_torch_with_the_reason(backend, dropout_p):
+    choice = dispatch.select(*arguments(torch.float64), dropout_p=dropout_p, backend=backend)
+    assert (choice.name, choice.module) == ("torch", torch_backend)
+    reasons = choice.reason.split("; ")
+    steps = dispatch.FALL_DOWN[dispatch.FALL_DOWN.index(backend) : -1]
+    assert [reason.partition(": ")[0] for reason in reasons] == list(steps)
+    assert all(len(reason.partition(": ")[2]) > 10 for reason in reasons), reasons
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "triton", "cublas"])
+def test_every_name_computes_on_the_cpu(backend):
+    x, weight, bias, lora_A, lora_B = arguments(torch.float64)
+    y = lora_linear(x, weight, lora_A, lora_B, 2.0, bias, backend=backend)
+    torch.testing.assert_close(y, x @ weight.t() + bias + 2 * (x @ lora_A.t()) @ lora_B.t())
+
+
+def test_the_environment_stands_in_for_auto_only(monkeypatch):
+    monkeypatch.setenv("FASTLORA_BACKEND", "cublas")
+    assert dispatch.select(*arguments(torch.float64), dropout_p=0.0).reason.startswith("cublas: ")
+    assert dispatch.select(*arguments(), dropout_p=0.0, backend="torch").reason == "asked for"
+    monkeypatch.setenv("FASTLORA_BACKEND", "torch")
+    assert dispatch.select(*arguments(), dropout_p=0.0).reason == "asked for"
+    monkeypatch.setenv("FASTLORA_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="FASTLORA_BACKEND='cuda': wanted one of auto, torch, cublas, triton"):
+        dispatch.select(*arguments(), dropout_p=0.0)
+
+
+def test_an_unknown_name_is_an_error():
+    with pytest.raises(ValueError, match="backend: got 'cuda', want one of auto, torch, cublas, triton"):
+        dispatch.select(*arguments(), dropout_p=0.0, backend="cuda")
+
+
+def test_names_and_the_order_of_falling_down_agree():
+    assert set(dispatch.BACKENDS) == {"auto", *dispatch.FALL_DOWN} == set(env.BACKENDS)
+    assert dispatch.FALL_DOWN[-1] == "torch"
+
+
+def test_a_backend_that_cannot_be_imported_falls_down(monkeypatch):
+    monkeypatch.setattr(dispatch, "_modules", {})
+
+    def import_module(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(dispatch.importlib, "import_module", import_module)
+    choice = dispatch.select(*arguments(), dropout_p=0.0, backend="cublas")
+    assert choice.name == "torch" and "cublas: cannot be imported: No module named" in choice.reason
+    with pytest.raises(RuntimeError, match="backend 'cublas' cannot be loaded: No module named"):
+        dispatch.load("cublas")
+
+
+# The self-check: every kind of wrong result is seen.
+
+
+def backend_with(forward=None, backward=None, unsupported=None) -> types.ModuleType:
+    """The torch backend, with another function put around its own: it gets the right results and may change them."""
+    module = types.ModuleType("pretended_backend")
+
+    def changed_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state=None):
+        results = torch_backend.forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state)
+        return forward(*results) if forward else results
+
+    def changed_backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs):
+        grads = torch_backend.backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs)
+        return backward(grads, (dy, x, weight, lora_A, lora_B, s, state, scaling)) if backward else grads
+
+    vars(module).update(
+        unsupported=unsupported or torch_backend.unsupported, forward=changed_forward, backward=changed_backward
+    )
+    return module
+
+
+def with_nan(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor[-1, -1] = float("nan")
+    return tensor
+
+
+def without_mask_in_dx(grads, call):
+    dy, _, weight, lora_A, lora_B, _, _, scaling = call
+    dx = dy @ weight + scaling / 0.75 * (dy @ lora_B.to(dy.dtype)) @ lora_A.to(dy.dtype)
+    return dx, *grads[1:]
+
+
+def without_mask_in_da(grads, call):
+    dy, x, _, lora_A, lora_B, _, _, scaling = call
+    ds = scaling / 0.75 * dy @ lora_B.to(dy.dtype)
+    return grads[0], (ds.t() @ x).to(lora_A.dtype), grads[2]
+
+
+WRONG = {
+    "output of the base layer only": (lambda y, s, state: (y - y, s, state), None, "output"),
+    "output without its last row": (lambda y, s, state: (torch.cat([y[:-9], 0 * y[-9:]]), s, state), None, "output"),
+    "output with a NaN": (lambda y, s, state: (with_nan(y), s, state), None, "output"),
+    "sign of dx": (None, lambda g, _: (-g[0], g[1], g[2]), "gradient of x"),
+    "sign of dA": (None, lambda g, _: (g[0], -g[1], g[2]), "gradient of lora_A"),
+    "sign of dB": (None, lambda g, _: (g[0], g[1], -g[2]), "gradient of lora_B"),
+    "scale of dB": (None, lambda g, _: (g[0], g[1], 1.5 * g[2]), "gradient of lora_B"),
+    "dx with a NaN": (None, lambda g, _: (with_nan(g[0]), g[1], g[2]), "gradient of x"),
+    "dA with a NaN": (None, lambda g, _: (g[0], with_nan(g[1]), g[2]), "gradient of lora_A"),
+    "dB with a NaN": (None, lambda g, _: (g[0], g[1], with_nan(g[2])), "gradient of lora_B"),
+    "S of another order of its columns": (lambda y, s, state: (y, s.flip(1), state), None, "gradient of lora_B"),
+}
+WRONG_WITH_DROPOUT = {
+    "mask ignored in dx": (None, without_mask_in_dx, "gradient of x"),
+    "mask ignored in dA": (None, without_mask_in_da, "gradient of lora_A"),
+    "another mask in the backward pass": (lambda y, s, keep: (y, s, keep.flip(0)), None, "gradient of x"),
+    "nothing dropped": (lambda y, s, keep: (y, torch.ones_like(s), keep), None, "kept fraction is 1.00"),
+    "everything dropped": (lambda y, s, keep: (y, 0 * s, keep), None, "kept fraction is 0.00"),
+}
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+]
+
+
+@pytest.mark.parametrize("dtype, adapter_dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+def test_a_right_backend_passes(dtype, adapter_dtype, dropout):
+    assert dispatch.self_check(torch_backend, CPU, dtype, adapter_dtype, dropout) is None
+    assert dispatch.self_check(backend_with(), CPU, dtype, adapter_dtype, dropout) is None
+
+
+@pytest.mark.parametrize("dtype, adapter_dtype", DTYPES)
+@pytest.mark.parametrize("fault", [*WRONG, *WRONG_WITH_DROPOUT])
+def test_a_wrong_backend_is_caught(fault, dtype, adapter_dtype):
+    forward, backward, where = (WRONG | WRONG_WITH_DROPOUT)[fault]
+    module = backend_with(forward, backward)
+    for dropout in [True] if fault in WRONG_WITH_DROPOUT else [False, True]:
+        if dropout and fault.startswith("S of"):  # then S is where the mask is read
+            continue
+        failure = dispatch.self_check(module, CPU, dtype, adapter_dtype, dropout)
+        assert failure is not None and where in failure
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_the_self_check_leaves_the_generators_alone(dropout, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("seeded every GPU")
+
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    torch.default_generator.manual_seed(7)
+    before = torch.get_rng_state()
+    dispatch.self_check(torch_backend, CPU, torch.float32, torch.float32, dropout)
+    assert torch.equal(torch.get_rng_state(), before)
+    module = backend_with(forward=lambda *results: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        dispatch.self_check(module, CPU, torch.float32, torch.float32, dropout)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# On a pretended GPU: tensors that say "cuda", and self-checks that run on the CPU.
+
+
+class PretendedGpu:
+    """Backends put in place of the real ones, and a count of the self-checks."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.monkeypatch = monkeypatch
+        self.checks = 0
+        self.capturing = False
+        self.capability = (8, 0)
+        self_check = dispatch.self_check
+
+        def check_on_the_cpu(module, device, *rest):
+            self.checks += 1
+            return self_check(module, CPU, *rest)
+
+        monkeypatch.setattr(dispatch, "self_check", check_on_the_cpu)
+        monkeypatch.setattr(dispatch, "_self_checks", {})
+        monkeypatch.setattr(dispatch, "_modules", {"torch": torch_backend, "triton": "no", "cublas": "no"})
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: self.capability)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
+
+    def put(self, name: str, module: types.ModuleType) -> types.ModuleType:
+        dispatch._modules[name] = module
+        return module
+
+    def select(self, backend="auto", device="cuda:0", dtype=torch.float32, adapter_dtype=torch.float32, dropout_p=0.0):
+        tensor: Any = types.SimpleNamespace(device=torch.device(device), dtype=dtype)
+        adapter: Any = types.SimpleNamespace(device=torch.device(device), dtype=adapter_dtype)
+        return dispatch.select(tensor, tensor, None, adapter, adapter, dropout_p, backend)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return PretendedGpu(monkeypatch)
+
+
+def test_a_gpu_takes_cublas_once_it_has_passed(gpu):
+    module = gpu.put("cublas", backend_with())
+    gpu.put("triton", backend_with())
+    choice = gpu.select()
+    assert (choice.name, choice.module, choice.reason) == ("cublas", module, "default on a GPU")
+    assert gpu.checks == 1
+    gpu.select()
+    assert gpu.checks == 1, "checked again"
+    gpu.select(dropout_p=0.1)
+    gpu.select(dtype=torch.bfloat16)
+    gpu.select(dtype=torch.bfloat16, adapter_dtype=torch.bfloat16)
+    gpu.select(device="cuda:1")
+    assert gpu.checks == 5, "each device, pair of dtypes and dropout is a check of its own"
+
+
+def test_triton_is_taken_where_asked_for_and_falls_down_one_step(gpu):
+    gpu.put("triton", backend_with())
+    cublas = gpu.put("cublas", backend_with())
+    assert gpu.select("triton")[::2] == ("triton", "asked for")
+    gpu.put("triton", backend_with(unsupported=lambda *call: "rank 1000 is too large"))
+    choice = gpu.select("triton")
+    assert choice.module is cublas and choice.reason == "asked for; triton: rank 1000 is too large"
+    gpu.put("cublas", backend_with(unsupported=lambda *call: "no doubles"))
+    choice = gpu.select("triton")
+    assert choice[::2] == ("torch", "triton: rank 1000 is too large; cublas: no doubles")
+
+
+def test_a_gpu_from_before_ampere_takes_torch(gpu):
+    gpu.put("cublas", backend_with())
+    gpu.capability = (7, 5)
+    choice = gpu.select()
+    assert choice.name == "torch" and "8.0" in choice.reason and gpu.checks == 0
+
+
+@pytest.mark.parametrize("fault", ["sign of dA", "output with a NaN"])
+def test_a_backend_that_fails_is_not_used_and_warned_of_once(gpu, fault):
+    gpu.put("cublas", backend_with(*WRONG[fault][:2]))
+    with pytest.warns(RuntimeWarning, match=r"'cublas' failed its self-check on cuda:0.*not used.*doctor") as caught:
+        choice = gpu.select()
+    assert choice.name == "torch" and WRONG[fault][2] in choice.reason and WRONG[fault][2] in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = gpu.select()
+    assert again == choice and gpu.checks == 1
+
+
+def test_a_backend_that_raises_does_not_take_the_run_with_it(gpu):
+    gpu.put("cublas", backend_with(forward=lambda *results: cast(Any, None).no_such_kernel))
+    with pytest.warns(RuntimeWarning, match="AttributeError: .*no_such_kernel"):
+        choice = gpu.select()
+    assert choice.name == "torch" and "no_such_kernel" in choice.reason
+
+
+def test_nothing_is_checked_during_capture(gpu):
+    module = gpu.put("cublas", backend_with())
+    gpu.capturing = True
+    choice = gpu.select()
+    assert choice.name == "torch" and "run one eager step first" in choice.reason and gpu.checks == 0
+    gpu.capturing = False
+    assert gpu.select().module is module
+    gpu.capturing = True
+    assert gpu.select().module is module, "what has passed is trusted during capture too"
+
+
+def test_the_environment_chooses_on_a_gpu(gpu, monkeypatch):
+    gpu.put("cublas", backend_with())
+    gpu.put("triton", backend_with())
+    for name in ("torch", "triton", "cublas"):
+        monkeypatch.setenv("FASTLORA_BACKEND", name)
+        assert gpu.select()[::2] == (name, "asked for")
+        assert gpu.select("triton").name == "triton", "an argument comes before the environment"
