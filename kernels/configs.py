@@ -77,7 +77,7 @@ class GemmConfig:
     second accumulator is a slice wide. block_r: columns of S and B taken by one rank-r `tl.dot`; a larger rank loops.
     programs_per_sm: how many programs a multiprocessor can hold; the grid is that many times the multiprocessors.
     efficiency: the fraction of the tensor cores' rate that the tile is expected to reach at large K, beside the best
-    tile. plain_only: only for calls without a dropout mask, without S computed inside and with a rank within block_r.
+    tile. s_inside, rank_loop: whether it may be used with S computed inside, with a rank beyond block_r.
     """
 
     block_m: int
@@ -91,7 +91,6 @@ class GemmConfig:
     programs_per_sm: int = 1
     efficiency: float = 1.0
     s_inside: bool = True
-    masked: bool = True
     rank_loop: bool = True
 
 
@@ -110,23 +109,22 @@ _HOPPER = (
 # which at 256 fills it exactly: with S inside, which needs r columns besides, ptxas gets a kernel that traps. Hence
 # block_n <= 128 there.
 _BLACKWELL = (
-    GemmConfig(128, 256, 64, 8, epilogue_split=4, s_inside=False),
-    GemmConfig(128, 128, 64, 8, epilogue_split=2, efficiency=0.85),
-    GemmConfig(128, 64, 64, 8, efficiency=0.7),
+    GemmConfig(128, 256, 64, 8, epilogue_split=4, block_r=32, s_inside=False),  # r = 64 spills
+    GemmConfig(128, 128, 64, 8, epilogue_split=2, block_r=32, efficiency=0.85),
+    GemmConfig(128, 64, 64, 8, block_r=32, efficiency=0.7),
 )
-# 53 KiB of shared memory at 4 stages, so that these also fit the 99 KiB of sm_86, sm_89 and sm_120, and of the unknown.
+# At most 66 KiB of shared memory, so that these also fit the 99 KiB of sm_86, sm_89 and sm_120, and of the unknown.
 _AMPERE = (
-    # 4 warps: 64×64 of the tile to a warp, two programs to a multiprocessor (255 registers, no spills at r <= 16
-    # without a mask).
-    GemmConfig(128, 128, 32, 4, block_r=16, programs_per_sm=2, masked=False, rank_loop=False),
-    GemmConfig(128, 128, 32, 8, efficiency=0.9),
-    GemmConfig(64, 64, 32, 4, block_r=32, programs_per_sm=2, efficiency=0.55),
+    # With 4 warps, the better shape for mma.m16n8k16, the two accumulators fill 255 registers and most variants spill
+    # a few.
+    GemmConfig(128, 128, 32, 8, block_r=32),
+    GemmConfig(64, 64, 32, 4, block_r=32, programs_per_sm=2, efficiency=0.6),
 )
 # Operands that no 16-byte copy can fetch go through registers, element by element: larger tiles spill.
 _UNALIGNED = (GemmConfig(64, 64, 32, 4, num_stages=2, block_r=16, programs_per_sm=2),)
 # fp32 through pointers everywhere: with descriptors the FMA kernels spill on sm_90 (86 stores at 64×64×32).
 _FP32_IEEE = (
-    GemmConfig(128, 64, 32, 8, num_stages=3, block_r=16),
+    GemmConfig(128, 64, 32, 8, num_stages=3, block_r=16, rank_loop=False),  # dX spills with the loop on sm_90
     GemmConfig(64, 64, 16, 4, num_stages=3, block_r=16, programs_per_sm=2, efficiency=0.8),
 )
 _FP32_TF32 = (
@@ -136,11 +134,11 @@ _FP32_TF32 = (
 _INTERPRETED = (GemmConfig(32, 64, 32, 4, num_stages=2, epilogue_split=2, block_r=16),)
 
 
-def _gemm_table(dtype: torch.dtype, target: tuple[int, int], aligned: bool) -> tuple[GemmConfig, ...]:
+def _gemm_table(dtype: torch.dtype, precision: str, target: tuple[int, int], aligned: bool) -> tuple[GemmConfig, ...]:
     if target == INTERPRETER:
         return _INTERPRETED
     if dtype == torch.float32:
-        return _FP32_TF32 if input_precision(dtype) == "tf32" else _FP32_IEEE
+        return _FP32_TF32 if precision == "tf32" else _FP32_IEEE
     if not aligned:
         return _UNALIGNED
     return {9: _HOPPER, 10: _BLACKWELL}.get(target[0], _AMPERE)
@@ -150,12 +148,12 @@ def _gemm_stage_count(config: GemmConfig, itemsize: int, compute_s: bool, target
     """The most stages, up to the config's own number, whose shared memory fits.
 
     A stage holds a tile of x, one of the weight, and one of A where S is computed inside; beside the stages lie one
-    tile of S and of B each and a slice of the output. The compiler reports 24 to 48 bytes more than this on sm_90 and
-    sm_100.
+    tile of S and of B each, and with descriptors a slice of the output. The compiler reports at most 48 bytes more
+    than this.
     """
     stage = (config.block_m + config.block_n + (config.block_r if compute_s else 0)) * config.block_k * itemsize
     low_rank = ((0 if compute_s else config.block_m) + config.block_n) * config.block_r * itemsize
-    output_slice = config.block_m * config.block_n // config.epilogue_split * itemsize
+    output_slice = config.block_m * config.block_n // config.epilogue_split * itemsize if has_tma(target) else 0
     free = shared_memory_limit(target) // config.programs_per_sm - low_rank - output_slice - 256
     return max(1, min(config.num_stages, free // stage))
 
@@ -169,36 +167,43 @@ def gemm(
     *,
     aligned: bool = True,
     compute_s: bool = False,
-    masked: bool = False,
 ) -> GemmConfig:
     """The configuration for out (M, N) with a rank-r step.
 
-    aligned: x and the weight can be fetched 16 bytes at a time. compute_s, masked: S is computed inside, a dropout
-    mask is used. Takes the tile with the least predicted time: waves of programs over the multiprocessors × a tile's
-    area ÷ its efficiency. So few or small tiles win where large ones would leave multiprocessors idle or compute
-    mostly padding.
+    aligned: x, the weight and out can be moved 16 bytes at a time. compute_s: S is computed inside. Takes the tile
+    with the least predicted time: waves of programs over the multiprocessors × a tile's area ÷ its efficiency. So few
+    or small tiles win where large ones would leave multiprocessors idle or compute mostly padding.
     """
-    target, sms = capability(device), num_sms(device)
     rank = max(16, power_of_two_at_least(r))
+    table = _gemm_table(dtype, input_precision(dtype), capability(device), aligned)
+    return _best_gemm(M, N, rank, dtype.itemsize, compute_s, table, capability(device), num_sms(device))
 
+
+@functools.lru_cache(maxsize=4096)  # the choice takes 35 µs, and every call of every layer asks
+def _best_gemm(
+    M: int,
+    N: int,
+    rank: int,
+    itemsize: int,
+    compute_s: bool,
+    table: tuple[GemmConfig, ...],
+    target: tuple[int, int],
+    sms: int,
+) -> GemmConfig:
     def time(config: GemmConfig) -> float:
         tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
         waves = cdiv(tiles, sms * config.programs_per_sm) * config.programs_per_sm
         return waves * config.block_m * config.block_n / config.efficiency
 
     def allowed(config: GemmConfig) -> bool:
-        return (
-            (config.s_inside or not compute_s)
-            and (config.masked or not masked)
-            and (config.rank_loop or rank <= config.block_r)
-        )
+        return (config.s_inside or not compute_s) and (config.rank_loop or rank <= config.block_r)
 
-    row = min(filter(allowed, _gemm_table(dtype, target, aligned)), key=time)
+    row = min(filter(allowed, table), key=time)
     config = replace(row, block_r=rank if compute_s else min(rank, row.block_r))
-    return replace(config, num_stages=_gemm_stage_count(config, dtype.itemsize, compute_s, target))
+    return replace(config, num_stages=_gemm_stage_count(config, itemsize, compute_s, target))
 
 
-MAX_RANK_INSIDE = 64
+MAX_RANK_INSIDE = 32  # 64 spills on sm_80
 
 
 def s_inside(N: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout_p: float) -> bool:
@@ -299,14 +304,25 @@ def _parts(programs: int, blocks: int, wanted_programs: int) -> int:
     return cdiv(blocks, cdiv(blocks, wanted)) if blocks else 1
 
 
-def shrink(M: int, K: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype, device: torch.device) -> ShrinkConfig:
+def shrink(
+    M: int,
+    K: int,
+    r: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    device: torch.device,
+    vectorised: bool = True,
+) -> ShrinkConfig:
+    """vectorised: x's rows are contiguous and aligned, so that a thread reads 16 bytes at a time."""
     target, rank = capability(device), max(16, power_of_two_at_least(r))
     if target == INTERPRETER:
         block_m, block_k, block_r, num_warps = 16, 16, min(rank, 32), 4
     elif dtype == torch.float32:
         block_m, block_k, block_r, num_warps = 64, 16, min(rank, 32), 4  # a FMA `tl.dot` keeps block_k numbers per row
     elif rank <= 64:
-        block_m, block_k, block_r, num_warps = 64, 128, rank, 4
+        # Wider blocks would spill: with dropout at r = 64, and where x is read element by element.
+        block_k = 32 if not vectorised else 128 if rank <= 32 else 64
+        block_m, block_r, num_warps = 64, rank, 4
     else:
         block_m, block_k, block_r, num_warps = 128, 64, 128, 8
     stage_bytes = block_k * (block_m * dtype.itemsize + block_r * adapter_dtype.itemsize)
@@ -314,10 +330,14 @@ def shrink(M: int, K: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtyp
     # One program per multiprocessor keeps 4.3 TB/s busy (33 KB in flight for each of 132, at 1 µs); more cost a
     # reduction.
     num_splits = _parts(programs, cdiv(K, block_k), num_sms(device))
-    return ShrinkConfig(block_m, block_k, block_r, num_splits, num_warps, _stages(stage_bytes, 0, target))
+    # Reads of single elements wait in registers and not in shared memory: more stages would spill.
+    num_stages = _stages(stage_bytes, 0, target) if vectorised else 2
+    return ShrinkConfig(block_m, block_k, block_r, num_splits, num_warps, num_stages)
 
 
-def expand(M: int, N: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype, device: torch.device) -> ExpandConfig:
+def expand(
+    M: int, N: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype, device: torch.device
+) -> ExpandConfig:
     target, rank = capability(device), max(16, power_of_two_at_least(r))
     if target == INTERPRETER:
         block_m, block_n, block_r, num_warps = 16, 32, 16, 4

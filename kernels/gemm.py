@@ -47,7 +47,7 @@ def column_slices(tile, COUNT: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
-def lora_gemm_kernel(
+def _lora_gemm_kernel(
     x_ref,  # (M, K): descriptor of blocks (BLOCK_M, BLOCK_K), or pointer
     w_ref,  # (N, K): descriptor of blocks (BLOCK_N, BLOCK_K), or (BLOCK_K, BLOCK_N) with W_BY_COLUMN, or pointer
     bias_ptr,  # (N,), or None
@@ -78,8 +78,7 @@ def lora_gemm_kernel(
     stride_on,
     DTYPE: tl.constexpr,  # of x, w and out; other operands are cast to it
     PRECISION: tl.constexpr,  # of fp32 products: "ieee" or "tf32"
-    IN_DESCRIPTORS: tl.constexpr,  # x_ref and w_ref are descriptors
-    OUT_DESCRIPTOR: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,  # x_ref, w_ref and out_ref are descriptors
     W_BY_COLUMN: tl.constexpr,  # w's unit stride, if it has one, runs along N
     COMPUTE_S: tl.constexpr,
     DROP_X: tl.constexpr,  # with COMPUTE_S: S is made of drop(x)
@@ -112,11 +111,11 @@ def lora_gemm_kernel(
             for i in tl.static_range(SPLIT):
                 b_tiles += (load_tile(b_ptr, n0 + i * SLICE, 0, N, R, stride_bn, stride_br, SLICE, BLOCK_R, False),)
         for k0 in tl.range(0, K, BLOCK_K):
-            x_tile = load_tile(x_ref, m0, k0, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, IN_DESCRIPTORS)
+            x_tile = load_tile(x_ref, m0, k0, M, K, stride_xm, stride_xk, BLOCK_M, BLOCK_K, DESCRIPTORS)
             if W_BY_COLUMN:
-                w_tile = load_tile(w_ref, k0, n0, K, N, stride_wk, stride_wn, BLOCK_K, BLOCK_N, IN_DESCRIPTORS)
+                w_tile = load_tile(w_ref, k0, n0, K, N, stride_wk, stride_wn, BLOCK_K, BLOCK_N, DESCRIPTORS)
             else:
-                w_tile = load_tile(w_ref, n0, k0, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, IN_DESCRIPTORS).T
+                w_tile = load_tile(w_ref, n0, k0, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, DESCRIPTORS).T
             acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
             if COMPUTE_S:
                 if DROP_X:
@@ -152,7 +151,7 @@ def lora_gemm_kernel(
             out_tile = slices[i] + scale * low_rank
             if bias_ptr is not None:
                 out_tile += bias_tiles[i].to(tl.float32)[None, :]
-            store_tile(out_ref, out_tile, m0, column, M, N, stride_om, stride_on, OUT_DESCRIPTOR)
+            store_tile(out_ref, out_tile, m0, column, M, N, stride_om, stride_on, DESCRIPTORS)
 
 
 def _describable(matrix: torch.Tensor) -> bool:
@@ -198,28 +197,25 @@ def _launch(
         return
     w_by_column = w.stride(0) == 1 and w.stride(1) != 1
     w_rows = w.t() if w_by_column else w
-    aligned = _describable(x) and _describable(w_rows)
+    aligned = _describable(x) and _describable(w_rows) and _describable(out)
     if config is None:
-        masked = seed is not None
-        config = configs.gemm(M, N, R, x.dtype, x.device, aligned=aligned, compute_s=a is not None, masked=masked)
+        config = configs.gemm(M, N, R, x.dtype, x.device, aligned=aligned, compute_s=a is not None)
     assert a is None or config.block_r >= R, (R, config)
     slice_n = config.block_n // config.epilogue_split
-    use_descriptors = configs.has_tma(configs.capability(x.device)) and x.dtype != torch.float32
-    in_descriptors = use_descriptors and aligned
-    out_descriptor = use_descriptors and _describable(out)
+    descriptors = aligned and x.dtype != torch.float32 and configs.has_tma(configs.capability(x.device))
     w_block = (config.block_k, config.block_n) if w_by_column else (config.block_n, config.block_k)
     threshold, dropout_scale = threshold_and_scale(dropout_p) if seed is not None else (0, 1.0)
     tiles = configs.cdiv(M, config.block_m) * configs.cdiv(N, config.block_n)
     grid = (min(tiles, configs.num_sms(x.device) * config.programs_per_sm),)
-    lora_gemm_kernel[grid](
-        _descriptor(x, config.block_m, config.block_k) if in_descriptors else x,
-        _descriptor(w_rows, *w_block) if in_descriptors else w,
+    _lora_gemm_kernel[grid](
+        _descriptor(x, config.block_m, config.block_k) if descriptors else x,
+        _descriptor(w_rows, *w_block) if descriptors else w,
         bias,
         a,
         s,
         b,
         seed,
-        _descriptor(out, config.block_m, slice_n) if out_descriptor else out,
+        _descriptor(out, config.block_m, slice_n) if descriptors else out,
         M,
         N,
         K,
@@ -236,8 +232,7 @@ def _launch(
         *out.stride(),
         DTYPE=TRITON_DTYPES[x.dtype],
         PRECISION=configs.input_precision(x.dtype),
-        IN_DESCRIPTORS=in_descriptors,
-        OUT_DESCRIPTOR=out_descriptor,
+        DESCRIPTORS=descriptors,
         W_BY_COLUMN=w_by_column,
         COMPUTE_S=a is not None,
         DROP_X=a is not None and seed is not None,

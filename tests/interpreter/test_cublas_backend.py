@@ -35,13 +35,27 @@ def gradients(y, leaves, dy, needs):
     return [next(grads) if needed else None for needed in needs]
 
 
-def check(m, n, k, r, dtype=BF16, adapter_dtype=None, *, p=0.0, bias=True, scaling=1.5, needs=ALL, layout="contiguous"):
+def check(
+    m,
+    n,
+    k,
+    r,
+    dtype=BF16,
+    adapter_dtype=None,
+    *,
+    p=0.0,
+    bias=True,
+    scaling=1.5,
+    needs=ALL,
+    layout="contiguous",
+    backend=cublas,
+):
     adapter_dtype = adapter_dtype or dtype
     x, weight, bias_, a, b, dy = problem(m, n, k, r, dtype, adapter_dtype, bias, layout)
-    assert cublas.unsupported(x, weight, bias_, a, b, p) is None
-    y, s, state = cublas.forward(x, weight, bias_, a, b, scaling, p)
+    assert backend.unsupported(x, weight, bias_, a, b, p) is None
+    y, s, state = backend.forward(x, weight, bias_, a, b, scaling, p)
     saved_x, saved_s = (x if needs[1] else None), (s if needs[2] else None)
-    grads = cublas.backward(dy, saved_x, weight, a, b, saved_s, state, scaling, p, needs)
+    grads = backend.backward(dy, saved_x, weight, a, b, saved_s, state, scaling, p, needs)
 
     keep = reference_keep_mask(state, m, k, p) if p else torch.ones(m, k, dtype=torch.bool)
     scale = threshold_and_scale(p)[1]

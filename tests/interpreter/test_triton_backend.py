@@ -1,0 +1,89 @@
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
+# Gradients are None where they are not asked for; a test knows which it asked for.
+
+import pytest
+import torch
+from test_cublas_backend import ALL, BF16, FP16, FP32, check, problem
+
+from fastlora.backends import cublas
+from fastlora.backends import triton as backend
+from fastlora.kernels import configs
+
+# With 64 columns of output S is computed inside the GEMM wherever dtypes and dropout allow it; with 1600 it never is.
+NARROW, WIDE = 64, 1600
+
+
+@pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32)])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_output_and_gradients(dtype, adapter_dtype, p):
+    check(37, 53, 45, 5, dtype, adapter_dtype, p=p, backend=backend)
+
+
+@pytest.mark.parametrize("n", [NARROW, WIDE])
+def test_s_inside_the_gemm_and_before_it(n):
+    assert configs.s_inside(n, 8, BF16, BF16, 0.0) == (n == NARROW)
+    check(10, n, 24, 8, backend=backend)
+
+
+@pytest.mark.parametrize("m, n, k, r", [(1, 33, 40, 16), (1, 1, 1, 1), (20, 40, 17, 60)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_shapes(m, n, k, r, bias):
+    check(m, n, k, r, p=0.1, bias=bias, backend=backend)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_what_is_needed(needs):
+    check(18, 35, 20, 4, p=0.2, needs=needs, backend=backend)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_strides(layout):
+    check(18, 35, 20, 4, layout=layout, backend=backend)
+
+
+def test_everything_dropped():
+    x, weight, bias, a, b, dy = problem(6, 9, 10, 2, FP32, FP32, True, "contiguous")
+    y, s, state = backend.forward(x, weight, bias, a, b, 1.0, 1.0)
+    dx, grad_a, grad_b = backend.backward(dy, x, weight, a, b, s, state, 1.0, 1.0, ALL)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
+    torch.testing.assert_close(dx, dy @ weight)
+    assert not grad_a.any()
+    assert not grad_b.any()
+
+
+def test_no_rows():
+    x, weight, bias, a, b, dy = problem(0, 9, 10, 2, BF16, FP32, True, "contiguous")
+    y, s, state = backend.forward(x, weight, bias, a, b, 1.0, 0.5)
+    dx, grad_a, grad_b = backend.backward(dy, x, weight, a, b, s, state, 1.0, 0.5, ALL)
+    assert (y.shape, s.shape, dx.shape) == ((0, 9), (0, 2), (0, 10))
+    assert torch.equal(grad_a, torch.zeros(2, 10))
+    assert torch.equal(grad_b, torch.zeros(9, 2))
+
+
+def test_the_mask_is_the_one_that_the_cublas_backend_makes_of_the_same_seed():
+    x, weight, bias, a, b, dy = problem(20, 30, 40, 4, FP32, FP32, True, "contiguous")
+    y, s, state = backend.forward(x, weight, bias, a, b, 1.0, 0.5)
+    other_y, other_s, same_state = cublas.forward(x, weight, bias, a, b, 1.0, 0.5, state)
+    assert torch.equal(state, same_state)
+    assert torch.equal(s, other_s)
+    torch.testing.assert_close(y, other_y)
+    grads = backend.backward(dy, x, weight, a, b, s, state, 1.0, 0.5, ALL)
+    for grad, other in zip(grads, cublas.backward(dy, x, weight, a, b, s, state, 1.0, 0.5, ALL)):
+        torch.testing.assert_close(grad, other)
+
+
+def test_saved_tensors_are_not_written_to():
+    x, weight, bias, a, b, dy = problem(20, 30, 40, 4, BF16, FP32, True, "contiguous")
+    _, s, state = backend.forward(x, weight, bias, a, b, 1.0, 0.5)
+    saved = (dy, x, weight, a, b, s, state)
+    copies = [t.clone() for t in saved]
+    backend.backward(*saved, 1.0, 0.5, ALL)
+    for tensor, copy in zip(saved, copies):
+        assert torch.equal(tensor, copy)
+
+
+def test_a_cpu_tensor_is_taken_only_because_triton_is_interpreted(monkeypatch):
+    x, weight, bias, a, b, _ = problem(4, 6, 8, 2, BF16, FP32, True, "contiguous")
+    assert backend.unsupported(x, weight, bias, a, b, 0.0) is None
+    monkeypatch.setattr(cublas, "INTERPRETED", False)
+    assert "CUDA device, got cpu" in backend.unsupported(x, weight, bias, a, b, 0.0)
