@@ -1,0 +1,508 @@
+"""`FusedLoraLinear`: construction, named adapters, merging without drift, copies, pickles, state_dict."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import fastlora
+from fastlora import FusedLoraLinear
+
+K, N = 24, 40
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def layer(**settings) -> FusedLoraLinear:
+    """A layer whose adapter changes the output."""
+    torch.manual_seed(0)
+    made = FusedLoraLinear(K, N, **settings)
+    randomise(made)
+    return made
+
+
+def randomise(module: nn.Module, scale: float = 0.2) -> None:
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=scale)
+
+
+def spelled_out(made: FusedLoraLinear, x: Tensor, names: list[str] | None = None) -> Tensor:
+    """What the layer's attributes say it computes, without dropout."""
+    weight = made.weight.t() if made.fan_in_fan_out else made.weight
+    y = F.linear(x, weight, made.bias)
+    for name in made.active_adapters if names is None else names:
+        y = y + made.scaling[name] * (x @ made.lora_A[name].t() @ made.lora_B[name].t())
+    return y
+
+
+# Construction.
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_new_layer_is_the_base_layer(bias, dtype):
+    made = FusedLoraLinear(K, N, r=4, bias=bias, dtype=dtype)
+    assert isinstance(made, nn.Linear) and (made.in_features, made.out_features) == (K, N)
+    assert {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in made.named_parameters()} == {
+        "weight": ((N, K), dtype, False),
+        **({"bias": ((N,), dtype, False)} if bias else {}),
+        "lora_A.default": ((4, K), dtype, True),
+        "lora_B.default": ((N, 4), dtype, True),
+    }
+    assert made.active_adapters == ["default"]
+    assert made.lora_A["default"].any() and not made.lora_B["default"].any()
+    x = torch.randn(3, K, dtype=dtype)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(made(x), F.linear(x, made.weight, made.bias), rtol=eps, atol=eps)
+
+
+def test_initial_values_are_torch_s_and_kaiming_s():
+    made = FusedLoraLinear(K, N, r=200)
+    bound = 1 / math.sqrt(K)  # Kaiming-uniform with a = √5, as for the weight of an nn.Linear
+    for values in (made.lora_A["default"], made.weight, made.bias):
+        assert 0.9 * bound < values.abs().max() <= bound
+    made.reset_adapter("default", "gaussian")
+    assert abs(made.lora_A["default"].std().item() * 200 - 1) < 0.1 and not made.lora_B["default"].any()
+    made.reset_adapter("default", False)
+    assert made.lora_B["default"].abs().max() <= 1 / math.sqrt(200) and made.lora_B["default"].any()
+
+
+@pytest.mark.parametrize("use_rslora, scaling", [(False, 32 / 4), (True, 32 / 2)])
+def test_scaling(use_rslora, scaling):
+    made = layer(r=4, lora_alpha=32, use_rslora=use_rslora)
+    assert made.scaling == {"default": scaling}
+    x = torch.randn(5, K)
+    torch.testing.assert_close(made(x), spelled_out(made, x))
+    made.scaling["default"] = -1.0  # a run-time number
+    torch.testing.assert_close(made(x), spelled_out(made, x))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+def test_from_linear_shares_and_freezes(dtype):
+    linear = nn.Linear(K, N, dtype=dtype).eval()
+    made = FusedLoraLinear.from_linear(linear, r=3, lora_alpha=6, lora_dropout=0.1, use_rslora=True)
+    assert made.weight is linear.weight and made.bias is linear.bias and not made.weight.requires_grad
+    assert not made.training
+    assert made.lora_A["default"].dtype == (dtype if dtype in (torch.float32, torch.float64) else torch.float32)
+    assert (made.r, made.lora_alpha, made.lora_dropout) == ({"default": 3}, {"default": 6}, {"default": 0.1})
+    assert made.scaling["default"] == 6 / math.sqrt(3)
+    x = torch.randn(2, K, dtype=dtype)
+    assert made(x).dtype == dtype
+    assert torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
+    other = FusedLoraLinear.from_linear(linear, adapter_dtype=torch.bfloat16)
+    assert other.lora_A["default"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"r": 0}, "r: got 0, want an integer of at least 1"),
+        ({"r": -3}, "r: got -3, want"),
+        ({"r": 4.0}, "r: got 4.0, want an integer"),
+        ({"r": True}, "r: got True, want an integer"),
+        ({"lora_alpha": float("inf")}, "lora_alpha: got inf, want a finite number"),
+        ({"lora_alpha": "16"}, "lora_alpha: got '16', want a finite number"),
+        ({"lora_dropout": 1.0}, r"lora_dropout: got 1.0, want a probability in \[0, 1\)"),
+        ({"lora_dropout": -0.1}, "lora_dropout: got -0.1, want"),
+        ({"lora_dropout": None}, "lora_dropout: got None, want"),
+    ],
+)
+def test_bad_settings_are_refused_in_words(settings, message):
+    with pytest.raises(ValueError, match=f"FusedLoraLinear: {message}"):
+        FusedLoraLinear(K, N, **settings)
+    with pytest.raises(ValueError, match=f"FusedLoraLinear: {message}"):
+        FusedLoraLinear.from_linear(nn.Linear(K, N), **settings)
+    made = layer()
+    before = copy.deepcopy(made.__dict__)
+    with pytest.raises(ValueError, match=message):
+        made.add_adapter("more", **settings)
+    assert made.r == before["r"] and list(made.lora_A) == ["default"]
+
+
+@pytest.mark.parametrize("kind", [nn.Bilinear, nn.Conv2d, FusedLoraLinear])
+def test_from_linear_wants_a_plain_linear_layer(kind):
+    module = {nn.Bilinear: lambda: nn.Bilinear(2, 2, 2), nn.Conv2d: lambda: nn.Conv2d(1, 1, 1)}.get(kind, layer)()
+    with pytest.raises(ValueError, match=f"linear: got {kind.__name__}, want a torch.nn.Linear"):
+        FusedLoraLinear.from_linear(module)
+
+
+# Adapters.
+
+
+def test_adapters_by_name():
+    made = layer(r=4)
+    made.add_adapter("second", r=2, lora_alpha=3, lora_dropout=0.5, init_lora_weights=False)
+    assert made.active_adapters == ["default"]
+    assert not made.lora_A["second"].requires_grad and made.lora_A["default"].requires_grad
+    randomise(made)
+    made.eval()
+    x = torch.randn(6, K)
+    torch.testing.assert_close(made(x), spelled_out(made, x, ["default"]))
+    made.set_adapter("second")
+    assert made.lora_A["second"].requires_grad and not made.lora_A["default"].requires_grad
+    torch.testing.assert_close(made(x), spelled_out(made, x, ["second"]))
+    made.set_adapter(["default", "second", "default"])
+    assert made.active_adapters == ["default", "second"]
+    torch.testing.assert_close(made(x), spelled_out(made, x, ["default", "second"]))
+    made.set_adapter([])
+    assert torch.equal(made(x), F.linear(x, made.weight, made.bias))
+    made.add_adapter("third")
+    assert made.active_adapters == []  # not the layer's first
+    made.set_adapter(["default", "second"])
+    made.delete_adapter("default")
+    assert made.active_adapters == ["second"] and list(made.lora_A) == list(made.lora_B) == ["second", "third"]
+    assert all("default" not in state for state in (made.r, made.scaling, made.lora_alpha, made.lora_dropout))
+    torch.testing.assert_close(made(x), spelled_out(made, x, ["second"]))
+
+
+def test_dropout_only_in_training():
+    made = layer(lora_dropout=0.5)
+    x = torch.randn(6, K)
+    assert not torch.equal(made(x), made(x))
+    made.eval()
+    torch.testing.assert_close(made(x), spelled_out(made, x))
+    made.train()
+    made.lora_dropout["default"] = 0.0
+    torch.testing.assert_close(made(x), spelled_out(made, x))
+
+
+def test_several_active_adapters_train_together():
+    made = layer(r=4, dtype=torch.float64)
+    made.add_adapter("second", r=2, lora_alpha=5)
+    randomise(made)
+    made.set_adapter(["second", "default"])
+    x = torch.randn(6, K, dtype=torch.float64)
+    dy = torch.randn(6, N, dtype=torch.float64)
+    leaves = [p for p in made.parameters() if p.requires_grad]
+    assert len(leaves) == 4
+    got = torch.autograd.grad(made(x), leaves, dy)
+    torch.testing.assert_close(got, torch.autograd.grad(spelled_out(made, x), leaves, dy))
+
+
+def test_disabling_and_names_of_unknown_adapters():
+    made = layer()
+    x = torch.randn(6, K)
+    made.disable_adapters = True
+    assert torch.equal(made(x), F.linear(x, made.weight, made.bias))
+    made.disable_adapters = False
+    for method in (made.set_adapter, made.delete_adapter, made.get_delta_weight):
+        with pytest.raises(ValueError, match=rf"{method.__name__}: name: got \['other'\], want one of \['default'\]"):
+            method("other")
+    with pytest.raises(ValueError, match="name: 'default' is taken"):
+        made.add_adapter("default")
+    with pytest.raises(ValueError, match=r'init_lora_weights: got .loftq., want True, False or "gaussian"'):
+        made.add_adapter("more", init_lora_weights="loftq")
+    torch.testing.assert_close(made(x), spelled_out(made, x))
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "keys", "pop", "training", "_parameters", "_keys", "forward", 3, None])
+def test_names_that_cannot_be(name):
+    made = layer()
+    with pytest.raises(ValueError, match=f"adapter_name: got {re.escape(repr(name))}, want a non-empty string"):
+        made.add_adapter(name)
+    assert list(made.r) == list(made.lora_A) == ["default"]
+
+
+@pytest.mark.parametrize("name", ["a b", "été", "weight", "0", "lora_A", "T", "x" * 200, "-1", "class"])
+def test_names_that_can(name):
+    made = layer()
+    made.add_adapter(name, r=2)
+    made.set_adapter(name)
+    randomise(made)
+    x = torch.randn(3, K)
+    torch.testing.assert_close(made(x), spelled_out(made, x, [name]))
+    other = FusedLoraLinear(K, N)
+    other.add_adapter(name, r=2)
+    other.load_state_dict(made.state_dict())
+    other.set_adapter(name)
+    assert torch.equal(other(x), made(x))
+
+
+def test_reset_parameters_starts_anew():
+    made = layer()
+    before = made.weight.clone()
+    made.reset_parameters()
+    assert not torch.equal(made.weight, before) and not made.lora_B["default"].any()
+
+
+def test_extra_repr():
+    made = layer(r=4, lora_alpha=6, lora_dropout=0.1)
+    made.add_adapter("second", r=2)
+    assert repr(made).startswith(
+        f"FusedLoraLinear(\n  in_features={K}, out_features={N}, bias=True, "
+        "default: r=4, scaling=1.5, dropout=0.1, second (inactive): r=2, scaling=8"
+    )
+    made.merge()
+    assert "merged=['default']" in repr(made)
+
+
+# Merging.
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+def test_merge_rounds_once_and_unmerge_restores_the_bits(dtype):
+    made = FusedLoraLinear.from_linear(nn.Linear(K, N, dtype=dtype), r=4)
+    made.add_adapter("second", r=2)
+    randomise(made)
+    made.set_adapter(["default", "second"])
+    weight, bits = made.weight, made.weight.clone()
+    x = torch.randn(16, K, dtype=dtype)
+    before = made(x)
+    made.merge()
+    exact = bits.double() + sum(
+        made.scaling[name] * made.lora_B[name].double() @ made.lora_A[name].double() for name in ("default", "second")
+    )
+    eps = torch.finfo(dtype).eps
+    rounding = 0.5 * eps * exact.abs() + 8 * torch.finfo(torch.float32).eps * (dtype != torch.float64)
+    assert ((made.weight.double() - exact).abs() <= rounding * 1.01 + 1e-15).all()
+    assert made.weight is weight and made.merged_adapters == ["default", "second"]
+    assert torch.equal(made(x), F.linear(x, weight, made.bias))
+    torch.testing.assert_close(made(x), before, rtol=8 * eps, atol=8 * eps * 4)
+    made.unmerge()
+    assert torch.equal(made.weight, bits) and made.weight is weight and made.merged_adapters == []
+    assert torch.equal(made(x), before)
+    made.unmerge()
+    assert torch.equal(made.weight, bits)
+
+
+def test_a_hundred_merges_do_not_drift():
+    made = FusedLoraLinear.from_linear(nn.Linear(K, N, dtype=torch.bfloat16), r=4)
+    bits = made.weight.clone()
+    for _ in range(100):
+        randomise(made, scale=3.0)
+        made.merge()
+        made.unmerge()
+    assert torch.equal(made.weight, bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_unmerge_after_a_cast_is_a_cast_of_the_unmerged(dtype):
+    made = layer()
+    want = made.weight.to(dtype)
+    made.merge()
+    made.to(dtype)
+    made.unmerge()
+    assert made.weight.dtype == dtype and torch.equal(made.weight, want)
+
+
+def test_unmerge_after_a_cast_there_and_back_is_exact():
+    made = layer()
+    bits = made.weight.clone()
+    made.merge()
+    made.half().float()
+    made.unmerge()
+    assert torch.equal(made.weight, bits)
+
+
+def test_while_merged():
+    made = layer()
+    made.add_adapter("second")
+    made.merge()
+    merged = made.weight.clone()
+    for refused in (made.merge, lambda: made.set_adapter("second"), lambda: made.delete_adapter("default")):
+        with pytest.raises(ValueError, match=r"merged.*call fastlora.unmerge\(model\) first"):
+            refused()
+    assert torch.equal(made.weight, merged) and list(made.lora_A) == ["default", "second"]
+    made.delete_adapter("second")
+    x = torch.randn(3, K)
+    made.disable_adapters = True  # the base model's output, so the weight is unmerged for it
+    y = made(x)
+    assert made.merged_adapters == []
+    assert torch.equal(y, F.linear(x, made.weight, made.bias)) and not torch.equal(made.weight, merged)
+
+
+def test_merging_nothing_does_nothing():
+    made = layer()
+    made.set_adapter([])
+    bits = made.weight.clone()
+    made.merge()
+    assert torch.equal(made.weight, bits) and made.merged_adapters == []
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_a_merge_that_would_not_be_finite_is_refused(dtype, bad):
+    made = FusedLoraLinear.from_linear(nn.Linear(K, N, dtype=dtype), r=4)
+    randomise(made)
+    with torch.no_grad():
+        made.lora_A["default"][0, 0] = bad
+        made.lora_B["default"][0, 0] = bad
+    bits = made.weight.clone()
+    with pytest.raises(ValueError, match="non-finite values; nothing was changed"):
+        made.merge()
+    assert torch.equal(made.weight, bits) and made.merged_adapters == []
+    made.unmerge()
+    assert torch.equal(made.weight, bits)
+
+
+def test_a_tied_weight_is_untied_while_merged():
+    embedding = nn.Embedding(N, K)
+    linear = nn.Linear(K, N, bias=False)
+    linear.weight = embedding.weight
+    model: Any = nn.ModuleDict({"embedding": embedding, "head": linear})
+    fastlora.patch(model, target_modules=["head"])
+    randomise(model)
+    head = model["head"]
+    bits = embedding.weight.clone()
+    fastlora.merge(model)
+    assert torch.equal(embedding.weight, bits) and not torch.equal(head.weight, bits)
+    twin = copy.deepcopy(model)
+    fastlora.unmerge(model)
+    assert head.weight is embedding.weight and torch.equal(embedding.weight, bits)
+    model.requires_grad_(False)
+    fastlora.unmerge(twin)
+    assert twin["head"].weight is twin["embedding"].weight and twin["head"].weight is not embedding.weight
+    assert torch.equal(twin["head"].weight, bits)
+    fastlora.merge(twin)
+    twin.bfloat16()
+    fastlora.unmerge(twin)
+    assert twin["head"].weight is twin["embedding"].weight
+    assert torch.equal(twin["head"].weight, bits.bfloat16())
+
+
+def test_merging_between_a_forward_and_its_backward_is_noticed():
+    """dX needs the weight as it was."""
+    made = layer()
+    x = torch.randn(3, K, requires_grad=True)
+    y = made(x)
+    made.merge()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_merging_in_inference_mode_and_training_afterwards():
+    made = layer()
+    bits = made.weight.clone()
+    with torch.inference_mode():
+        made.merge()
+        made(torch.randn(3, K))
+    made.unmerge()
+    assert torch.equal(made.weight, bits)
+    made(torch.randn(3, K, requires_grad=True)).sum().backward()
+    assert made.lora_A["default"].grad is not None
+
+
+def test_get_delta_weight():
+    made = layer(r=4, lora_alpha=6, dtype=torch.float64)
+    want = 1.5 * made.lora_B["default"] @ made.lora_A["default"]
+    assert made.get_delta_weight("default").dtype == torch.float64
+    torch.testing.assert_close(made.get_delta_weight("default"), want.detach())
+    half = made.to(torch.bfloat16)
+    assert half.get_delta_weight("default").dtype == torch.float32
+
+
+# Conv1D, whose weight is (in, out).
+
+
+def test_conv1d_layout():
+    conv = Conv1D(N, K)
+    nn.init.normal_(conv.bias)
+    weight = conv.weight
+    fastlora.patch(conv)
+    randomise(conv)
+    assert isinstance(conv, FusedLoraLinear) and conv.fan_in_fan_out and conv.weight is weight
+    assert conv.lora_A["default"].shape == (8, K) and conv.lora_B["default"].shape == (N, 8)
+    x = torch.randn(2, 5, K, requires_grad=True)
+    y, want = conv(x), spelled_out(conv, x)
+    torch.testing.assert_close(y, want)
+    dy = torch.randn_like(y)
+    leaves = [x, conv.lora_A["default"], conv.lora_B["default"]]
+    torch.testing.assert_close(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy))
+    bits = weight.detach().clone()
+    assert conv.get_delta_weight("default").shape == weight.shape
+    conv.merge()
+    torch.testing.assert_close(conv(x), y)
+    assert not torch.equal(conv.weight, bits)
+    conv.unmerge()
+    assert torch.equal(conv.weight, bits)
+
+
+# What modules do.
+
+
+def duplicates(made: FusedLoraLinear) -> list[FusedLoraLinear]:
+    buffer = io.BytesIO()
+    torch.save(made, buffer)
+    buffer.seek(0)
+    return [copy.deepcopy(made), pickle.loads(pickle.dumps(made)), torch.load(buffer, weights_only=False)]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("patched", [False, True])
+def test_copies_live_their_own_lives(patched, merged):
+    made: Any = layer(r=4, lora_dropout=0.25)
+    if patched:
+        made = nn.Linear(K, N)
+        fastlora.patch(made, r=4, lora_dropout=0.25)
+    made.add_adapter("second", r=2)
+    made.set_adapter(["default", "second"])
+    randomise(made)
+    made.eval()
+    x = torch.randn(3, K)
+    unmerged, bits = made(x), made.weight.clone()
+    if merged:
+        made.merge()
+    y = made(x)
+    for twin in duplicates(made):
+        assert type(twin) is FusedLoraLinear and torch.equal(twin(x), y)
+        assert repr(twin) == repr(made)
+        assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in made.parameters()]
+        twin.unmerge()
+        assert torch.equal(twin(x), unmerged)
+        randomise(twin)
+        twin.scaling["default"] = 7.0
+        twin.set_adapter("second")
+        assert torch.equal(made(x), y)
+        if patched:
+            fastlora.unpatch(twin)
+            assert type(twin) is nn.Linear and torch.equal(twin(x), F.linear(x, bits, made.bias))
+
+
+def test_state_dict_keys_and_round_trip():
+    made = layer(r=4)
+    made.add_adapter("second", r=2)
+    state = made.state_dict()
+    assert set(state) == {
+        *("weight", "bias"),
+        *("lora_A.default", "lora_B.default", "lora_A.second", "lora_B.second"),
+    }
+    other = FusedLoraLinear(K, N, r=4)
+    other.add_adapter("second", r=2)
+    other.load_state_dict(state)
+    x = torch.randn(3, K)
+    assert torch.equal(other(x), made(x))
+    assert nn.Linear(K, N).load_state_dict(state, strict=False).missing_keys == []
+    missing = other.load_state_dict(nn.Linear(K, N).state_dict(), strict=False).missing_keys
+    assert set(missing) == {key for key in state if key.startswith("lora_")}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        FusedLoraLinear(K, N, r=8).load_state_dict(state, strict=False)
+
+
+def test_state_dict_assigned_to_a_layer_on_the_meta_device():
+    made = layer(r=4)
+    other = FusedLoraLinear(K, N, r=4, device="meta")
+    assert all(p.is_meta for p in other.parameters())
+    assert other(torch.randn(3, K, device="meta")).shape == (3, N)
+    other.load_state_dict(made.state_dict(), assign=True)
+    x = torch.randn(3, K)
+    assert torch.equal(other(x), made(x))
+
+
+def test_shapes_of_input():
+    """1-D, empty and 4-D inputs, as nn.Linear takes them; wrong widths are refused by name."""
+    made = layer()
+    for shape in ((K,), (0, K), (2, 3, 4, K), (2, 0, K)):
+        assert made(torch.randn(shape)).shape == (*shape[:-1], N)
+    with pytest.raises(ValueError, match=rf"shapes: got x \(3, {K + 1}\)"):
+        made(torch.randn(3, K + 1))
