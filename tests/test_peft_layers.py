@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -457,7 +458,7 @@ def test_the_input_s_dtype_falls_back():
         with pytest.raises(RuntimeError, match="dtype"):
             each(torch.randn(5, K))
     assert fused_layers(fused)[0].calls.last_reason == "torch.float32 input into a torch.bfloat16 base layer"
-    with peft.helpers.disable_input_dtype_casting(fused):
+    with disable_input_dtype_casting(fused):
         with pytest.raises(RuntimeError, match="dtype"):
             fused(torch.randn(5, K, dtype=torch.bfloat16))
     assert "casting the input is disabled" in (fused_layers(fused)[0].calls.last_reason or "")
