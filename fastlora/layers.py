@@ -153,8 +153,9 @@ class FusedLoraLinear(nn.Linear):
             dtype = torch.float32 if self.weight.dtype in HALF_DTYPES else self.weight.dtype
         active = len(self.lora_A) == 0
         factory = {"device": self.weight.device, "dtype": dtype}
-        lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory), requires_grad=active)
-        lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory), requires_grad=active)
+        with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
+            lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory), requires_grad=active)
+            lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory), requires_grad=active)
         self.r[name] = r
         self.lora_alpha[name] = lora_alpha
         self.lora_dropout[name] = float(lora_dropout)

@@ -151,10 +151,17 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
 
     Merged adapters are unmerged first, so that the weights' bits are the original ones; with `keep_merged` the merged
     weights stay (what PEFT calls merge_and_unload). PEFT models keep their adapters: only the layers' execution goes
-    back to PEFT. A model that is not patched stays as it is.
+    back to PEFT. A model that is not patched stays as it is. Raises ValueError where something else has changed a
+    layer's class since.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"unpatch: model: got {type(model).__name__}, want a torch.nn.Module")
+    for name, module in model.named_modules():
+        if _ORIGINAL_CLASS in module.__dict__ and type(module) is not FusedLoraLinear:
+            raise ValueError(
+                f"unpatch: {name!r} has become a {type(module).__name__} since it was patched, want a FusedLoraLinear: "
+                "undo that first (a parametrisation, sharding)"
+            )
     for module in list(model.modules()):
         if isinstance(module, FusedLoraLinear) and _ORIGINAL_CLASS in module.__dict__:
             if not keep_merged:
@@ -343,7 +350,7 @@ def _apply(
 ) -> None:
     """Swaps the planned layers and freezes the rest; on any failure (memory, Ctrl-C) the model is put back first."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    records = _flags_to_record(model)
+    records = _flags_to_record(model, plan)
     active = {name for m in model.modules() if isinstance(m, FusedLoraLinear) for name in m.active_adapters}
     done: list[nn.Module] = []
     try:
@@ -371,14 +378,14 @@ def _apply(
         module.__dict__[_FROZEN] = record
 
 
-def _flags_to_record(model: nn.Module) -> list[tuple[nn.Module, dict[str, bool]]]:
-    """`requires_grad` of the parameters of every module that no earlier `patch` has seen: of none, where one has seen
-    the whole model.
+def _flags_to_record(model: nn.Module, plan: list[nn.Module]) -> list[tuple[nn.Module, dict[str, bool]]]:
+    """`requires_grad` of the parameters that are to be frozen: those of every module that no earlier `patch` has seen,
+    or, where one has seen the whole model, of the planned layers among these (a new head stays trainable).
 
     Kept by module, so that a part of a model can be patched before or after the whole, and each unpatched alone.
     """
-    if _FROZEN in model.__dict__:
-        return []
+    planned = {id(module) for module in plan}
+    seen_whole = _FROZEN in model.__dict__
     layers = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
     adapters = {id(part) for layer in layers for part in (layer.lora_A, layer.lora_B)}
     recorded: dict[int, bool] = {}
@@ -388,7 +395,7 @@ def _flags_to_record(model: nn.Module) -> list[tuple[nn.Module, dict[str, bool]]
     return [
         (module, {n: recorded.get(id(p), p.requires_grad) for n, p in module._parameters.items() if p is not None})
         for module in model.modules()
-        if _FROZEN not in module.__dict__ and id(module) not in adapters
+        if _FROZEN not in module.__dict__ and id(module) not in adapters and (id(module) in planned or not seen_whole)
     ]
 
 
