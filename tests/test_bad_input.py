@@ -166,6 +166,19 @@ def test_other_settings_that_conflict_in_the_last_layer_only():
     before.assert_unchanged()
 
 
+def test_unpatching_a_layer_that_was_parametrised_since():
+    model = patched()
+    torch.nn.utils.parametrizations.weight_norm(model["up"])
+    before = ModelState(model)
+    refused(
+        lambda: fastlora.unpatch(model), "unpatch: 'up' has become a ParametrizedFusedLoraLinear", "undo that first"
+    )
+    before.assert_unchanged()
+    torch.nn.utils.parametrize.remove_parametrizations(model["up"], "weight")
+    fastlora.unpatch(model)
+    assert type(model["up"]) is nn.Linear
+
+
 # FusedLoraLinear
 
 

@@ -240,6 +240,25 @@ def test_what_the_user_unfroze_stays_so_when_an_adapter_is_added():
     assert model.head.weight.requires_grad
 
 
+def test_a_layer_added_later_is_frozen_where_it_is_patched():
+    model = nn.Sequential(nn.Linear(4, 4))
+    fastlora.patch(model, r=2, target_modules=["0"])
+    model.extend([nn.Linear(4, 4), nn.Linear(4, 3)])
+    fastlora.patch(model, r=2, target_modules=["0", "1"])
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == {*(f"{i}.lora_{side}.default" for i in "01" for side in "AB"), "2.weight", "2.bias"}
+    fastlora.unpatch(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_adapters_added_in_inference_mode_can_be_trained():
+    model = nn.Sequential(nn.Linear(4, 4))
+    with torch.inference_mode():
+        fastlora.patch(model, r=2)
+    model(torch.randn(2, 4)).sum().backward()
+    assert submodule(model, "0").lora_B["default"].grad.norm() > 0
+
+
 # Which modules are targets: PEFT's meaning of the names.
 
 
