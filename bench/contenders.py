@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +171,27 @@ def fastlora_backend(name: str) -> Callable[[Tensors], Contender]:
     return build
 
 
+def triton_with(s_inside: bool) -> Callable[[Tensors], Contender]:
+    """The triton backend with S made inside the forward GEMM, or in a pass of its own, whatever its rule would choose."""
+    name = "triton_s_inside" if s_inside else "triton"
+
+    def build(t: Tensors) -> Contender:
+        p = t.problem
+        contender = fastlora_backend("triton")(t)
+        from fastlora.kernels import configs
+
+        if s_inside and (p.dropout or p.r > configs.MAX_RANK_INSIDE):
+            raise Unavailable(f"S inside the GEMM: not with dropout, nor with a rank above {configs.MAX_RANK_INSIDE}")
+
+        def forward(x: Tensor) -> Tensor:
+            with mock.patch.object(configs, "s_inside", lambda *_: s_inside):
+                return contender.forward(x)
+
+        return Contender(name, forward, contender.leaves)
+
+    return build
+
+
 CONTENDERS: dict[str, Callable[[Tensors], Contender]] = {
     "frozen": frozen,
     "eager": eager,
@@ -178,7 +200,8 @@ CONTENDERS: dict[str, Callable[[Tensors], Contender]] = {
     "compile": compiled,
     "torch": fastlora_backend("torch"),
     "cublas": fastlora_backend("cublas"),
-    "triton": fastlora_backend("triton"),
+    "triton": triton_with(s_inside=False),
+    "triton_s_inside": triton_with(s_inside=True),
 }
 
 

@@ -26,6 +26,8 @@ from .timing import Summary, Timer, timer_for
 
 MINIMUM_L2 = 60 * 2**20  # of an H200: inputs rotate over more than twice the device's L2
 
+MOST_ERROR = 2e-2  # of the output and each gradient beside eager's: a wrong kernel is wrong by 1, bf16 by about 5e-3
+
 SHAPES = {  # (M, N, K): a Llama-3-8B block's linears on a GPU; what a CPU does in milliseconds elsewhere
     "cuda": [(8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (8192, 1024, 4096)],
     "cpu": [(512, 1024, 1024), (512, 4096, 1024), (512, 1024, 4096)],
@@ -41,7 +43,7 @@ DTYPES = {  # name on the command line: (base, adapters)
 def contender_names(device: torch.device) -> list[str]:
     if device.type == "cuda":
         return list(CONTENDERS)
-    return [name for name in CONTENDERS if name not in ("compile", "cublas", "triton")]
+    return ["frozen", "eager", "peft", "addmm", "torch"]
 
 
 def measure_case(
@@ -55,7 +57,7 @@ def measure_case(
     for name in names:
         try:
             contender = build(name, tensors)
-            check_gradients(contender, *inputs[0])
+            check_values(contender, tensors, *inputs[0])
         except Unavailable as error:
             unavailable[name] = str(error)
             continue
@@ -104,11 +106,20 @@ def passes(contender: Contender, inputs: list, device: torch.device):
     return lambda: one("forward", forward), lambda: one("both", both)
 
 
-def check_gradients(contender: Contender, x: torch.Tensor, dy: torch.Tensor) -> None:
-    """One eager step before anything is timed: what is fast but wrong is not measured."""
-    grads = contender.backward(contender.forward(x), x, dy)
-    if not all(bool(grad.isfinite().all()) for grad in grads):
-        raise FloatingPointError("a gradient is not finite")
+def check_values(contender: Contender, tensors: Tensors, x: torch.Tensor, dy: torch.Tensor) -> None:
+    """One step before anything is timed: what is fast but wrong is not measured. With dropout only finiteness is checked."""
+    y = contender.forward(x)
+    got = (y.detach(), *contender.backward(y, x, dy))
+    if not all(bool(value.isfinite().all()) for value in got):
+        raise FloatingPointError("an output or a gradient is not finite")
+    if tensors.problem.dropout or contender.name == "frozen":
+        return
+    eager = build("eager", tensors)
+    y = eager.forward(x)
+    for value, want in zip(got, (y.detach(), *eager.backward(y, x, dy)), strict=True):
+        error = ((value.float() - want.float()).norm() / want.float().norm()).item()
+        if not error < MOST_ERROR:
+            raise ArithmeticError(f"differs from eager PyTorch by {error:.1e} (relative), allowed {MOST_ERROR:.0e}")
 
 
 def add_ratios(results: dict[str, dict[str, Any]], problem: Problem, roof: Roof) -> None:
@@ -168,6 +179,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", help="comma-separated, of: " + ", ".join(CONTENDERS))
     parser.add_argument("--rounds", type=int, help="turns per case (default: 30 on a GPU, 60 on a CPU)")
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no new case is begun")
+    parser.add_argument("--show", type=Path, metavar="JSON", help="print the tables of an earlier run and measure nothing")
     parser.add_argument("--out", type=Path, help="the JSON (default: bench/results/<gpu or cpu>/lora_linear.json)")
     options = parser.parse_args(arguments)
     names = (options.contenders or "").split(",") if options.contenders else None
@@ -203,6 +215,9 @@ def cases(options: argparse.Namespace) -> list[Problem]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    if options.show:
+        print("\n".join(table(case) for case in json.loads(options.show.read_text())["cases"]))
+        return 0
     device, begun = torch.device(options.device), time.monotonic()
     timer = timer_for(device)
     facts = machine.describe(device)

@@ -1,0 +1,44 @@
+"""Options of the compile tests, and the compilation itself, once for all of them."""
+
+import os
+
+import pytest
+from aot import report, sweep
+from aot.pretend import take_censuses
+
+_COMPILED = pytest.StashKey[dict[int, list[report.Row]]]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("ahead-of-time compilation")
+    group.addoption("--full", action="store_true", help="compile every kind of launch, not one or two of each configuration")
+    group.addoption("--write", action="store_true", help="write docs/kernels/compiled.md from what was compiled")
+
+
+def pytest_configure(config):
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        pytest.exit("tests/aot compiles kernels: run it in a process without TRITON_INTERPRET", returncode=4)
+
+
+@pytest.fixture(scope="session")
+def compiled(request, tmp_path_factory) -> dict[int, list[report.Row]]:
+    """What was compiled for each architecture, with its census or the compiler's error."""
+    pick = sweep.shipped if request.config.getoption("--full") else sweep.chosen
+    kinds = {arch: pick(arch) for arch in sweep.ARCHS}
+    launches = [kind.launch for several in kinds.values() for kind in several]
+    results = take_censuses(launches, tmp_path_factory.mktemp("triton"))
+    rows = {arch: [report.Row(kind, results[kind.launch.key]) for kind in several] for arch, several in kinds.items()}
+    request.config.stash[_COMPILED] = rows
+    return rows
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash.get(_COMPILED, None)
+    if rows is None:
+        return
+    for arch, several in rows.items():
+        terminalreporter.section(f"compiled for sm_{arch}")
+        terminalreporter.write_line(report.table(several))
+    if config.getoption("--write"):
+        report.PAGE.write_text(report.page(rows))
+        terminalreporter.write_line(f"written: {report.PAGE}")
