@@ -628,6 +628,28 @@ def test_compiled_without_graph_breaks():
     assert counts(fused) == before
 
 
+def replica(module) -> Any:
+    """What DataParallel makes: shallow copies whose weights are plain tensors in attributes."""
+    copied = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        setattr(copied, name, parameter if parameter is None else parameter * 1.0)
+    for name, child in module._modules.items():
+        copied._modules[name] = replica(child)
+    return copied
+
+
+def test_replicas_of_data_parallel():
+    model = peft_model(lora_bias=True)
+    fused = patched_copy(model)
+    x = torch.randn(5, K)
+    replica(fused)(x).sum().backward()
+    model(x).sum().backward()
+    assert counts(fused) == [1, 1]
+    for (name, want), (_, got) in zip(model.named_parameters(), fused.named_parameters(), strict=True):
+        assert (want.grad is None) == (got.grad is None)
+        assert want.grad is None or torch.allclose(want.grad, got.grad, rtol=1e-4, atol=1e-6), name
+
+
 def test_backend_is_passed_on():
     layer = adopt(peft_model().base_model.model.up, backend="nonsense")
     with pytest.raises(ValueError, match="nonsense"):
