@@ -239,7 +239,8 @@ class FusedLoraLinear(nn.Linear):
         `fan_in_fan_out`."""
         self._check_names([name], "get_delta_weight")
         dtype = torch.float64 if self.lora_A[name].dtype == torch.float64 else torch.float32
-        with torch.no_grad():
+        device_type = "cpu" if self.weight.is_meta else self.weight.device.type  # autocast knows no meta device
+        with torch.no_grad(), torch.autocast(device_type, enabled=False):  # which would multiply in its own dtype
             a, b = self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
             delta = torch.mm(b, a).mul_(self.scaling[name])
         return delta.t() if self.fan_in_fan_out else delta
@@ -248,8 +249,7 @@ class FusedLoraLinear(nn.Linear):
         """Adds the active adapters to the weight: summed in float32, rounded once to the weight's dtype.
 
         The weight's former bits are kept (in host memory), so that `unmerge` restores them exactly. With `untie` the
-        layer gets a new weight and
-        the old Parameter is set aside: for a weight that other modules use too.
+        layer gets a new weight and the old Parameter is set aside: for a weight that other modules use too.
 
         Raises ValueError, with nothing changed, where the merged weight would not be finite, or adapters are merged
         already.

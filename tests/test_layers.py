@@ -506,3 +506,13 @@ def test_shapes_of_input():
         assert made(torch.randn(shape)).shape == (*shape[:-1], N)
     with pytest.raises(ValueError, match=rf"shapes: got x \(3, {K + 1}\)"):
         made(torch.randn(3, K + 1))
+
+
+def test_delta_weight_is_float32_within_autocast() -> None:
+    layer = FusedLoraLinear(24, 20, r=4)
+    layer.reset_adapter("default", init_lora_weights=False)
+    expected = layer.get_delta_weight("default")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        delta = layer.get_delta_weight("default")
+    assert delta.dtype == torch.float32
+    assert torch.equal(delta, expected)
