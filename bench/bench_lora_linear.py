@@ -1,7 +1,8 @@
 """Microbenchmarks of one LoRA linear for pytest-benchmark: `pytest bench/bench_lora_linear.py`.
 
-Small on purpose: they catch a change that makes a path slower between two commits on one machine (`--benchmark-autosave`,
-`--benchmark-compare`). Numbers to report come from `python -m bench.lora_linear`, which interleaves the contenders.
+Small on purpose: they catch a change that makes a path slower between two commits on one machine
+(`--benchmark-autosave`, `--benchmark-compare`). Numbers to report come from `python -m bench.lora_linear`, which
+interleaves the contenders.
 """
 
 from __future__ import annotations

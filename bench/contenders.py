@@ -1,7 +1,7 @@
 """Who is measured: the frozen layer, eager PyTorch, PEFT's layer, a hand-written autograd, and fastlora's backends.
 
-A contender is built from the same `Tensors` as the others (same weights, same adapters, same inputs) and gives a function of x
-and the tensors it differentiates, so that forward and backward are timed the same way for all.
+A contender is built from the same `Tensors` as the others (same weights, same adapters, same inputs) and gives a
+function of x and the tensors it differentiates, so that forward and backward are timed the same way for all.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ def fastlora_backend(name: str) -> Callable[[Tensors], Contender]:
 
 
 def triton_with(s_inside: bool) -> Callable[[Tensors], Contender]:
-    """The triton backend with S made inside the forward GEMM, or in a pass of its own, whatever its rule would choose."""
+    """The triton backend with S made inside the forward GEMM, or in a pass of its own, whatever its rule would
+    choose."""
     name = "triton_s_inside" if s_inside else "triton"
 
     def build(t: Tensors) -> Contender:
@@ -184,7 +185,7 @@ def triton_with(s_inside: bool) -> Callable[[Tensors], Contender]:
             raise Unavailable(f"S inside the GEMM: not with dropout, nor with a rank above {configs.MAX_RANK_INSIDE}")
 
         def forward(x: Tensor) -> Tensor:
-            with mock.patch.object(configs, "s_inside", lambda *_: s_inside):
+            with mock.patch.object(configs, "s_inside", return_value=s_inside):
                 return contender.forward(x)
 
         return Contender(name, forward, contender.leaves)

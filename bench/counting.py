@@ -1,8 +1,9 @@
 """FLOPs, bytes and predicted time of every kernel, and of whole passes built from them.
 
-The model: a kernel takes max(bytes / bandwidth, FLOPs / rate). Bytes are the compulsory ones (each operand read once, each
-result written once, intermediates of a fused kernel not at all), so that a prediction is a floor, not a guess at caches. What a
-compute-bound GEMM reads beside its own operands (the `C` of `addmm_`, a bias) is hidden behind its arithmetic by the same rule.
+The model: a kernel takes max(bytes / bandwidth, FLOPs / rate). Bytes are the compulsory ones (each operand read once,
+each result written once, intermediates of a fused kernel not at all), so that a prediction is a floor, not a guess at
+caches. What a compute-bound GEMM reads beside its own operands (the `C` of `addmm_`, a bias) is hidden behind its
+arithmetic by the same rule.
 
 Nothing here imports torch: the model is arithmetic on shapes.
 """
@@ -206,10 +207,14 @@ def eager(p: Problem) -> Passes:
 
 
 def eager_autocast(p: Problem) -> Passes:
-    """Eager with fp32 adapters under autocast: x is cast up by the layer and down by autocast, and its gradient likewise."""
+    """Eager with fp32 adapters under autocast: x is cast up by the layer and down by autocast, and its gradient
+    likewise."""
     forward, backward = eager(replace(p, adapter_dtype=p.dtype))
     there_and_back = 2 * (p.x + p.matrix(p.m, p.k, "float32"))
-    return [*forward, Step("cast x up and down", 0, there_and_back)], [*backward, Step("cast dX up and down", 0, there_and_back)]
+    return [*forward, Step("cast x up and down", 0, there_and_back)], [
+        *backward,
+        Step("cast dX up and down", 0, there_and_back),
+    ]
 
 
 def addmm(p: Problem) -> Passes:

@@ -1,8 +1,8 @@
 """One LoRA linear layer, all contenders in turns: `python -m bench.lora_linear` (docs/benchmarks.md).
 
-Prints a short table per case and writes everything as JSON: medians and 20th/80th percentiles of forward and of forward +
-backward, the ratio to the frozen layer and to eager PyTorch, FLOPs, bytes, and the share of the roof that was measured in
-the same run. "backward" is the difference of the two medians.
+Prints a short table per case and writes everything as JSON: medians and 20th/80th percentiles of forward and of
+forward + backward, the ratio to the frozen layer and to eager PyTorch, FLOPs, bytes, and the share of the roof that
+was measured in the same run. "backward" is the difference of the two medians.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,11 @@ def measure_case(
     results = {}
     for name in contenders:
         forward, both = (Summary.of(samples[f"{name} {what}"], calls) for what in ("forward", "both"))
-        results[name] = {"forward": asdict(forward), "both": asdict(both), "backward_median": both.median - forward.median}
+        results[name] = {
+            "forward": asdict(forward),
+            "both": asdict(both),
+            "backward_median": both.median - forward.median,
+        }
     add_ratios(results, problem, roof)
     return {"problem": asdict(problem), "rotating_inputs": len(inputs), "results": results, "unavailable": unavailable}
 
@@ -107,7 +111,8 @@ def passes(contender: Contender, inputs: list, device: torch.device):
 
 
 def check_values(contender: Contender, tensors: Tensors, x: torch.Tensor, dy: torch.Tensor) -> None:
-    """One step before anything is timed: what is fast but wrong is not measured. With dropout only finiteness is checked."""
+    """One step before anything is timed: what is fast but wrong is not measured. With dropout only finiteness is
+    checked."""
     y = contender.forward(x)
     got = (y.detach(), *contender.backward(y, x, dy))
     if not all(bool(value.isfinite().all()) for value in got):
@@ -137,12 +142,14 @@ def add_ratios(results: dict[str, dict[str, Any]], problem: Problem, roof: Roof)
 
 
 def table(case: dict[str, Any]) -> str:
-    """A few lines for people: milliseconds, how much over the frozen layer, how many times faster than eager and PEFT."""
+    """A few lines for people: milliseconds, how much over the frozen layer, how many times faster than eager and
+    PEFT."""
     p = case["problem"]
     kinds = p["dtype"] if p["dtype"] == p["adapter_dtype"] else f"{p['dtype']} with {p['adapter_dtype']} adapters"
     lines = [
         f"M={p['m']} {p['k']}->{p['n']} r={p['r']} {kinds}, dropout {p['dropout']}",
-        f"  {'':<16}{'fwd ms':>9}{'bwd ms':>9}{'both ms':>9}{'p20-p80':>16}{'over frozen':>13}{'x eager':>9}{'x peft':>8}{'roof':>7}",
+        f"  {'':<16}{'fwd ms':>9}{'bwd ms':>9}{'both ms':>9}{'p20-p80':>16}"
+        f"{'over frozen':>13}{'x eager':>9}{'x peft':>8}{'roof':>7}",
     ]
     for name, entry in case["results"].items():
         both = entry["both"]
@@ -171,15 +178,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help=f"cpu or cuda (default here: {default})")
     parser.add_argument("--shapes", choices=SHAPES, help="which set of shapes (default: the device's)")
-    parser.add_argument("--shape", action="append", metavar="MxNxK", help="one shape, such as 8192x4096x4096; may repeat")
-    parser.add_argument("--dtype", action="append", choices=DTYPES, help="may repeat (default: bf16 on a GPU, all on a CPU)")
+    parser.add_argument(
+        "--shape", action="append", metavar="MxNxK", help="one shape, such as 8192x4096x4096; may repeat"
+    )
+    parser.add_argument(
+        "--dtype", action="append", choices=DTYPES, help="may repeat (default: bf16 on a GPU, all on a CPU)"
+    )
     parser.add_argument("--dropout", type=float, action="append", help="may repeat (default: 0 and 0.1)")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--bias", action="store_true")
     parser.add_argument("--contenders", help="comma-separated, of: " + ", ".join(CONTENDERS))
     parser.add_argument("--rounds", type=int, help="turns per case (default: 30 on a GPU, 60 on a CPU)")
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no new case is begun")
-    parser.add_argument("--show", type=Path, metavar="JSON", help="print the tables of an earlier run and measure nothing")
+    parser.add_argument(
+        "--show", type=Path, metavar="JSON", help="print the tables of an earlier run and measure nothing"
+    )
     parser.add_argument("--out", type=Path, help="the JSON (default: bench/results/<gpu or cpu>/lora_linear.json)")
     options = parser.parse_args(arguments)
     names = (options.contenders or "").split(",") if options.contenders else None
@@ -233,7 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
         if problem.dtype not in roofs:
             roof = roofs[problem.dtype] = machine.measure_roof(device, problem.dtype, timer)
             record["roofs"][problem.dtype] = asdict(roof)
-            print(f"roof, {problem.dtype}: {roof.flops / 1e12:.2f} TFLOP/s, {roof.bandwidth / 1e9:.1f} GB/s", flush=True)
+            print(
+                f"roof, {problem.dtype}: {roof.flops / 1e12:.2f} TFLOP/s, {roof.bandwidth / 1e9:.1f} GB/s", flush=True
+            )
         case = measure_case(problem, options.names, device, timer, rounds, roofs[problem.dtype])
         record["cases"].append(case)
         record["complete"] = len(record["cases"]) == len(options.cases)
@@ -242,7 +257,12 @@ def main(arguments: list[str] | None = None) -> int:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print(f"written: {out}")
-    failed = [f"{name}: {why}" for case in record["cases"] for name, why in case["unavailable"].items() if why.startswith("failed")]
+    failed = [
+        f"{name}: {why}"
+        for case in record["cases"]
+        for name, why in case["unavailable"].items()
+        if why.startswith("failed")
+    ]
     return 1 if failed else 0
 
 

@@ -46,7 +46,8 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def measure_roof(device: torch.device, dtype: str, timer: Timer) -> Roof:
-    """The rate of a large square matrix product and the bandwidth of a large copy (reads plus writes), on random data."""
+    """The rate of a large square matrix product and the bandwidth of a large copy (reads plus writes), on random
+    data."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
     out = torch.empty_like(a)

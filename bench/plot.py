@@ -1,7 +1,8 @@
-"""Draws a results file: `python -m bench.plot bench/results/cpu/lora_linear.json`. It needs the JSON alone, and matplotlib.
+"""Draws a results file: `python -m bench.plot bench/results/cpu/lora_linear.json`. It needs the JSON alone, and
+matplotlib.
 
-Left, forward + backward over the frozen layer's time, one group of bars per case. Right, each measurement under the roof
-that was measured in the same run.
+Left, forward + backward over the frozen layer's time, one group of bars per case. Right, each measurement under the
+roof that was measured in the same run.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from .counting import Problem, Roof, compulsory_bytes, useful_flops
 
 
 def label(problem: dict[str, Any]) -> str:
-    kinds = problem["dtype"] if problem["dtype"] == problem["adapter_dtype"] else f"{problem['dtype']}+{problem['adapter_dtype']}"
+    kinds = (
+        problem["dtype"]
+        if problem["dtype"] == problem["adapter_dtype"]
+        else f"{problem['dtype']}+{problem['adapter_dtype']}"
+    )
     kinds = kinds.replace("bfloat16", "bf16").replace("float32", "fp32")
     return f"{problem['k']}→{problem['n']}\nM={problem['m']}, {kinds}\np={problem['dropout']}"
 
@@ -33,7 +38,9 @@ def draw(record: dict[str, Any], target: Path) -> None:
         raise ValueError("draw: the record has no cases")
     names = list(dict.fromkeys(name for case in cases for name in case["results"]))
     colours = dict(zip(names, plt.get_cmap("tab10").colors * 2))  # type: ignore[attr-defined]
-    figure, (bars, roofline) = plt.subplots(1, 2, figsize=(6 + 1.6 * len(cases), 5.5), width_ratios=[max(2, len(cases)), 3])
+    figure, (bars, roofline) = plt.subplots(
+        1, 2, figsize=(6 + 1.6 * len(cases), 5.5), width_ratios=[max(2, len(cases)), 3]
+    )
     _draw_bars(bars, cases, names, colours)
     _draw_roofline(roofline, record, names, colours)
     machine = record["machine"]

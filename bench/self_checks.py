@@ -1,7 +1,7 @@
 """Every backend's first-use self-check on this machine, one line each: `python -m bench.self_checks`.
 
-They are the checks that the dispatcher makes before it trusts a hand-written kernel; here their verdicts are printed, and the
-exit status is 1 where one fails.
+They are the checks that the dispatcher makes before it trusts a hand-written kernel; here their verdicts are printed,
+and the exit status is 1 where one fails.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ import torch
 
 from fastlora import dispatch
 
-DTYPES = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.float32)]
+DTYPES = [
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.float32),
+]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
                 except Exception as error:
                     failure = f"{type(error).__name__}: {error}"
                 failed += failure is not None
-                kind = f"{dtype} x, {adapter_dtype} adapters, dropout {'on' if dropout else 'off'}".replace("torch.", "")
+                kind = f"{dtype} x, {adapter_dtype} adapters, dropout {'on' if dropout else 'off'}".replace(
+                    "torch.", ""
+                )
                 verdict = "passed" if failure is None else f"FAILED: {failure}"
                 print(f"{name:<8}{kind:<52}{verdict} ({time.monotonic() - begun:.1f} s)", flush=True)
     return 1 if failed else 0

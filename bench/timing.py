@@ -1,7 +1,8 @@
 """Timing several things fairly: interleaved, so that a machine that slows down slows all of them down.
 
-On a GPU each function is captured in a CUDA graph, which takes the launch gaps out, and replayed between events; the caller
-rotates over inputs larger than twice the L2 inside the captured function. On a CPU it is `perf_counter` around the call.
+On a GPU each function is captured in a CUDA graph, which takes the launch gaps out, and replayed between events; the
+caller rotates over inputs larger than twice the L2 inside the captured function. On a CPU it is `perf_counter` around
+the call.
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ _COMPILED = pytest.StashKey[dict[int, list[report.Row]]]()
 
 def pytest_addoption(parser):
     group = parser.getgroup("ahead-of-time compilation")
-    group.addoption("--full", action="store_true", help="compile every kind of launch, not one or two of each configuration")
+    group.addoption(
+        "--full", action="store_true", help="compile every kind of launch, not one or two of each configuration"
+    )
     group.addoption("--write", action="store_true", help="write docs/kernels/compiled.md from what was compiled")
 
 

@@ -1,8 +1,10 @@
-"""Pretend to launch on a GPU that is not there: capture what a launcher asks for, compile it for the target, read the machine code.
+"""Pretend to launch on a GPU that is not there: capture what a launcher asks for, compile it for the target, read the
+machine code.
 
-Inside `pretend(arch)` Triton believes in a GPU of that compute capability, and `kernel[grid](...)` records a `Launch` instead of
-running. The signature, the specialisation (divisibility by 16, equality to 1, descriptors) and the options come from Triton's own
-binder, so what is compiled is what the runtime would compile for these arguments. Meta tensors do: nothing is read.
+Inside `pretend(arch)` Triton believes in a GPU of that compute capability, and `kernel[grid](...)` records a `Launch`
+instead of running. The signature, the specialisation (divisibility by 16, equality to 1, descriptors) and the options
+come from Triton's own binder, so what is compiled is what the runtime would compile for these arguments. Meta tensors
+do: nothing is read.
 """
 
 import contextlib
@@ -22,13 +24,15 @@ from unittest import mock
 
 import triton
 from triton import knobs
-from fastlora.kernels import configs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-# The largest shared memory one block may have, in bytes (CUDA programming guide, table of compute capabilities, less 1 KiB reserved).
+from fastlora.kernels import configs
+
+# The largest shared memory one block may have, in bytes (CUDA programming guide, table of compute capabilities, less
+# 1 KiB reserved).
 SHARED_MEMORY_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of an A100, an H100 or H200, a B200
 
@@ -58,7 +62,9 @@ class Launch:
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments by name."""
         names = self.kernel.arg_names
-        return {names[path[0]]: getattr(value, "value", value) for path, value in self.constexprs.items() if len(path) == 1}
+        return {
+            names[path[0]]: getattr(value, "value", value) for path, value in self.constexprs.items() if len(path) == 1
+        }
 
     def compile(self) -> Any:
         source = ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
@@ -99,8 +105,8 @@ def pretend(arch: int) -> Iterator[list[Launch]]:
     try:
         with (
             mock.patch.object(JITFunction, "run", record),
-            mock.patch.object(configs, "capability", lambda device: divmod(arch, 10)),
-            mock.patch.object(configs, "num_sms", lambda device: MULTIPROCESSORS[arch]),
+            mock.patch.object(configs, "capability", return_value=divmod(arch, 10)),
+            mock.patch.object(configs, "num_sms", return_value=MULTIPROCESSORS[arch]),
         ):
             yield launches
     finally:
@@ -134,8 +140,8 @@ class Census:
     def atomics(self) -> int:
         """Instructions that read and change memory in one go.
 
-        Not among them: REDUX (within a warp), SYNCS (mbarriers), and ATOMS, which is what allocating tensor memory becomes on
-        sm_100; an atomic on shared memory that a kernel asks for shows in the PTX.
+        Not among them: REDUX (within a warp), SYNCS (mbarriers), and ATOMS, which is what allocating tensor memory
+        becomes on sm_100; an atomic on shared memory that a kernel asks for shows in the PTX.
         """
         return self.ptx_atomics + self.count("ATOM", "ATOMG", "RED", "REDG")
 
@@ -193,7 +199,8 @@ def _census_of(index: int, cache: str) -> Census | str:
 
 
 def take_censuses(launches: list[Launch], cache: Path, workers: int | None = None) -> dict[str, Census | str]:
-    """The census of every distinct launch, by its key; the error's text where it does not compile. Runs on every core."""
+    """The census of every distinct launch, by its key; the error's text where it does not compile. Runs on every
+    core."""
     distinct = {launch.key: launch for launch in launches}
     _queue[:] = distinct.values()
     workers = workers or len(os.sched_getaffinity(0))

@@ -11,7 +11,21 @@ from aot.sweep import Kind
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels" / "compiled.md"
 MARKER = "<!-- written by `pytest tests/aot --write`; do not edit -->"
 
-COLUMNS = ("kernel", "configuration", "regs", "shared KiB", "spills", "MMA", "TMA", "copies", "loads", "stores", "barriers", "instr.", "waits")
+COLUMNS = (
+    "kernel",
+    "configuration",
+    "regs",
+    "shared KiB",
+    "spills",
+    "MMA",
+    "TMA",
+    "copies",
+    "loads",
+    "stores",
+    "barriers",
+    "instr.",
+    "waits",
+)
 
 
 @dataclass(frozen=True)
@@ -58,14 +72,15 @@ def page(compiled: dict[int, list[Row]]) -> str:
         "# What was compiled",
         MARKER,
         f"""\
-Every launch configuration that `kernels/configs.py` can choose, compiled ahead of time by Triton {triton.__version__} for an A100 (sm_80), an
-H100 or H200 (sm_90) and a B200 (sm_100); no GPU was involved. Per configuration: the variant that holds most in registers (dropout mask,
-bias, adapters of another dtype), and at the benchmarks' shapes the plainest one as well. `pytest tests/aot` asserts over these rows that there is
-no spill and no atomic, that shared memory fits, and that the GEMMs on sm_90 run wgmma in a pipelined loop.
+Every launch configuration that `kernels/configs.py` can choose, compiled ahead of time by Triton {triton.__version__}
+for an A100 (sm_80), an H100 or H200 (sm_90) and a B200 (sm_100); no GPU was involved. Per configuration: the variant
+that holds most in registers (dropout mask, bias, adapters of another dtype), and at the benchmarks' shapes the
+plainest one as well. `pytest tests/aot` asserts over these rows that there is no spill and no atomic, that shared
+memory fits, and that the GEMMs on sm_90 run wgmma in a pipelined loop.
 
-regs: registers per thread. spills: STL and LDL instructions. MMA: HMMA, HGMMA (wgmma) or UTCHMMA (tcgen05) instructions; an fp32 product in
-IEEE arithmetic has none. TMA: bulk tensor copies. copies: LDGSTS (`cp.async`). waits: the N of each `wgmma.wait_group N` in the PTX; one
-above 0 means that the loop has products in flight.""",
+regs: registers per thread. spills: STL and LDL instructions. MMA: HMMA, HGMMA (wgmma) or UTCHMMA (tcgen05)
+instructions; an fp32 product in IEEE arithmetic has none. TMA: bulk tensor copies. copies: LDGSTS (`cp.async`).
+waits: the N of each `wgmma.wait_group N` in the PTX; one above 0 means that the loop has products in flight.""",
     ]
     for arch, rows in compiled.items():
         parts += [f"## sm_{arch}", table(rows)]

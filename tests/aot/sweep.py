@@ -1,8 +1,10 @@
-"""Every launch the shipped rules can ask for: the launchers run over a wide sweep of problems, one launch of each kind is kept.
+"""Every launch the shipped rules can ask for: the launchers run over a wide sweep of problems, one launch of each
+kind is kept.
 
-Two launches are of one kind when they agree in the kernel, every compile-time argument, warps, stages and the dtypes they read;
-kinds that differ only in dropout, bias and the adapters' dtype share a configuration. `shipped` has every kind, `chosen` those of
-each configuration that tell most: the one with most to hold in registers, and at the benchmarks' shapes the plainest one too.
+Two launches are of one kind when they agree in the kernel, every compile-time argument, warps, stages and the dtypes
+they read; kinds that differ only in dropout, bias and the adapters' dtype share a configuration. `shipped` has every
+kind, `chosen` those of each configuration that tell most: the one with most to hold in registers, and at the
+benchmarks' shapes the plainest one too.
 """
 
 import functools
@@ -14,6 +16,7 @@ from unittest import mock
 
 import torch
 from aot.pretend import Launch, pretend
+
 from fastlora.kernels import configs, expand, gemm, grads, shrink
 
 META = torch.device("meta")
@@ -149,7 +152,8 @@ class Kind:
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Types of the tensors that are read: what is written may be an fp32 partial or the result, a matter of one cast."""
+        """Types of the tensors that are read: what is written may be an fp32 partial or the result, a matter of one
+        cast."""
         return tuple(
             str(ty)
             for name, ty in self.launch.signature.items()
@@ -159,13 +163,27 @@ class Kind:
     @property
     def key(self) -> tuple:
         options = self.launch.options
-        return self.launch.name, self.special, *self.constants.items(), self.reads, options["num_warps"], options["num_stages"]
+        return (
+            self.launch.name,
+            self.special,
+            *self.constants.items(),
+            self.reads,
+            options["num_warps"],
+            options["num_stages"],
+        )
 
     @property
     def configuration(self) -> tuple:
         sizes = {name: value for name, value in self.constants.items() if name not in LIGHT_FLAGS}
         options = self.launch.options
-        return self.launch.name, self.special, *sizes.items(), self.reads[0], options["num_warps"], options["num_stages"]
+        return (
+            self.launch.name,
+            self.special,
+            *sizes.items(),
+            self.reads[0],
+            options["num_warps"],
+            options["num_stages"],
+        )
 
     @property
     def burden(self) -> tuple[int, int]:
@@ -208,7 +226,8 @@ def shipped(arch: int) -> tuple[Kind, ...]:
 
 @functools.cache
 def chosen(arch: int) -> tuple[Kind, ...]:
-    """The heaviest kind of every configuration on `arch`, and the plainest of the benchmarks': what the tests compile each time."""
+    """The heaviest kind of every configuration on `arch`, and the plainest of the benchmarks': what the tests compile
+    each time."""
     groups: dict[tuple, list[Kind]] = {}
     for kind in shipped(arch):
         groups.setdefault(kind.configuration, []).append(kind)

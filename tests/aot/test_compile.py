@@ -9,6 +9,7 @@ import torch
 from aot import report, sweep
 from aot.pretend import MULTIPROCESSORS, SHARED_MEMORY_LIMIT, Census
 from aot.sweep import ARCHS, BF16, FP32
+
 from fastlora.kernels import configs
 
 
@@ -25,7 +26,11 @@ def test_compiles(compiled, arch):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_shared_memory_fits(compiled, arch):
-    too_much = [f"{row.name}: {census.shared} B" for row, census in censuses(compiled, arch) if census.shared > SHARED_MEMORY_LIMIT[arch]]
+    too_much = [
+        f"{row.name}: {census.shared} B"
+        for row, census in censuses(compiled, arch)
+        if census.shared > SHARED_MEMORY_LIMIT[arch]
+    ]
     assert not too_much, "\n".join(too_much)
 
 
@@ -96,7 +101,9 @@ def chosen_parts(arch: int, kernel: str) -> set[tuple]:
     for kind in sweep.chosen(arch):
         if kind.kernel == kernel:
             options = {name: kind.launch.options[name] for name in ("num_warps", "num_stages")}
-            parts.add(tuple(sorted({**{k: v for k, v in kind.constants.items() if k in FIELDS.values()}, **options}.items())))
+            parts.add(
+                tuple(sorted({**{k: v for k, v in kind.constants.items() if k in FIELDS.values()}, **options}.items()))
+            )
     return parts
 
 
@@ -127,8 +134,8 @@ def answers(arch: int, kernel: str) -> set[tuple]:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_no_configuration_is_left_out(arch, kernel):
     with (
-        mock.patch.object(configs, "capability", lambda device: divmod(arch, 10)),
-        mock.patch.object(configs, "num_sms", lambda device: MULTIPROCESSORS[arch]),
+        mock.patch.object(configs, "capability", return_value=divmod(arch, 10)),
+        mock.patch.object(configs, "num_sms", return_value=MULTIPROCESSORS[arch]),
     ):
         missing = answers(arch, kernel) - chosen_parts(arch, kernel)
     assert not missing, f"{kernel} on sm_{arch}: not compiled: {sorted(missing)}"
@@ -141,7 +148,14 @@ def test_every_row_of_the_gemm_tables_is_reached():
         for arch in ARCHS
         for part in chosen_parts(arch, "lora_gemm")
     }
-    tables = (configs._HOPPER, configs._BLACKWELL, configs._AMPERE, configs._UNALIGNED, configs._FP32_IEEE, configs._FP32_TF32)
+    tables = (
+        configs._HOPPER,
+        configs._BLACKWELL,
+        configs._AMPERE,
+        configs._UNALIGNED,
+        configs._FP32_IEEE,
+        configs._FP32_TF32,
+    )
     unused = {tile(row) for rows in tables for row in rows} - reached
     assert not unused, f"no problem of the sweep takes the rows {unused}"
 

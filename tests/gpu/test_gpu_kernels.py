@@ -8,11 +8,13 @@ pytestmark = pytest.mark.gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SQUARE, ODD, ROW, NARROW = (2048, 4096, 4096), (777, 1000, 1001), (1, 4096, 64), (8192, 64, 4096)  # M, N, K
-# Each case compiles its kernels anew, so this is no full product: every size at r = 16, every rank class at one size, the
-# other dtypes (of x, of the adapters) on an aligned and an unaligned problem.
+# Each case compiles its kernels anew, so this is no full product: every size at r = 16, every rank class at one size,
+# the other dtypes (of x, of the adapters) on an aligned and an unaligned problem.
 CASES = [((BF16, BF16), size, 16) for size in (SQUARE, ODD, ROW, NARROW)]
 CASES += [((BF16, BF16), SQUARE, r) for r in (1, 48, 64, 256)]
-CASES += [(kind, size, r) for kind in ((FP16, FP16), (FP32, FP32), (BF16, FP32)) for size, r in ((SQUARE, 16), (ODD, 48))]
+CASES += [
+    (kind, size, r) for kind in ((FP16, FP16), (FP32, FP32), (BF16, FP32)) for size, r in ((SQUARE, 16), (ODD, 48))
+]
 
 
 def name_of(case) -> str:
@@ -46,7 +48,7 @@ def check(out: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, what: str
 def test_shrink(case):
     from fastlora.kernels.shrink import shrink, shrink_workspace
 
-    kind, (m, n, k), r = case
+    kind, (m, _, k), r = case
     x, a = normal(m, k, dtype=kind[0]), normal(r, k, dtype=kind[1], scale=k**-0.5)
     out = empty(m, r, dtype=kind[0])
     shrink(x, a, out, workspace(shrink_workspace(x, a)), scale=0.5)
@@ -56,7 +58,7 @@ def test_shrink(case):
 def test_expand(case):
     from fastlora.kernels.expand import expand
 
-    kind, (m, n, k), r = case
+    kind, (m, n, _), r = case
     s, b, bias = normal(m, r, dtype=kind[0]), normal(n, r, dtype=kind[1], scale=r**-0.5), normal(n, dtype=kind[0])
     out = empty(m, n, dtype=kind[0])
     expand(s, b, out, alpha=-1.5, bias=bias)
@@ -67,7 +69,7 @@ def test_expand(case):
 def test_ds_and_db(case):
     from fastlora.kernels.grads import ds_and_db, ds_and_db_workspace
 
-    kind, (m, n, k), r = case
+    kind, (m, n, _), r = case
     dy, b, s = normal(m, n, dtype=kind[0]), normal(n, r, dtype=kind[1], scale=r**-0.5), normal(m, r, dtype=kind[0])
     ds, db = empty(m, r, dtype=kind[0]), empty(n, r, dtype=kind[1])
     ds_and_db(dy, b, s, ds, db, workspace(ds_and_db_workspace(dy, b)), scaling=2.0)
@@ -79,7 +81,7 @@ def test_ds_and_db(case):
 def test_weight_grad(case):
     from fastlora.kernels.grads import weight_grad, weight_grad_workspace
 
-    kind, (m, n, k), r = case
+    kind, (m, _, k), r = case
     x, g, out = normal(m, k, dtype=kind[0]), normal(m, r, dtype=kind[0]), empty(r, k, dtype=kind[1])
     weight_grad(x, g, out.t(), workspace(weight_grad_workspace(x, r)))
     check(out, g.double().t() @ x.double(), g.t() @ x, "dA")
