@@ -275,6 +275,7 @@ SELECTIONS = [
     {"target_modules": ["head"]},
     {"target_modules": ("blocks.0.up", "head")},
     {"target_modules": {"down"}},
+    {"target_modules": ["n", "own", "up"]},
     {"target_modules": r"blocks\.\d+\.(up|down)"},
     {"target_modules": r".*\.1\..*(up|conv)"},
     {"target_modules": r".*p"},
@@ -288,6 +289,7 @@ SELECTIONS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*no module is called 'n', 'own':UserWarning")
 @pytest.mark.parametrize("selection", SELECTIONS, ids=lambda s: " - ".join(map(str, s.values())))
 def test_target_modules_mean_what_they_mean_in_peft(selection):
     model = Net()
@@ -639,6 +641,24 @@ def test_running_out_of_memory_anywhere_leaves_the_model_as_it_was(monkeypatch, 
     with pytest.raises(MemoryError):
         fastlora.patch(model, r=3)
     monkeypatch.undo()
+    before.assert_unchanged()
+
+
+def test_an_interruption_while_freezing_leaves_the_flags_as_they_were(monkeypatch):
+    model = Net()
+    before = ModelState(model)
+    requires_grad_, calls = torch.Tensor.requires_grad_, []
+
+    def interrupted(tensor, flag=True):
+        calls.append(flag)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return requires_grad_(tensor, flag)
+
+    monkeypatch.setattr(torch.Tensor, "requires_grad_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fastlora.patch(model, r=3)
+    assert calls[:5] == [False] * 5
     before.assert_unchanged()
 
 
