@@ -50,7 +50,9 @@ class Agreement:
 
 def main(argv: list[str] | None = None) -> int:
     settings = parse(argv)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # read when torch is imported: the memory profiler works unannounced
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # read when torch is imported: the memory profiler is to work unannounced
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         require_packages(settings)
