@@ -50,9 +50,7 @@ class Agreement:
 
 def main(argv: list[str] | None = None) -> int:
     settings = parse(argv)
-    os.environ.setdefault(
-        "KINETO_LOG_LEVEL", "99"
-    )  # read when torch is imported: the memory profiler is to work unannounced
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; its profiler would announce itself
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         require_packages(settings)
