@@ -86,4 +86,4 @@ def test_a_cpu_tensor_is_taken_only_because_triton_is_interpreted(monkeypatch):
     x, weight, bias, a, b, _ = problem(4, 6, 8, 2, BF16, FP32, True, "contiguous")
     assert backend.unsupported(x, weight, bias, a, b, 0.0) is None
     monkeypatch.setattr(cublas, "INTERPRETED", False)
-    assert "CUDA device, got cpu" in backend.unsupported(x, weight, bias, a, b, 0.0)
+    assert "CUDA device, got cpu" in (backend.unsupported(x, weight, bias, a, b, 0.0) or "")
