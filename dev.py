@@ -155,7 +155,8 @@ def steps(environment, quick):
 
 def run_step(environment, command, triton, variables):
     """Run a command, showing its output as it comes; (exit status, the output's last 4,000 characters)."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    # The hash seed, because pytest-xdist's processes must collect the same names, and sets are printed in hash order.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **variables}
     env.pop("PYTHONPATH", None)
     if "TRITON_INTERPRET" not in variables:
         env.pop("TRITON_INTERPRET", None)
