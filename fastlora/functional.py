@@ -117,7 +117,7 @@ def _fused(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, bac
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         got = f"x {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
         raise ValueError(f"lora_linear: x, weight and bias: got {got}, want one dtype (adapters may have another)")
-    if weight.numel() == 0 or not _takes_fused_path(x, weight, bias, lora_A, lora_B):
+    if weight.numel() == 0 or x.is_nested or not _takes_fused_path(x, weight, bias, lora_A, lora_B):
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     return autograd.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
 
@@ -178,7 +178,7 @@ def _check(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None) -> 
         )
     n, k = weight.shape
     r = lora_A.shape[0]
-    if x.shape[-1] != k or lora_A.shape[1] != k or lora_B.shape[0] != n or lora_B.shape[1] != r or r < 1:
+    if x.size(-1) != k or lora_A.shape[1] != k or lora_B.shape[0] != n or lora_B.shape[1] != r or r < 1:
         raise ValueError(
             f"lora_linear: shapes: got x {tuple(x.shape)}, weight {tuple(weight.shape)}, lora_A {tuple(lora_A.shape)}, "
             f"lora_B {tuple(lora_B.shape)}, want x (..., K), weight (N, K), lora_A (r, K), lora_B (N, r) with r >= 1"

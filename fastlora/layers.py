@@ -112,6 +112,9 @@ class FusedLoraLinear(nn.Linear):
         self.scaling: dict[str, float] = {}
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
+        # In eval mode nn.TransformerEncoderLayer reads its linear layers' weights itself, past their adapters, unless
+        # some module in it has a forward hook. One on a container, which is never called, costs nothing.
+        self.lora_A.register_forward_pre_hook(_keep_off_the_fast_path)
         self.active_adapters: list[str] = []
         self.disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -332,6 +335,10 @@ def _tensors(adapters: Any) -> Any:
     """An `nn.ParameterDict`'s own dict (3 µs a call cheaper), or itself in a DataParallel replica, which has no
     parameters."""
     return adapters._parameters or adapters
+
+
+def _keep_off_the_fast_path(*_: Any) -> None:
+    """A hook that never runs."""
 
 
 def check_adapter_arguments(
