@@ -107,8 +107,8 @@ def _lora_gemm_kernel(
         s_acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
         b_tiles = ()
         if not RANK_LOOP:
-            # Asked for before the loop over K, these tiles arrive while it runs; asked for after it, every slice waits
-            # for them.
+            # Asked for together and before the loop over K, they are in shared memory when it ends; asked for after it,
+            # every slice would wait for memory on its own.
             if not COMPUTE_S:
                 s_tile = load_tile(s_ptr, m0, 0, M, R, stride_sm, stride_sr, BLOCK_M, BLOCK_R, False)
             for i in tl.static_range(SPLIT):
