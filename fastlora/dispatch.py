@@ -77,8 +77,8 @@ def _import(name: str) -> ModuleType | str:
     if name not in _modules:
         try:
             _modules[name] = importlib.import_module(f"fastlora.backends.{name}")
-        except ImportError as error:
-            _modules[name] = str(error)
+        except Exception as error:  # Triton missing, or broken in a way of its own: training goes on without it
+            _modules[name] = f"{type(error).__name__}: {error}"
     return _modules[name]
 
 
