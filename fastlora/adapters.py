@@ -3,7 +3,6 @@ layers."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,15 +11,7 @@ from typing import Any
 from torch import nn
 
 from .layers import FusedLoraLinear
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, layer) of every `FusedLoraLinear` and every PEFT LoRA layer."""
-    peft_layer = sys.modules.get("peft.tuners.lora.layer")
-    kinds = (FusedLoraLinear,) if peft_layer is None else (FusedLoraLinear, peft_layer.LoraLayer)
-    for name, module in model.named_modules():
-        if isinstance(module, kinds):
-            yield name, module
+from .targets import lora_layers
 
 
 def merge(model: nn.Module) -> None:

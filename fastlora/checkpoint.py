@@ -23,10 +23,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import patching, peft_format
-from .adapters import lora_layers
+from . import patching, peft_format, targets
 from .layers import FusedLoraLinear, check_adapter_arguments
 from .peft_format import AdapterFile, Spec, some
+from .targets import lora_layers
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
@@ -287,7 +287,7 @@ def _check_against_model(model: nn.Module, layers: dict[str, nn.Module], file: A
 
 
 def _check_shapes(name: str, layer: nn.Module, file: AdapterFile, adapter_name: str) -> None:
-    why_not = patching._why_not_patchable(layer)
+    why_not = targets.why_not_patchable(layer)
     if why_not is not None:
         raise ValueError(f"load_adapter: {name!r} cannot carry an adapter: {why_not}")
     weight_shape = tuple(layer.weight.shape)  # type: ignore[arg-type]
@@ -333,7 +333,7 @@ def _add(
             patching.unpatch(model)
         for layer in (layers[name] for name in names):
             if isinstance(layer, FusedLoraLinear) and layer not in fused:
-                patching._restore_layer(layer)
+                patching.restore_layer(layer)
             elif isinstance(layer, FusedLoraLinear) and adapter_name in layer.lora_A:
                 layer.delete_adapter(adapter_name)
         raise
@@ -352,7 +352,7 @@ def _load_into_peft(model: Any, root: Path, adapter_name: str) -> None:
     marker = f".{adapter_name}."
     before = {k: v.detach().clone() for k, v in model.state_dict().items() if marker in k} if existed else {}
     modules_before = set(model.modules())
-    fused = [module for module in modules_before if patching._is_fused_peft(module)]
+    fused = [module for module in modules_before if patching.is_fused_peft(module)]
     try:
         result = model.load_adapter(str(root), adapter_name)
         wrong = [*result.missing_keys, *result.unexpected_keys]

@@ -7,17 +7,16 @@ search for. No class and no source is touched.
 
 from __future__ import annotations
 
-import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from .layers import FusedLoraLinear, check_adapter_arguments, check_backend, check_init
+from .targets import Selection, candidates, peft_lora_layers, why_not_patchable
 
 _FROZEN = "_fastlora_requires_grad"  # on each module of a patched model: {its own parameter: requires_grad before}
 _ORIGINAL_CLASS = "_fastlora_class"  # on a patched layer
@@ -117,19 +116,19 @@ def patch(
     check_adapter_arguments(adapter_name, r, lora_alpha, lora_dropout, caller="patch")
     check_backend(backend, "patch")
     check_init(init_lora_weights, "patch")
-    selection = _Selection(model, target_modules, exclude_modules)
-    peft_layers = dict(_peft_lora_layers(model))
+    selection = Selection(model, target_modules, exclude_modules)
+    peft_layers = dict(peft_lora_layers(model))
     settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": float(lora_dropout), "use_rslora": use_rslora}
     if peft_layers:
         _warn_of_ignored_settings(settings)
         return _patch_peft(peft_layers, selection, backend, strict)
     report = PatchReport()
     plan: list[nn.Module] = []
-    for name, module in _candidates(model, selection):
+    for name, module in candidates(model, selection):
         why_not = selection.why_not(name, module)
         targeted = why_not is None
         if targeted:
-            why_not = _why_not_patchable(module)
+            why_not = why_not_patchable(module)
         if why_not is not None:
             if targeted and strict:
                 raise ValueError(f"patch: strict=True, and {name!r} cannot be patched: {why_not}")
@@ -166,8 +165,8 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
         if isinstance(module, FusedLoraLinear) and _ORIGINAL_CLASS in module.__dict__:
             if not keep_merged:
                 module.unmerge()
-            _restore_layer(module)
-        elif _is_fused_peft(module):
+            restore_layer(module)
+        elif is_fused_peft(module):
             sys.modules["fastlora.peft_layers"].release(module)
     for module in model.modules():
         for name, flag in module.__dict__.pop(_FROZEN, {}).items():
@@ -180,7 +179,7 @@ def is_patched(model: nn.Module) -> bool:
     """True where `patch` has swapped any layer of the model (or the model itself is such a layer)."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"is_patched: model: got {type(model).__name__}, want a torch.nn.Module")
-    return any(_ORIGINAL_CLASS in module.__dict__ or _is_fused_peft(module) for module in model.modules())
+    return any(_ORIGINAL_CLASS in module.__dict__ or is_fused_peft(module) for module in model.modules())
 
 
 def _warn_of_ignored_settings(settings: dict) -> None:
@@ -193,115 +192,6 @@ def _warn_of_ignored_settings(settings: dict) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-# What is a target, and which targets can be patched.
-
-
-class _Selection:
-    """`target_modules` and `exclude_modules` in PEFT's meaning."""
-
-    def __init__(self, model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] | None) -> None:
-        self.targets = _check_names(targets, "target_modules")
-        self.exclude = _check_names(exclude if exclude is not None else [], "exclude_modules")
-        self.all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
-        self.heads = _output_heads(model) if self.all_linear else {}
-        self.unused = set() if isinstance(self.targets, str) else set(self.targets)
-
-    def why_not(self, name: str, module: nn.Module) -> str | None:
-        """None for a target; else why the module is not one."""
-        if not self.all_linear and not self.names(name):
-            return "not among target_modules"
-        if self.excludes(name):
-            return "in exclude_modules"
-        if id(module) in self.heads:
-            return self.heads[id(module)]
-        return None
-
-    def excludes(self, name: str) -> bool:
-        """True where exclude_modules names this module."""
-        return self._matches(name, self.exclude)
-
-    def names(self, name: str) -> bool:
-        """True where target_modules names this module."""
-        return self._matches(name, self.targets)
-
-    def _matches(self, name: str, names: str | Sequence[str]) -> bool:
-        if isinstance(names, str):
-            return re.fullmatch(names, name) is not None
-        found = [target for target in names if name == target or name.endswith(f".{target}")]
-        self.unused.difference_update(found)
-        return bool(found)
-
-
-def _check_names(names: str | Sequence[str], argument: str) -> str | list[str]:
-    if isinstance(names, str):
-        try:
-            re.compile(names)
-        except re.error as error:
-            raise ValueError(f"patch: {argument}: got {names!r}, want a regular expression: {error}") from None
-        return names
-    listed: list[Any] = list(names) if isinstance(names, Iterable) else [names]
-    if not all(isinstance(name, str) for name in listed):
-        raise ValueError(f"patch: {argument}: got {names!r}, want a string or a list of strings")
-    return listed
-
-
-def _output_heads(model: nn.Module) -> dict[int, str]:
-    """The heads that "all-linear" leaves alone, as PEFT does: a transformers model's output embeddings and
-    classifiers."""
-    heads: dict[int, str] = {}
-    for module in model.modules():
-        output = getattr(module, "get_output_embeddings", None)
-        if not callable(output):
-            continue
-        head = output()
-        if isinstance(head, nn.Module):
-            heads[id(head)] = 'the output head: "all-linear" leaves it alone'
-        if type(module).__name__.endswith(("ForSequenceClassification", "ForTokenClassification")):
-            for attribute in ("score", "classifier"):
-                head = getattr(module, attribute, None)
-                for part in head.modules() if isinstance(head, nn.Module) else ():
-                    heads[id(part)] = 'the classification head: "all-linear" leaves it alone'
-    return heads
-
-
-def _candidates(model: nn.Module, selection: _Selection) -> Iterator[tuple[str, nn.Module]]:
-    """Every linear layer, and whatever else was named as a target, once each."""
-    for name, module in model.named_modules():
-        linear = isinstance(module, nn.Linear) or _is_conv1d(module)
-        leaf = not any(True for _ in module.children()) and not isinstance(module, nn.ParameterDict)
-        if linear or (leaf and not selection.all_linear and selection.names(name)):
-            yield name, module
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    return pytorch_utils is not None and type(module) is pytorch_utils.Conv1D
-
-
-def _why_not_patchable(module: nn.Module) -> str | None:
-    if isinstance(module, FusedLoraLinear):
-        return None
-    kind = type(module).__name__
-    if type(module) is not nn.Linear and not _is_conv1d(module):
-        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            return "nn.MultiheadAttention reads this layer's weight itself and never calls its forward"
-        if isinstance(module, nn.Linear):
-            return f"{kind} is a subclass of nn.Linear with behaviour of its own (quantised, parametrised or custom)"
-        return f"{kind} is not a linear layer"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance (an accelerate hook, say), so a swapped layer would not run"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed by a hook (weight_norm, pruning), not a plain parameter"
-    if type(weight) is not nn.Parameter:
-        return f"its weight is a {type(weight).__name__}, not a plain tensor: patch before sharding or quantising"
-    if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        return f"its weight has dtype {weight.dtype}"
-    if weight.numel() == 0:
-        return "its weight is empty (partitioned by ZeRO-3?): patch before partitioning"
-    return None
 
 
 def _adapter_status(name: str, module: nn.Module, adapter_name: str, settings: dict) -> str:
@@ -320,7 +210,7 @@ def _adapter_status(name: str, module: nn.Module, adapter_name: str, settings: d
     return f"adapter {adapter_name!r} was there already"
 
 
-def _check_something_matched(model: nn.Module, report: PatchReport, selection: _Selection, strict: bool) -> None:
+def _check_something_matched(model: nn.Module, report: PatchReport, selection: Selection, strict: bool) -> None:
     if not report.patched:
         kinds = ("Linear", "Conv1D", FusedLoraLinear.__name__)
         linear = sorted({line.name.rpartition(".")[2] for line in report.modules if line.kind in kinds})
@@ -370,7 +260,7 @@ def _apply(
             if isinstance(module, FusedLoraLinear):
                 module._forget_adapter(adapter_name)
                 if not module.r and _ORIGINAL_CLASS in module.__dict__:
-                    _restore_layer(module)
+                    restore_layer(module)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
@@ -409,7 +299,7 @@ def _swap_class(module: nn.Module, backend: str) -> None:
     module._init_adapter_state(fan_in_fan_out=original is not nn.Linear, backend=backend)
 
 
-def _restore_layer(layer: FusedLoraLinear) -> None:
+def restore_layer(layer: FusedLoraLinear) -> None:
     for attribute in FusedLoraLinear.STATE:
         if attribute in layer._modules:
             del layer._modules[attribute]
@@ -428,16 +318,7 @@ def _original_kind(module: nn.Module) -> str:
 # PEFT models.
 
 
-def _peft_lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    peft_layer = sys.modules.get("peft.tuners.lora.layer")
-    if peft_layer is None:
-        return
-    for name, module in model.named_modules():
-        if isinstance(module, peft_layer.LoraLayer):
-            yield name, module
-
-
-def _patch_peft(layers: dict[str, Any], selection: _Selection, backend: str, strict: bool) -> PatchReport:
+def _patch_peft(layers: dict[str, Any], selection: Selection, backend: str, strict: bool) -> PatchReport:
     from . import peft_layers  # the one place that needs peft, and the model brought it
 
     report = PatchReport()
@@ -477,6 +358,6 @@ def _patch_peft(layers: dict[str, Any], selection: _Selection, backend: str, str
     return report
 
 
-def _is_fused_peft(module: nn.Module) -> bool:
+def is_fused_peft(module: nn.Module) -> bool:
     peft_layers = sys.modules.get("fastlora.peft_layers")
     return peft_layers is not None and isinstance(module, peft_layers.FusedPeftLinear)

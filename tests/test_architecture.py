@@ -23,6 +23,7 @@ FLOORS = {
     "fastlora.autograd": 2,
     "fastlora.functional": 3,
     "fastlora.layers": 4,
+    "fastlora.targets": 5,
     "fastlora.peft_layers": 5,
     "fastlora.peft_format": 5,
     "fastlora.adapters": 6,
@@ -39,7 +40,7 @@ ALONE = ("fastlora.kernels", "fastlora.env", "fastlora.reference")
 PEFT_ALLOWED = (
     "fastlora.peft_layers",
     "fastlora.patching",
-    "fastlora.adapters",
+    "fastlora.targets",
     "fastlora.checkpoint",
     "examples",
     "bench",
