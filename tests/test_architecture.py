@@ -22,6 +22,7 @@ FLOORS = {
     "fastlora.dispatch": 1,
     "fastlora.autograd": 2,
     "fastlora.functional": 3,
+    "fastlora.linalg": 3,
     "fastlora.layers": 4,
     "fastlora.targets": 5,
     "fastlora.peft_layers": 5,

@@ -1,0 +1,92 @@
+"""What can be decomposed: a matrix, a product of two factors, or anything that multiplies from both sides."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024  # tokens cast to the working dtype at a time, so that no cast copy of a whole factor exists
+
+
+@runtime_checkable
+class LinearOperator(Protocol):
+    """A real (n, m) matrix G known by its products; `shape` is (..., n, m)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def matmul(self, v: Tensor, /) -> Tensor:
+        """G v for v (..., m, c): (..., n, c)."""
+        ...
+
+    def rmatmul(self, u: Tensor, /) -> Tensor:
+        """Gᵀ u for u (..., n, c): (..., m, c)."""
+        ...
+
+
+class Explicit:
+    """A matrix (..., n, m), held in the working dtype and divided by `scale`, its largest absolute entry."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        dtype = working_dtype(matrix.dtype)
+        largest = matrix.abs().amax(dim=(-2, -1), keepdim=True).to(torch.float64)
+        if not torch.isfinite(largest).all():
+            raise ValueError(
+                f"truncated_svd: matrix {tuple(matrix.shape)}: it has NaN or infinite entries, want finite ones"
+            )
+        self.scale = torch.where(largest > 0, largest, 1.0)
+        self._matrix = (matrix.to(torch.float64) / self.scale).to(dtype)
+        self.shape, self.dtype, self.device = tuple(matrix.shape), dtype, matrix.device
+
+    def matmul(self, v: Tensor) -> Tensor:
+        return self._matrix @ v
+
+    def rmatmul(self, u: Tensor) -> Tensor:
+        return self._matrix.mT @ u
+
+
+class Factored:
+    """G = dYᵀ X for dY (T, n) and X (T, m), the gradient of a linear layer's weight, never formed.
+
+    Works in float32 (float64 for float64 factors), casting CHUNK tokens at a time. Raises ValueError where the factors
+    do not fit together.
+    """
+
+    def __init__(self, x: Tensor, dy: Tensor) -> None:
+        if x.dim() != 2 or dy.dim() != 2 or x.shape[0] != dy.shape[0]:
+            raise ValueError(
+                f"Factored: x, dy: got shapes {tuple(x.shape)} and {tuple(dy.shape)}, want (T, m) and (T, n) with one T"
+            )
+        if x.device != dy.device:
+            raise ValueError(f"Factored: x, dy: got devices {x.device} and {dy.device}, want one")
+        self.x, self.dy = x, dy
+        self.shape = (dy.shape[1], x.shape[1])
+        self.dtype = working_dtype(torch.promote_types(x.dtype, dy.dtype))
+        self.device = x.device
+
+    def matmul(self, v: Tensor) -> Tensor:
+        return self._through(self.x, self.dy, v)
+
+    def rmatmul(self, u: Tensor) -> Tensor:
+        return self._through(self.dy, self.x, u)
+
+    def _through(self, first: Tensor, second: Tensor, v: Tensor) -> Tensor:
+        """secondᵀ (first v)."""
+        out = v.new_zeros(second.shape[1], v.shape[1])
+        for start in range(0, first.shape[0], CHUNK):
+            rows = slice(start, start + CHUNK)
+            out.addmm_(second[rows].to(v.dtype).t(), first[rows].to(v.dtype) @ v)
+        return out
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays; every other float is computed with in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,176 @@
+"""`truncated_svd`: the leading singular triplets by randomised subspace iteration or block Lanczos."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .operators import Explicit, Factored, LinearOperator
+from .orthogonal import orthonormal
+
+METHODS = ("randomized", "lanczos")
+PROBES = 16
+
+
+class TruncatedSVD(NamedTuple):
+    """G ≈ U diag(S) Vh: U (..., n, k), S (..., k) descending, Vh (..., k, m).
+
+    `error` (...,): an estimate of ‖G − U diag(S) Vh‖_F, from PROBES random probes (standard deviation about a third of
+    it at most).
+    """
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    error: Tensor
+
+
+def truncated_svd(
+    operator: Tensor | tuple[Tensor, Tensor] | LinearOperator,
+    rank: int,
+    method: str = "randomized",
+    *,
+    oversampling: int | None = None,
+    iterations: int | None = None,
+    seed: int = 0,
+) -> TruncatedSVD:
+    """The `rank` leading singular triplets of a matrix, of a product of factors, or of anything that multiplies.
+
+    Args:
+        operator: a matrix (..., n, m), batched over the leading dimensions; factors (X (T, m), dY (T, n)) that stand
+            for dYᵀ X; or an object with
+            `shape`, `dtype`, `device`, `matmul` and `rmatmul` (`LinearOperator`). float16 and bfloat16 are computed
+            with in float32.
+        rank: k >= 1; at most min(n, m).
+        method: "randomized", subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4): few, wide products.
+            "lanczos", block
+            Golub–Kahan–Lanczos with full reorthogonalisation: fewer products to the same accuracy where the spectrum is
+            flat.
+        oversampling: columns beyond `rank` (by default rank + 8): more of them, more accuracy for flat or clustered
+            spectra.
+        iterations: power iterations (default 4), or Lanczos steps (default 6).
+        seed: of the random start; the same seed gives the same result.
+
+    Returns:
+        `TruncatedSVD`.
+
+    Raises:
+        ValueError: a rank out of range, an unknown method, non-finite entries.
+
+    Example:
+        >>> U, S, Vh, error = truncated_svd(torch.randn(300, 200), rank=8)
+        >>> U.shape, S.shape, Vh.shape
+        (torch.Size([300, 8]), torch.Size([8]), torch.Size([8, 200]))
+    """
+    if method not in METHODS:
+        raise ValueError(f"truncated_svd: method: got {method!r}, want one of {', '.join(METHODS)}")
+    op = _as_operator(operator)
+    n, m = op.shape[-2:]
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(n, m):
+        raise ValueError(f"truncated_svd: rank: got {rank!r}, want an integer in [1, {min(n, m)}] for a matrix {n}×{m}")
+    width = min(rank + (rank + 8 if oversampling is None else oversampling), min(n, m))
+    generator = torch.Generator().manual_seed(seed)
+    draw = _Gaussian(op, generator)
+    if min(n, m) <= 2 * width:
+        u, s, vh = _whole(op)
+    elif method == "randomized":
+        u, s, vh = _subspace_iteration(op, width, 4 if iterations is None else iterations, draw)
+    else:
+        u, s, vh = _block_lanczos(op, width, 6 if iterations is None else iterations, draw)
+    u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
+    probes = draw(PROBES)
+    residual = op.matmul(probes) - u @ (s.unsqueeze(-1) * (vh @ probes))
+    error = residual.double().square().sum(dim=(-2, -1)).div(PROBES).sqrt()
+    scale = op.scale if isinstance(op, Explicit) else None
+    if scale is not None:
+        s = (s.double() * scale.squeeze(-1)).to(s.dtype)
+        error = error * scale[..., 0, 0]
+    return TruncatedSVD(u, s, vh, error.to(s.dtype))
+
+
+class _Gaussian:
+    """Draws (..., m, c) Gaussian blocks on the host, so that the result does not depend on the device."""
+
+    def __init__(self, op: LinearOperator, generator: torch.Generator) -> None:
+        self.op, self.generator = op, generator
+
+    def __call__(self, columns: int) -> Tensor:
+        shape = (*self.op.shape[:-2], self.op.shape[-1], columns)
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64).to(self.op.device, self.op.dtype)
+
+
+def _as_operator(operator: Tensor | tuple[Tensor, Tensor] | LinearOperator) -> LinearOperator:
+    if isinstance(operator, Tensor):
+        if operator.dim() < 2 or not operator.is_floating_point():
+            raise ValueError(
+                f"truncated_svd: operator: got a {operator.dtype} tensor of shape {tuple(operator.shape)}, "
+                "want floating point, (..., n, m)"
+            )
+        return Explicit(operator)
+    if isinstance(operator, tuple):
+        return Factored(*operator)
+    if isinstance(operator, LinearOperator):
+        return operator
+    raise ValueError(
+        f"truncated_svd: operator: got {type(operator).__name__}, want a tensor, factors (X, dY), or an object with "
+        "shape, dtype, device, matmul and rmatmul"
+    )
+
+
+def _subspace_iteration(
+    op: LinearOperator, width: int, iterations: int, draw: _Gaussian
+) -> tuple[Tensor, Tensor, Tensor]:
+    q = orthonormal(op.matmul(draw(width)))
+    for _ in range(iterations):
+        q = orthonormal(op.matmul(orthonormal(op.rmatmul(q))))
+    return _from_left_basis(q, op.rmatmul(q))
+
+
+def _whole(op: LinearOperator) -> tuple[Tensor, Tensor, Tensor]:
+    """All of them by LAPACK: with a short side of at most 2·width, the matrix is no larger than the bases would be."""
+    n, m = op.shape[-2:]
+    q = (
+        torch.eye(n, dtype=op.dtype, device=op.device)
+        if n <= m
+        else orthonormal(op.matmul(torch.eye(m, dtype=op.dtype, device=op.device)))
+    )
+    q = q.expand(*op.shape[:-2], *q.shape[-2:])
+    return _from_left_basis(q, op.rmatmul(q))
+
+
+def _from_left_basis(q: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Triplets of Q Qᵀ G from Q (n, c) and Z = Gᵀ Q (m, c)."""
+    if not bool(torch.isfinite(z).all()):
+        raise ValueError("truncated_svd: operator: its products are NaN or infinite, want finite ones")
+    u, s, vh = torch.linalg.svd(z.mT.double(), full_matrices=False)
+    return q @ u.to(q.dtype), s.to(q.dtype), vh.to(q.dtype)
+
+
+def _block_lanczos(op: LinearOperator, block: int, steps: int, draw: _Gaussian) -> tuple[Tensor, Tensor, Tensor]:
+    """Golub and Van Loan §10.4: bases of the Krylov spaces of GᵀG and GGᵀ, block by block, each against all blocks
+    before."""
+    n, m = op.shape[-2:]
+    steps = min(steps, min(n, m) // block)
+    v = orthonormal(draw(block))
+    us, vs = [], [v]
+    for step in range(steps):
+        us.append(_against(op.matmul(vs[-1]), us))
+        if step + 1 < steps:
+            vs.append(_against(op.rmatmul(us[-1]), vs))
+    basis = torch.cat(us, dim=-1)
+    return _from_left_basis(basis, op.rmatmul(basis))
+
+
+def _against(new: Tensor, basis: list[Tensor]) -> Tensor:
+    """An orthonormal block of new's columns, orthogonal to every block of the basis; twice, which is enough (Kahan,
+    Parlett)."""
+    if not basis:
+        return orthonormal(new)
+    previous = torch.cat(basis, dim=-1)
+    for _ in range(2):
+        norms = new.norm(dim=-2, keepdim=True)
+        new = new / torch.where(norms > 0, norms, 1.0)
+        new = orthonormal(new - previous @ (previous.mT @ new))
+    return new
