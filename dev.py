@@ -70,9 +70,9 @@ class Environment:
 
     def _recipe(self):
         digest = hashlib.sha256(repr((sys.version_info[:2], ROOT)).encode())
-        for name in ("constraints.txt", "pyproject.toml", "setup.py"):
+        for name in ("constraints.txt", "pyproject.toml"):
             with open(os.path.join(ROOT, name), "rb") as file:
-                digest.update(file.read())
+                digest.update(file.read().split(b"[tool.")[0])  # a linter's setting changes no environment
         return digest.hexdigest()
 
     def _installed(self, recipe):
@@ -135,9 +135,10 @@ class Environment:
 def steps(environment, quick):
     """(name, command, Triton overlay or None, extra variables), in the order in which they run."""
     python = environment.python
-    # Two processes halve the interpreter's and the compiler's time on two cores: both are one Python thread each.
+    plain = [python, "-m", "pytest", "-q", "-p", "no:benchmark"]
+    # A process per core: the tests and the interpreter are one Python thread each. tests/aot has a pool of its own.
     workers = str(max(1, min(8, os.cpu_count() or 1)))
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:benchmark", "-n", workers, "--dist", "worksteal"]
+    pytest = [*plain, "-n", workers, "--dist", "worksteal"]
     yield "ruff check", [python, "-m", "ruff", "check", "."], None, {}
     yield "ruff format", [python, "-m", "ruff", "format", "--check", "."], None, {}
     yield "pyright", [python, "-m", "pyright", "--pythonpath", python], None, {}
@@ -149,7 +150,7 @@ def steps(environment, quick):
             name = f"interpreter, Triton {triton or 'pinned'}"
             yield name, [*pytest, "tests/interpreter"], triton, {"TRITON_INTERPRET": "1"}
         for triton in (None, OLDEST_TRITON, NEWEST_TRITON):
-            yield f"aot, Triton {triton or 'pinned'}", [*pytest, "tests/aot"], triton, {}
+            yield f"aot, Triton {triton or 'pinned'}", [*plain, "tests/aot"], triton, {}
     yield "slow tests", [*pytest, "-m", "slow"], None, {}
 
 
