@@ -1,6 +1,6 @@
 """Fine-tune a real sentence encoder on real text, with PEFT's LoRA and with fastlora's, and compare.
 
-    python examples/finetune.py                  # about three minutes on two cores
+    python examples/finetune.py                  # a few minutes on two idle cores; docs/finetuning.md
     python examples/finetune.py --help
 
 The encoder is MiniLM-L6 (encoder.py), the task is to tell which module of Python's standard library a docstring came

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from typing import Any
@@ -23,7 +24,8 @@ class Progress:
                 from tqdm import tqdm
             except ImportError:
                 return
-            self.bar = tqdm(total=total, desc=title, dynamic_ncols=True)
+            columns, rows = shutil.get_terminal_size()  # a pseudo-terminal may claim 0 × 0, and tqdm would believe it
+            self.bar = tqdm(total=total, desc=title, ncols=columns, nrows=rows)
 
     def __enter__(self) -> Progress:
         return self

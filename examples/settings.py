@@ -76,9 +76,7 @@ def parse(argv: list[str] | None = None) -> Settings:
     run.add_argument("--model", default="minilm", help="minilm, or a directory or cached name of another encoder")
     run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
     run.add_argument("--dtype", choices=DTYPES, default="float32", help="of the encoder; adapters and head are float32")
-    run.add_argument(
-        "--eval-every", type=_natural_int, default=100, help="steps between validations; 0: only at the end"
-    )
+    run.add_argument("--eval-every", type=_natural_int, default=100, help="steps between validations; 0: none")
     run.add_argument(
         "--interleave",
         action=argparse.BooleanOptionalAction,
