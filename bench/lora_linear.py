@@ -190,6 +190,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", help="comma-separated, of: " + ", ".join(CONTENDERS))
     parser.add_argument("--rounds", type=int, help="turns per case (default: 30 on a GPU, 60 on a CPU)")
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no new case is begun")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="on a CPU that is shared: cpu")
     parser.add_argument(
         "--show", type=Path, metavar="JSON", help="print the tables of an earlier run and measure nothing"
     )
@@ -232,12 +233,19 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(table(case) for case in json.loads(options.show.read_text())["cases"]))
         return 0
     device, begun = torch.device(options.device), time.monotonic()
-    timer = timer_for(device)
+    timer = timer_for(device, options.clock)
     facts = machine.describe(device)
     rounds = options.rounds or (30 if device.type == "cuda" else 60)
     out = options.out or machine.ROOT / "bench" / "results" / machine.slug(facts) / "lora_linear.json"
     roofs: dict[str, Roof] = {}
-    record: dict[str, Any] = {"machine": facts, "rounds": rounds, "roofs": {}, "cases": [], "complete": False}
+    record: dict[str, Any] = {
+        "machine": facts,
+        "rounds": rounds,
+        "clock": options.clock,
+        "roofs": {},
+        "cases": [],
+        "complete": False,
+    }
     print(", ".join(f"{key} {value}" for key, value in facts.items() if value is not None), flush=True)
     for problem in options.cases:
         if time.monotonic() - begun > options.time_limit:

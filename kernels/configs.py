@@ -167,16 +167,22 @@ def gemm(
     *,
     aligned: bool = True,
     compute_s: bool = False,
+    wide_adapters: bool = False,
 ) -> GemmConfig:
     """The configuration for out (M, N) with a rank-r step.
 
-    aligned: x, the weight and out can be moved 16 bytes at a time. compute_s: S is computed inside. Takes the tile
+    aligned: x, the weight and out can be moved 16 bytes at a time. compute_s: S is computed inside. wide_adapters: A
+    and B are of a wider dtype than x and are cast in registers. Takes the tile
     with the least predicted time: waves of programs over the multiprocessors × a tile's area ÷ its efficiency. So few
     or small tiles win where large ones would leave multiprocessors idle or compute mostly padding.
     """
     rank = max(16, power_of_two_at_least(r))
     table = _gemm_table(dtype, input_precision(dtype), capability(device), aligned)
-    return _best_gemm(M, N, rank, dtype.itemsize, compute_s, table, capability(device), num_sms(device))
+    config = _best_gemm(M, N, rank, dtype.itemsize, compute_s, table, capability(device), num_sms(device))
+    if wide_adapters and not compute_s and config.block_r > 32:
+        # 64 columns of fp32 spill where dX is masked: 44 stores and loads at 128×256 on sm_90, 21 on sm_100.
+        config = replace(config, block_r=32)
+    return config
 
 
 @functools.lru_cache(maxsize=4096)  # the choice takes 35 µs, and every call of every layer asks
@@ -377,10 +383,13 @@ def ds_db(
     elif dtype == torch.float32:
         block_m, block_n, num_warps = 32, 32, 4
     else:
-        block_m, block_n, num_warps = 64, 256, 4 if rank <= 16 else 8
+        # With 4 warps a wider B, cast in registers, spills on sm_100 (8 stores and loads).
+        few = rank <= 16 and adapter_dtype.itemsize <= dtype.itemsize
+        block_m, block_n, num_warps = 64, 256, 4 if few else 8
     strips = cdiv(N, block_n)
     partials_bytes = 8 * r * strips if strips > 1 else 0
-    if r > 48 or (partials_bytes > 0.8 * N * dtype.itemsize and target != INTERPRETER):
+    most = 48 if dtype.itemsize == 2 or target == INTERPRETER else 16  # fp32 spills beyond (21 to 47 stores and loads)
+    if r > most or (partials_bytes > 0.8 * N * dtype.itemsize and target != INTERPRETER):
         return None
     stage_bytes = block_m * (block_n + rank) * dtype.itemsize
     num_chunks = _parts(strips, cdiv(M, block_m), 2 * num_sms(device))

@@ -202,7 +202,8 @@ def _launch(
     w_rows = w.t() if w_by_column else w
     aligned = _describable(x) and _describable(w_rows) and _describable(out)
     if config is None:
-        config = configs.gemm(M, N, R, x.dtype, x.device, aligned=aligned, compute_s=a is not None)
+        wide = b.dtype.itemsize > x.dtype.itemsize
+        config = configs.gemm(M, N, R, x.dtype, x.device, aligned=aligned, compute_s=a is not None, wide_adapters=wide)
     assert a is None or config.block_r >= R, (R, config)
     slice_n = config.block_n // config.epilogue_split
     descriptors = aligned and x.dtype != torch.float32 and configs.has_tma(configs.capability(x.device))

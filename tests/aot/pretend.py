@@ -96,7 +96,7 @@ def pretend(arch: int) -> Iterator[list[Launch]]:
         _, _, target, backend, binder = self.create_binder()
         bound, specialization, options = binder(*args, **kwargs)
         parsed, signature, constexprs, attrs = self._pack_args(backend, kwargs, bound, specialization, options)
-        cells = grid(bound) if callable(grid) else grid
+        cells: Any = grid(bound) if callable(grid) else grid
         assert all(size > 0 for size in cells), f"{self.__name__}: empty grid {cells}"
         launches.append(Launch(self, target.arch, tuple(cells), signature, constexprs, attrs, dict(parsed.__dict__)))
 

@@ -54,13 +54,13 @@ def test_no_atomics_and_no_memory_that_the_launch_would_have_to_allocate(compile
 def test_products_run_on_the_matrix_units(compiled, arch):
     """wgmma on Hopper, tcgen05 or HMMA on Blackwell, HMMA on Ampere; IEEE fp32 has no matrix unit to run on.
 
-    wgmma takes 64 rows at least: a kernel with fewer may fall back to HMMA, a GEMM may not.
+    wgmma takes 64 rows at least: a skinny kernel's blocks may have fewer and use HMMA, a GEMM's may not.
     """
     units = {80: ("HMMA",), 90: ("HGMMA",), 100: ("UTCHMMA", "HMMA")}[arch]
     scalar = []
     for row, census in censuses(compiled, arch):
         ieee = "fp32" in row.kind.reads[0] and row.kind.special != "tf32"
-        unit = (*units, "HMMA") if row.kind.constants.get("BLOCK_M", 64) < 64 else units
+        unit = units if row.kind.kernel == "lora_gemm" else (*units, "HMMA")
         if row.kind.kernel != "reduce" and not ieee and not census.count(*unit):
             scalar.append(row.name)
     assert not scalar, "\n".join(scalar)
@@ -69,7 +69,7 @@ def test_products_run_on_the_matrix_units(compiled, arch):
 def test_the_gemms_on_hopper_are_pipelined_and_fed_by_bulk_copies(compiled):
     checked, stalled = 0, []
     for row, census in censuses(compiled, 90):
-        if row.kind.constants.get("IN_DESCRIPTORS"):
+        if row.kind.kernel == "lora_gemm" and row.kind.reads[0].startswith("tensordesc"):
             checked += 1
             if max(census.wgmma_waits, default=0) == 0 or not census.count("UTMALDG"):
                 stalled.append(row.name)
@@ -126,8 +126,9 @@ def answers(arch: int, kernel: str) -> set[tuple]:
             configured = [configs.ds_db(m, n, r, dtype, adapter, device)]
         else:
             inside = [False, True] if sweep.may_be_inside(r, dtype, adapter, dropout=False) else [False]
+            wide = adapter.itemsize > dtype.itemsize
             configured = [
-                configs.gemm(m, n, r, dtype, device, aligned=aligned, compute_s=compute_s)
+                configs.gemm(m, n, r, dtype, device, aligned=aligned, compute_s=compute_s, wide_adapters=wide)
                 for aligned, compute_s in itertools.product((True, False), inside)
             ]
         found |= {compile_time_part(config) for config in configured if config is not None}

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from aot.pretend import SHARED_MEMORY_LIMIT, pretend, take_census, take_censuses
+from aot.pretend import SHARED_MEMORY_LIMIT, Census, pretend, take_census, take_censuses
 from aot.sample_kernels import add_atomically, copy_rows, matmul
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -80,6 +80,7 @@ def test_tells_pipelined_wgmma_from_spills_and_from_too_much_shared_memory(tmp_p
     assert launches[0].signature["x_desc"].startswith("tensordesc<bf16[128,")
     results = take_censuses(launches, tmp_path)
     good, spilling, large = (results[launch.key] for launch in launches)
+    assert isinstance(good, Census) and isinstance(spilling, Census) and isinstance(large, Census)
     assert good.count("HGMMA") > 0
     assert good.count("UTMALDG") > 0
     assert max(good.wgmma_waits) > 0
@@ -94,5 +95,6 @@ def test_a_launch_that_does_not_compile_is_reported(tmp_path):
         launch_matmul(128, 8, stages=3, warps=8)
         copy_rows[(1, 1)](torch.empty(4, device=META), torch.empty(4, device=META), 4, 4, BLOCK=1000)
     results = take_censuses(launches, tmp_path)
-    assert isinstance(results[launches[1].key], str)
-    assert "power of 2" in results[launches[1].key]
+    error = results[launches[1].key]
+    assert isinstance(error, str)
+    assert "power of 2" in error
