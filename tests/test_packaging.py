@@ -69,9 +69,8 @@ def package_files(wheel):
 
 
 def expected_files():
-    files = {path.relative_to(ROOT) for path in (ROOT / "fastlora").glob("*.py")}
-    files |= {path.relative_to(ROOT) for path in (ROOT / "fastlora" / "backends").glob("*.py")}
-    files |= {Path("fastlora") / path.relative_to(ROOT) for path in (ROOT / "kernels").glob("*.py")}
+    files = {path.relative_to(ROOT) for path in (ROOT / "fastlora").rglob("*.py")}
+    files |= {Path("fastlora") / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
     endings = (".h", ".cpp", ".cu", ".cuh")
     files |= {Path("fastlora") / path.relative_to(ROOT) for path in (ROOT / "csrc").iterdir() if path.suffix in endings}
     return {str(path) for path in files} | {"fastlora/py.typed"}
