@@ -4,20 +4,24 @@
 nothing else.
 """
 
-from . import functional
+from . import functional, linalg
 from .adapters import disable_adapter, merge, set_adapter, unmerge
 from .checkpoint import load_adapter, save_adapter
+from .init import GradientSketch, init_lora_ga
 from .layers import FusedLoraLinear
 from .patching import ModuleReport, PatchReport, is_patched, patch, unpatch
 
 __version__ = "0.1.0"
 __all__ = [
     "FusedLoraLinear",
+    "GradientSketch",
     "ModuleReport",
     "PatchReport",
     "disable_adapter",
     "functional",
+    "init_lora_ga",
     "is_patched",
+    "linalg",
     "load_adapter",
     "merge",
     "patch",

@@ -102,6 +102,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         for name in file.lora_A:
             layer = layers[name]
             assert isinstance(layer, FusedLoraLinear)
+            layer.forget_initial_factors(adapter_name)
             _set_scale(layer, adapter_name, file.spec(name))
             layer.lora_A[adapter_name].copy_(file.lora_A[name])
             layer.lora_B[adapter_name].copy_(file.lora_B[name])
@@ -165,9 +166,9 @@ def _contents(model: nn.Module, adapter_name: str) -> dict[str, bytes]:
     layers = {name: m for name, m in modules.items() if isinstance(m, FusedLoraLinear) and adapter_name in m.lora_A}
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        r = layer.r[adapter_name]
+        lora_A, lora_B, r, _ = layer.as_plain_adapter(adapter_name)
         wanted = {"A": (r, layer.in_features), "B": (layer.out_features, r)}
-        for side, parameter in (("A", layer.lora_A[adapter_name]), ("B", layer.lora_B[adapter_name])):
+        for side, parameter in (("A", lora_A), ("B", lora_B)):
             tensor = parameter.detach()
             if hasattr(tensor, "full_tensor"):  # DTensor
                 tensor = tensor.full_tensor()  # type: ignore[operator]
@@ -192,10 +193,11 @@ def _config(
     model: nn.Module, modules: dict[str, nn.Module], layers: dict[str, FusedLoraLinear], adapter_name: str
 ) -> dict[str, Any]:
     use_rslora = _most_common(layer.use_rslora[adapter_name] for layer in layers.values())
-    ranks = {name: layer.r[adapter_name] for name, layer in layers.items()}
+    plain = {name: layer.as_plain_adapter(adapter_name) for name, layer in layers.items()}
+    ranks = {name: r for name, (_, _, r, _) in plain.items()}
     alphas = {}
     for name, layer in layers.items():
-        alpha = layer.lora_alpha[adapter_name]
+        alpha = plain[name][3]
         if layer.use_rslora[adapter_name] != use_rslora:  # one flag for all: the same scale by another alpha
             alpha = alpha / math.sqrt(ranks[name]) if not use_rslora else alpha * math.sqrt(ranks[name])
             alpha = alpha * ranks[name] if not use_rslora else alpha / ranks[name]

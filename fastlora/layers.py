@@ -96,12 +96,15 @@ class FusedLoraLinear(nn.Linear):
         "scaling",
         "lora_A",
         "lora_B",
+        "lora_A0",
+        "lora_B0",
         "active_adapters",
         "disable_adapters",
         "merged_adapters",
         "fan_in_fan_out",
         "backend",
         "_base_weight",
+        "_weight_before_shift",
     )
 
     def _init_adapter_state(self, fan_in_fan_out: bool, backend: str) -> None:
@@ -112,6 +115,9 @@ class FusedLoraLinear(nn.Linear):
         self.scaling: dict[str, float] = {}
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
+        # Frozen: where an adapter did not start at zero, what takes its start away again (see `set_initial_factors`).
+        self.lora_A0 = nn.ParameterDict()
+        self.lora_B0 = nn.ParameterDict()
         # In eval mode nn.TransformerEncoderLayer reads its linear layers' weights itself, past their adapters, unless
         # some module in it has a forward hook. One on a container, which is never called, costs nothing.
         self.lora_A.register_forward_pre_hook(_keep_off_the_fast_path)
@@ -123,6 +129,7 @@ class FusedLoraLinear(nn.Linear):
         # While merged, what undoes it: a copy of the weight's bits, or the tied Parameter itself. In a tuple, so that
         # it does not become a parameter.
         self._base_weight: tuple[Tensor] | None = None
+        self._weight_before_shift: tuple[str, Tensor] | None = None  # by which adapter, and the bits on the host
 
     def _freeze_base(self) -> None:
         self.weight.requires_grad_(False)
@@ -175,6 +182,7 @@ class FusedLoraLinear(nn.Linear):
         benchmarks)."""
         self._check_names([name], "reset_adapter")
         check_init(init_lora_weights, "FusedLoraLinear.reset_adapter")
+        self.forget_initial_factors(name)
         if init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A[name], std=1.0 / self.r[name])
         else:
@@ -183,6 +191,76 @@ class FusedLoraLinear(nn.Linear):
             nn.init.kaiming_uniform_(self.lora_B[name], a=math.sqrt(5))
         else:
             nn.init.zeros_(self.lora_B[name])
+
+    def set_initial_factors(self, name: str, a: Tensor, b: Tensor, exact: bool = True) -> None:
+        """Starts an adapter at A₀ = a (r, in), B₀ = b (out, r), leaving the layer's output as it is with B A = 0.
+
+        `exact`: W0 stays, and the adapter runs as s·(B A − B₀A₀), of rank 2r with the second half frozen. Otherwise
+        s·B₀A₀ is subtracted from the weight and rounded to its dtype; `unpatch`, `delete_adapter` and `reset_adapter`
+        restore its bits.
+
+        Raises ValueError for shapes that do not fit, while adapters are merged, or where another adapter has shifted
+        the weight.
+        """
+        self._check_names([name], "set_initial_factors")
+        wanted = (self.lora_A[name].shape, self.lora_B[name].shape)
+        if (a.shape, b.shape) != wanted:
+            raise ValueError(
+                f"FusedLoraLinear.set_initial_factors: a, b: got shapes {tuple(a.shape)} and {tuple(b.shape)}, "
+                f"want {tuple(wanted[0])} and {tuple(wanted[1])}"
+            )
+        self.check_initial_factors(name, exact)
+        self.forget_initial_factors(name)
+        with torch.no_grad():
+            self.lora_A[name].copy_(a)
+            self.lora_B[name].copy_(b)
+            self.lora_A0[name] = nn.Parameter(self.lora_A[name].detach().clone(), requires_grad=False)
+            self.lora_B0[name] = nn.Parameter(self.lora_B[name].detach().neg(), requires_grad=False)
+            if not exact:
+                dtype = torch.promote_types(self.weight.dtype, torch.float32)
+                shifted = (self.weight.to(dtype) + self._product(name, self.lora_A0, self.lora_B0)).to(
+                    self.weight.dtype
+                )
+                self._weight_before_shift = (name, self.weight.detach().to("cpu", copy=True))
+                self.weight.copy_(shifted)
+
+    def check_initial_factors(self, name: str, exact: bool) -> None:
+        """Raises ValueError where `set_initial_factors` cannot work in the layer's present state."""
+        if self.merged_adapters:
+            raise ValueError(
+                f"FusedLoraLinear.set_initial_factors: adapters {self.merged_adapters} are merged; "
+                "call fastlora.unmerge(model) first"
+            )
+        shifted_by = self._weight_before_shift[0] if self._weight_before_shift else name
+        if not exact and shifted_by != name:
+            raise ValueError(
+                f"FusedLoraLinear.set_initial_factors: adapter {shifted_by!r} has shifted this weight already; "
+                "use exact=True for a second one"
+            )
+
+    def _runs_beside(self, name: str) -> bool:
+        """Whether −B₀A₀ is part of the adapter rather than of the weight."""
+        return name in self.lora_A0 and not (self._weight_before_shift and self._weight_before_shift[0] == name)
+
+    def forget_initial_factors(self, name: str) -> None:
+        """Takes back what `set_initial_factors` did beside setting A and B; a shifted weight gets its bits back."""
+        if self._weight_before_shift and self._weight_before_shift[0] == name:
+            with torch.no_grad():
+                self.weight.copy_(self._weight_before_shift[1])
+            self._weight_before_shift = None
+        for factors in (self.lora_A0, self.lora_B0):
+            if name in factors:
+                del factors[name]
+
+    def as_plain_adapter(self, name: str) -> tuple[Tensor, Tensor, int, float]:
+        """(A, B, r, alpha) of an ordinary adapter on the original weight: the adapter's own, or, where it did not start
+        at zero, [A; A₀] and [B, −B₀] of rank 2r, with alpha such that the scale stays what it is."""
+        self._check_names([name], "as_plain_adapter")
+        a, b, r, alpha = self.lora_A[name], self.lora_B[name], self.r[name], self.lora_alpha[name]
+        if name not in self.lora_A0:
+            return a, b, r, alpha
+        factor = math.sqrt(2) if self.use_rslora[name] else 2
+        return torch.cat((a, self.lora_A0[name])), torch.cat((b, self.lora_B0[name]), dim=1), 2 * r, factor * alpha
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -200,6 +278,7 @@ class FusedLoraLinear(nn.Linear):
 
     def _forget_adapter(self, name: str) -> None:
         """Removes what there is of an adapter: an interrupted `add_adapter` leaves a part of one."""
+        self.forget_initial_factors(name)
         for state in (
             self.r,
             self.lora_alpha,
@@ -238,15 +317,19 @@ class FusedLoraLinear(nn.Linear):
     # Merging.
 
     def get_delta_weight(self, name: str) -> Tensor:
-        """s·B A in float32 (float64 for float64 adapters), in the weight's layout: (out, in), or (in, out) with
-        `fan_in_fan_out`."""
+        """What the adapter adds to the weight, s·B A or s·(B A − B₀A₀), in float32 (float64 for float64 adapters) and
+        in the weight's layout: (out, in), or (in, out) with `fan_in_fan_out`."""
         self._check_names([name], "get_delta_weight")
-        dtype = torch.float64 if self.lora_A[name].dtype == torch.float64 else torch.float32
+        delta = self._product(name, self.lora_A, self.lora_B)
+        return delta + self._product(name, self.lora_A0, self.lora_B0) if self._runs_beside(name) else delta
+
+    def _product(self, name: str, lora_A: nn.ParameterDict, lora_B: nn.ParameterDict) -> Tensor:
+        """s·B A in the weight's layout."""
+        dtype = torch.float64 if lora_A[name].dtype == torch.float64 else torch.float32
         device_type = "cpu" if self.weight.is_meta else self.weight.device.type  # autocast knows no meta device
         with torch.no_grad(), torch.autocast(device_type, enabled=False):  # which would multiply in its own dtype
-            a, b = self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
-            delta = torch.mm(b, a).mul_(self.scaling[name])
-        return delta.t() if self.fan_in_fan_out else delta
+            product = torch.mm(lora_B[name].to(dtype), lora_A[name].to(dtype)).mul_(self.scaling[name])
+        return product.t() if self.fan_in_fan_out else product
 
     def merge(self, untie: bool = False) -> None:
         """Adds the active adapters to the weight: summed in float32, rounded once to the weight's dtype.
@@ -307,9 +390,22 @@ class FusedLoraLinear(nn.Linear):
         lora_A, lora_B = _tensors(self._modules["lora_A"]), _tensors(self._modules["lora_B"])
         scaling, dropout = self.scaling, self.lora_dropout
         training = self.training
-        return [
+        adapters = [
             functional.Adapter(lora_A[name], lora_B[name], scaling[name], dropout[name] if training else 0.0)
             for name in self.active_adapters
+        ]
+        return self._with_initial_factors(adapters) if len(self._modules["lora_A0"]) else adapters  # type: ignore[arg-type]
+
+    def _with_initial_factors(self, adapters: list[functional.Adapter]) -> list[functional.Adapter]:
+        """One dropout mask for both halves, so that a step with dropout too starts from the base model's output."""
+        return [
+            adapter._replace(
+                lora_A=torch.cat((adapter.lora_A, self.lora_A0[name])),
+                lora_B=torch.cat((adapter.lora_B, self.lora_B0[name]), dim=1),
+            )
+            if self._runs_beside(name)
+            else adapter
+            for name, adapter in zip(self.active_adapters, adapters, strict=True)
         ]
 
     def forward(self, input: Tensor) -> Tensor:

@@ -163,8 +163,10 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
             )
     for module in list(model.modules()):
         if isinstance(module, FusedLoraLinear) and _ORIGINAL_CLASS in module.__dict__:
-            if not keep_merged:
+            if not (keep_merged and module.merged_adapters):
                 module.unmerge()
+                for name in module.r:
+                    module.forget_initial_factors(name)
             restore_layer(module)
         elif is_fused_peft(module):
             sys.modules["fastlora.peft_layers"].release(module)
@@ -277,7 +279,7 @@ def _flags_to_record(model: nn.Module, plan: list[nn.Module]) -> list[tuple[nn.M
     planned = {id(module) for module in plan}
     seen_whole = _FROZEN in model.__dict__
     layers = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
-    adapters = {id(part) for layer in layers for part in (layer.lora_A, layer.lora_B)}
+    adapters = {id(part) for layer in layers for part in (layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0)}
     recorded: dict[int, bool] = {}
     for module in model.modules():
         flags = module.__dict__.get(_FROZEN, {})

@@ -16,9 +16,15 @@ from .layers import FusedLoraLinear
 class Selection:
     """`target_modules` and `exclude_modules` in PEFT's meaning."""
 
-    def __init__(self, model: nn.Module, targets: str | Sequence[str], exclude: str | Sequence[str] | None) -> None:
-        self.targets = _check_names(targets, "target_modules")
-        self.exclude = _check_names(exclude if exclude is not None else [], "exclude_modules")
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: str | Sequence[str],
+        exclude: str | Sequence[str] | None,
+        caller: str = "patch",
+    ) -> None:
+        self.targets = _check_names(targets, f"{caller}: target_modules")
+        self.exclude = _check_names(exclude if exclude is not None else [], f"{caller}: exclude_modules")
         self.all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
         self.heads = _output_heads(model) if self.all_linear else {}
         self.unused = set() if isinstance(self.targets, str) else set(self.targets)
@@ -54,11 +60,11 @@ def _check_names(names: str | Sequence[str], argument: str) -> str | list[str]:
         try:
             re.compile(names)
         except re.error as error:
-            raise ValueError(f"patch: {argument}: got {names!r}, want a regular expression: {error}") from None
+            raise ValueError(f"{argument}: got {names!r}, want a regular expression: {error}") from None
         return names
     listed: list[Any] = list(names) if isinstance(names, Iterable) else [names]
     if not all(isinstance(name, str) for name in listed):
-        raise ValueError(f"patch: {argument}: got {names!r}, want a string or a list of strings")
+        raise ValueError(f"{argument}: got {names!r}, want a string or a list of strings")
     return listed
 
 
@@ -88,6 +94,34 @@ def candidates(model: nn.Module, selection: Selection) -> Iterator[tuple[str, nn
         leaf = not any(True for _ in module.children()) and not isinstance(module, nn.ParameterDict)
         if linear or (leaf and not selection.all_linear and selection.names(name)):
             yield name, module
+
+
+def sketchable(
+    model: nn.Module, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str] | None
+) -> Iterator[tuple[str, nn.Module]]:
+    """The layers whose weight gradients `GradientSketch` looks at: a model's LoRA layers where it has any, else its
+    linear layers, quantised ones too (only inputs and output gradients are needed)."""
+    selection = Selection(model, target_modules, exclude_modules, caller="GradientSketch")
+    layers = dict(lora_layers(model))
+    if layers:
+        for name, layer in layers.items():
+            base = getattr(layer, "base_layer", layer)  # PEFT adapts embeddings and convolutions too
+            linear = isinstance(base, nn.Linear) or is_conv1d(base)
+            if linear and (selection.all_linear or selection.names(name)) and not selection.excludes(name):
+                yield name, layer
+        return
+    for name, module in candidates(model, selection):
+        unreachable = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
+        if linear and not unreachable and selection.why_not(name, module) is None:
+            yield name, module
+
+
+def layer_sizes(layer: Any) -> tuple[int, int]:
+    """(out_features, in_features) of a linear layer of any kind."""
+    if is_conv1d(layer):
+        return layer.weight.shape[1], layer.weight.shape[0]
+    return layer.out_features, layer.in_features
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -30,6 +30,7 @@ FLOORS = {
     "fastlora.adapters": 6,
     "fastlora.checkpoint": 6,
     "fastlora.doctor": 6,
+    "fastlora.init": 6,
     "fastlora.patching": 6,
     "fastlora": 6,
     "examples": 7,

@@ -1,0 +1,166 @@
+"""Streaming subspace iteration: the leading singular triplets of G = Σ wᵢ dYᵢᵀ Xᵢ from one pass over the micro-batches,
+G never formed.
+
+State: Q (n, c) orthonormal and Z = GᵀQ (m, c), so that G ≈ Q Zᵀ. A micro-batch multiplies four times with the running
+sum
+
+    G⁺ V = Q (Zᵀ V) + w dYᵀ (X V)        G⁺ᵀ U = Z (Qᵀ U) + w Xᵀ (dY U)
+
+starting from the row space that Z already has. docs/lora_ga.md has the measurements. Ideas: Halko, Martinsson and Tropp
+2011 (subspace iteration); the sum is compressed again after each micro-batch, as frequent directions does with rows
+(Ghashami et al. 2016).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..linalg import Factored, orthonormal
+
+PROBES = 16  # random directions that measure what the sketch misses
+# Columns of Z smaller than this beside the largest are rounding: random directions take their place.
+NEGLIGIBLE = 1e-6
+
+
+class StreamingSketch:
+    """One layer's sketch. n = out_features, m = in_features, `width` c = number of columns kept (at most min(n, m)).
+
+    `tokens` and `updates` count what was added; `skipped` counts micro-batches whose gradient was not finite.
+    """
+
+    def __init__(self, n: int, m: int, width: int, seed: int, device: torch.device | str = "cpu") -> None:
+        self.n, self.m, self.width, self.seed = n, m, min(width, n, m), seed
+        self.q = torch.zeros(n, self.width, device=device)
+        self.z = torch.zeros(m, self.width, device=device)
+        self.probed = torch.zeros(n, PROBES, device=device)  # G P, linear in G
+        self.tokens = self.updates = self.skipped = 0
+        # The refining pass: its row basis P (None before it), Y = G P and Z = GᵀQ.
+        self.row_basis: Tensor | None = None
+        self.refined_y, self.refined_z = torch.zeros_like(self.q), torch.zeros_like(self.z)
+        self.refined_updates = 0
+        self._probes: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether anything but zeros was added."""
+        return bool(self.z.any())
+
+    def update(self, x: Tensor, dy: Tensor, weight: float = 1.0) -> None:
+        """Adds weight·dYᵀX for x (T, m), dy (T, n) of any float dtype. Nothing of size n×m is formed."""
+        if x.shape[0] == 0:
+            return
+        if self._probes is None:
+            self._probes = self._random(PROBES, stream=1)
+        batch = _Weighted(x, dy, weight)
+        probed = batch.matmul(self._probes)
+        if not bool(torch.isfinite(probed).all()):
+            self.skipped += 1
+            return
+        if self.row_basis is not None:
+            self.refined_y += batch.matmul(self.row_basis)
+            self.refined_z += batch.rmatmul(self.q)
+            self.refined_updates += 1
+            return
+        v = orthonormal(self._start())
+        u = orthonormal(self._apply(batch, v))
+        v = orthonormal(self._apply_transposed(batch, u))
+        u = orthonormal(self._apply(batch, v))
+        self.z = self._apply_transposed(batch, u)
+        self.q = u
+        self.probed += probed
+        self.tokens += x.shape[0]
+        self.updates += 1
+
+    def _start(self) -> Tensor:
+        """Z, with random directions where it has none: at first, and while it holds fewer tokens than columns."""
+        sizes = self.z.abs().amax(dim=0)
+        largest = sizes.max()
+        if bool(sizes.min() > NEGLIGIBLE * largest):
+            return self.z
+        random = self._random(self.width, stream=2 + self.updates)
+        return self.z / torch.where(largest > 0, largest, 1.0) + NEGLIGIBLE * random
+
+    def _apply(self, batch: _Weighted, v: Tensor) -> Tensor:
+        return self.q @ (self.z.t() @ v) + batch.matmul(v)
+
+    def _apply_transposed(self, batch: _Weighted, u: Tensor) -> Tensor:
+        return self.z @ (self.q.t() @ u) + batch.rmatmul(u)
+
+    def _random(self, columns: int, stream: int) -> Tensor:
+        """(m, columns) Gaussian, drawn on the host: the same on every device and every rank."""
+        generator = torch.Generator().manual_seed(self.seed * 1009 + stream)
+        return torch.randn(self.m, columns, generator=generator).to(self.device)
+
+    # Refining: a second pass with fixed bases. It is linear in G, so ranks simply add.
+
+    @property
+    def refining(self) -> bool:
+        return self.row_basis is not None
+
+    def start_refining(self) -> None:
+        """From here on `update` accumulates G P and GᵀQ for the bases found so far."""
+        self.row_basis = orthonormal(self.z)
+        self.forget_refined()
+
+    def forget_refined(self) -> None:
+        """Empties the sums of the refining pass."""
+        self.refined_y, self.refined_z = torch.zeros_like(self.q), torch.zeros_like(self.z)
+        self.refined_updates = 0
+
+    # Results.
+
+    def svd(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """U (n, rank), S (rank,) descending, Vh (rank, m) of the sketched gradient, float32."""
+        q, z = self.factors()
+        u, s, vh = torch.linalg.svd(z.t().double(), full_matrices=False)
+        return (q.double() @ u[:, :rank]).float(), s[:rank].float(), vh[:rank].float()
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Q (n, c) orthonormal and Z (m, c) with G ≈ Q Zᵀ. After a refining pass the bases are one power iteration
+        better, with the core between them from least squares (Tropp et al. 2017, algorithm 7)."""
+        if not self.refined_updates:
+            return self.q, self.z
+        u, v = orthonormal(self.refined_y).double(), orthonormal(self.refined_z).double()
+        # The pseudo-inverse leaves out the directions of Q in which G has nothing.
+        inverse = torch.linalg.pinv(self.q.double().t() @ u, rtol=1e-4)
+        core = inverse @ (self.refined_z.double().t() @ v)
+        return u.float(), (v @ core.t()).float()
+
+    def squared_norm(self) -> float:
+        """An estimate of ‖G‖_F²: what Q holds, exactly, and what it misses, from the probes."""
+        held = self.refined_z if self.refined_updates else self.z
+        residual = (self.probed - self.q @ (self.q.t() @ self.probed)).double()
+        return float(held.double().square().sum() + residual.square().sum() / PROBES)
+
+    def merge(self, other: StreamingSketch) -> None:
+        """Adds another rank's sketch of the same layer: c columns of each, brought back to c by QR and a small SVD."""
+        q = torch.cat((self.q, other.q.to(self.device)), dim=1).double()
+        z = torch.cat((self.z, other.z.to(self.device)), dim=1).double()
+        q_basis, q_core = torch.linalg.qr(q)
+        z_basis, z_core = torch.linalg.qr(z)
+        u, s, vh = torch.linalg.svd(q_core @ z_core.t())
+        self.q = (q_basis @ u[:, : self.width]).float()
+        self.z = (z_basis @ (vh[: self.width].t() * s[: self.width])).float()
+        self.probed = self.probed + other.probed.to(self.device)
+        self.tokens += other.tokens
+        self.updates += other.updates
+        self.skipped += other.skipped
+
+
+class _Weighted(Factored):
+    """w·dYᵀX."""
+
+    def __init__(self, x: Tensor, dy: Tensor, weight: float) -> None:
+        super().__init__(x, dy)
+        self.weight = weight
+
+    def matmul(self, v: Tensor) -> Tensor:
+        return super().matmul(v) * self.weight
+
+    def rmatmul(self, u: Tensor) -> Tensor:
+        return super().rmatmul(u) * self.weight

@@ -1,0 +1,148 @@
+"""How a sketch sees a model's inputs and output gradients, and how the model is put back afterwards.
+
+Each of `freeze`, `turn_dropout_off` and `attach` changes the model and returns what undoes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+Observe = Callable[[str, Tensor, Tensor, float], None]
+StartPass = Callable[[tuple, dict], float]
+FIRST_LAYERS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what turns a model's input into activations
+DROPOUTS = (
+    functional.dropout,
+    functional.alpha_dropout,
+    functional.feature_alpha_dropout,
+    functional.dropout1d,
+    functional.dropout2d,
+    functional.dropout3d,
+    torch.dropout,
+)
+
+
+def freeze(model: nn.Module) -> Callable[[], None]:
+    """No parameter requires grad, so that backward computes no weight gradient."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def restore() -> None:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    return restore
+
+
+def turn_dropout_off(model: nn.Module) -> Callable[[], None]:
+    """Evaluation mode. Modules that checkpoint activations do so in training mode only (transformers' layers); they
+    keep it, and their own calls of dropout are made to do nothing."""
+    flags = [(module, module.training) for module in model.modules()]
+    kept = [module for module, flag in flags if flag and getattr(module, "gradient_checkpointing", False)]
+    mode = _NoDropout() if kept else None
+
+    def restore() -> None:
+        if mode is not None:
+            mode.__exit__(None, None, None)
+        for module, flag in flags:
+            module.training = flag
+
+    if mode is not None:
+        mode.__enter__()
+    for module, flag in flags:
+        module.training = flag and module in kept
+    return restore
+
+
+class _NoDropout(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is functional.scaled_dot_product_attention and len(args) < 5:
+            kwargs = kwargs | {"dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+def attach(
+    model: nn.Module, layers: dict[str, nn.Module], start_pass: StartPass, observe: Observe
+) -> Callable[[], None]:
+    """Calls `start_pass` with the model's arguments before each forward, which gives the pass's weight, and
+    `observe(name, X, dY, weight)` in backward for each call of each layer."""
+    weight: list[float] = []
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        weight[:] = [start_pass(args, kwargs)]
+
+    def tap(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not isinstance(x, Tensor):
+                return output
+            if not output.requires_grad:  # nothing before it requires grad
+                output = output.detach().requires_grad_()
+            return _Tap.apply(output, x.detach(), observe, name, weight[0] if weight else 1.0)
+
+        return hook
+
+    handles = [model.register_forward_pre_hook(before, with_kwargs=True)]
+
+    def restore() -> None:
+        for handle in handles:
+            handle.remove()
+
+    handles += [
+        module.register_forward_hook(_require_grad) for module in model.modules() if isinstance(module, FIRST_LAYERS)
+    ]
+    handles += [module.register_forward_hook(tap(name), with_kwargs=True) for name, module in layers.items()]
+    return restore
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on a layer's output; its backward shows the layer's input and the output's gradient.
+
+    x is saved through autograd, so that activation checkpointing recomputes it like any other saved tensor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, observe: Observe, name: str, weight: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.arguments = (observe, name, weight)
+        return torch.ops.aten._unsafe_view(y, y.shape)  # no view in autograd's eyes: in-place activations may follow
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        observe, name, weight = ctx.arguments
+        observe(name, ctx.saved_tensors[0], dy, weight)
+        return dy, None, None, None, None
+
+
+def _require_grad(module: nn.Module, args: tuple, output: Any) -> Any:
+    """Reentrant checkpointing differentiates only where an input requires grad; with every weight frozen none does."""
+    if isinstance(output, Tensor) and torch.is_grad_enabled() and not output.requires_grad:
+        return output.requires_grad_()
+    return output
+
+
+def pass_weight(args: tuple, kwargs: dict) -> float:
+    """What the loss of one forward is the mean over: its labels that are not -100, else its tokens but for padding,
+    else its rows. Only the model's arguments tell: an expert of a mixture sees a part of the tokens."""
+    labels, ids, mask = kwargs.get("labels"), kwargs.get("input_ids"), kwargs.get("attention_mask")
+    first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        count = int((labels != -100).sum())
+    elif isinstance(ids, Tensor):
+        count = int(mask.sum()) if isinstance(mask, Tensor) and mask.shape == ids.shape else ids.numel()
+    elif first is None:
+        count = 1
+    elif first.is_floating_point() and first.dim() > 1:
+        count = first.numel() // max(1, first.shape[-1])
+    else:
+        count = first.numel()
+    return float(max(count, 1))
