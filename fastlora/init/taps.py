@@ -41,22 +41,26 @@ def freeze(model: nn.Module) -> Callable[[], None]:
 
 
 def turn_dropout_off(model: nn.Module) -> Callable[[], None]:
-    """Evaluation mode. Modules that checkpoint activations do so in training mode only (transformers' layers); they
+    """Evaluation mode. Modules that checkpoint activations do so in training mode only (transformers' layers): they
     keep it, and their own calls of dropout are made to do nothing."""
     flags = [(module, module.training) for module in model.modules()]
     kept = [module for module, flag in flags if flag and getattr(module, "gradient_checkpointing", False)]
-    mode = _NoDropout() if kept else None
+    handles = []
+    for module in kept:  # as hooks of the module, because backward calls it again
+        mode = _NoDropout()
+        handles.append(module.register_forward_pre_hook(lambda *_, mode=mode: mode.__enter__() and None))
+        handles.append(
+            module.register_forward_hook(lambda *_, mode=mode: mode.__exit__(None, None, None), always_call=True)
+        )
 
     def restore() -> None:
-        if mode is not None:
-            mode.__exit__(None, None, None)
+        for handle in handles:
+            handle.remove()
         for module, flag in flags:
             module.training = flag
 
-    if mode is not None:
-        mode.__enter__()
-    for module, flag in flags:
-        module.training = flag and module in kept
+    for module, _ in flags:
+        module.training = module in kept
     return restore
 
 
@@ -91,16 +95,22 @@ def attach(
 
         return hook
 
-    handles = [model.register_forward_pre_hook(before, with_kwargs=True)]
+    handles = []
 
     def restore() -> None:
         for handle in handles:
             handle.remove()
 
-    handles += [
-        module.register_forward_hook(_require_grad) for module in model.modules() if isinstance(module, FIRST_LAYERS)
-    ]
-    handles += [module.register_forward_hook(tap(name), with_kwargs=True) for name, module in layers.items()]
+    try:
+        handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+        for module in model.modules():
+            if isinstance(module, FIRST_LAYERS):
+                handles.append(module.register_forward_hook(_require_grad))
+        for name, module in layers.items():
+            handles.append(module.register_forward_hook(tap(name), with_kwargs=True))
+    except BaseException:
+        restore()
+        raise
     return restore
 
 
