@@ -413,7 +413,7 @@ def test_wrong_arguments(options, message):
 
 
 def test_a_sketch_wants_a_module():
-    with pytest.raises(ValueError, match="model: got str, want a torch.nn.Module"):
+    with pytest.raises(ValueError, match=r"model: got str, want a torch\.nn\.Module"):
         GradientSketch("model")  # type: ignore[arg-type]
 
 

@@ -1,0 +1,88 @@
+"""Two gloo processes with different data give the sketch of one process with all of it."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_models import tiny_model
+from torch import Tensor, nn
+
+from fastlora import GradientSketch, init_lora_ga
+
+R, WIDTH = 2, 16  # of layers 24 to 40 wide
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 61, (2, 5 + 2 * i), generator=generator) for i in range(4)]
+
+
+def run(model: nn.Module, sketch: GradientSketch, tokens: list[Tensor]) -> None:
+    for ids in tokens:
+        model(input_ids=ids, labels=ids).loss.backward()
+
+
+def process(rank: int, folder: str) -> None:
+    """One of two processes: two batches each, in two contexts, then the same again to refine."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = tiny_model("llama")
+    mine = batches()[rank::2]
+    sketch = GradientSketch(model, r=R, width=WIDTH)
+    for ids in mine:  # each time it is left, what the processes have becomes one, and must not be added twice
+        with sketch:
+            run(model, sketch, [ids])
+    torch.save(results(sketch), f"{folder}/first-{rank}")
+    with sketch.refine():
+        run(model, sketch, mine)
+    torch.save(results(sketch), f"{folder}/refined-{rank}")
+    sizes = init_lora_ga(model, sketch)
+    torch.save((sizes, model.state_dict()), f"{folder}/model-{rank}")
+    dist.destroy_process_group()
+
+
+def results(sketch: GradientSketch) -> dict:
+    return {
+        name: (*layer.factors(), layer.probed, layer.tokens, layer.updates, layer.skipped)
+        for name, layer in sketch.layers.items()
+    }
+
+
+def exact_gradients(names: list[str]) -> dict[str, Tensor]:
+    model = tiny_model("llama").double()
+    weights = [model.get_submodule(name).weight for name in names]
+    sums = [torch.zeros_like(weight) for weight in weights]  # type: ignore[arg-type]
+    for ids in batches():
+        loss = model(input_ids=ids, labels=ids).loss * ids.numel()
+        for total, grad in zip(sums, torch.autograd.grad(loss, weights)):  # type: ignore[arg-type]
+            total += grad
+    return dict(zip(names, sums))
+
+
+@pytest.mark.slow
+def test_two_processes_are_one():
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(process, (folder,), nprocs=2)  # type: ignore[attr-defined]
+        load = {path.name: torch.load(path, weights_only=True) for path in Path(folder).glob("*-?")}
+    for kind in ("first", "refined"):  # both processes have the same, bit for bit
+        for name, mine in load[f"{kind}-0"].items():
+            for ours, theirs in zip(mine, load[f"{kind}-1"][name]):
+                assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs
+    for ours, theirs in zip(load["model-0"][1].values(), load["model-1"][1].values()):
+        assert torch.equal(ours, theirs)
+    assert load["model-0"][0] == load["model-1"][0]
+    alone = GradientSketch(tiny_model("llama"), r=R, width=WIDTH)
+    with alone:
+        run(alone._model, alone, batches())
+    for kind, bound in (("first", 1.02), ("refined", 1.002)):
+        for name, g in exact_gradients(alone.names).items():
+            q, z, probed, tokens, updates, skipped = load[f"{kind}-0"][name]
+            u, s, vh = torch.linalg.svd(z.t().double(), full_matrices=False)
+            approximation = q.double() @ (u[:, : 2 * R] * s[: 2 * R]) @ vh[: 2 * R]
+            best = torch.linalg.svdvals(g)[2 * R :].norm()
+            assert (g - approximation).norm() < bound * best, (kind, name)
+            layer = alone.layers[name]
+            assert torch.allclose(probed, layer.probed, atol=1e-5 * layer.probed.abs().max().item())
+            assert (tokens, updates, skipped) == (layer.tokens, layer.updates, 0)
