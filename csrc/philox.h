@@ -6,11 +6,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define FASTLORA_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FASTLORA_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace fastlora {
 
@@ -32,9 +28,7 @@ FASTLORA_HOST_DEVICE Words philox4x32(uint64_t seed, Words counter) {
   uint32_t key0 = static_cast<uint32_t>(seed);
   uint32_t key1 = static_cast<uint32_t>(seed >> 32);
   uint32_t c0 = counter.w[0], c1 = counter.w[1], c2 = counter.w[2], c3 = counter.w[3];
-#ifdef __CUDACC__
-#pragma unroll
-#endif
+  FASTLORA_UNROLL
   for (int round = 0; round < Rounds; ++round) {
     const uint32_t high0 = multiply_high(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
     const uint32_t high2 = multiply_high(0xCD9E8D57u, c2), low2 = 0xCD9E8D57u * c2;

@@ -20,6 +20,7 @@ from typing import Any
 
 PREFIX = "FASTLORA_"
 BACKENDS = ("auto", "torch", "cublas", "triton")
+LINALG = ("auto", "torch", "native")
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,13 @@ VARIABLES: dict[str, Variable] = {
             lambda: ("80", "90a", "100"),
             _cuda_archs,
         ),
+        Variable(
+            "FASTLORA_LINALG",
+            "which small linear algebra runs (gradient sketches, SVDs): auto, torch or native, that of csrc/",
+            "auto",
+            lambda: "auto",
+            _choice(*LINALG),
+        ),
     )
 }
 
@@ -157,3 +165,8 @@ def cache_dir() -> Path:
 def cuda_archs() -> tuple[str, ...]:
     """Compute capabilities that ``csrc/`` is compiled for, such as ``("80", "90a", "100")``."""
     return get("FASTLORA_CUDA_ARCHS")
+
+
+def linalg() -> str:
+    """Which implementation :mod:`fastlora.linalg.native` takes; ``"auto"`` lets it choose."""
+    return get("FASTLORA_LINALG")

@@ -19,11 +19,28 @@ def load() -> Path:
     except (OSError, RuntimeError) as error:
         raise _build.Unavailable(f"{path} does not load: {error}") from error
     torch.library.register_fake("fastlora::dropout_keep_mask", _dropout_keep_mask_fake)
+    torch.library.register_fake("fastlora::orthonormal", _orthonormal_fake)
+    torch.library.register_fake("fastlora::factored_product", _factored_product_fake)
+    torch.library.register_fake("fastlora::sketch_update", _sketch_update_fake)
     return path
 
 
 def _dropout_keep_mask_fake(seed: torch.Tensor, M: int, K: int, threshold: int) -> torch.Tensor:
     return seed.new_empty((M, K), dtype=torch.bool)
+
+
+def _orthonormal_fake(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(matrix), matrix.new_empty(1, dtype=torch.int32)
+
+
+def _factored_product_fake(x: torch.Tensor, dy: torch.Tensor, v: torch.Tensor, weight: float) -> torch.Tensor:
+    return v.new_empty((dy.shape[1], v.shape[1]))
+
+
+def _sketch_update_fake(
+    q: torch.Tensor, z: torch.Tensor, start: torch.Tensor | None, x: torch.Tensor, dy: torch.Tensor, weight: float
+) -> torch.Tensor:
+    return q.new_empty(1, dtype=torch.int32)
 
 
 def dropout_keep_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:

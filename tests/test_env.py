@@ -19,6 +19,7 @@ def clean_environment(monkeypatch):
 def test_defaults():
     assert env.backend() == "auto"
     assert env.build_cuda() is False
+    assert env.linalg() == "auto"
     assert env.cuda_archs() == ("80", "90a", "100")
 
 
@@ -54,6 +55,7 @@ def test_values(monkeypatch, name, text, value):
         ("FASTLORA_CUDA_ARCHS", "9.0", "without the dot"),
         ("FASTLORA_CUDA_ARCHS", ",", "without the dot"),
         ("FASTLORA_CACHE_DIR", "relative/path", "absolute"),
+        ("FASTLORA_LINALG", "cusolver", "auto, torch, native"),
     ],
 )
 def test_bad_values_name_the_variable_what_came_and_what_is_wanted(monkeypatch, name, text, wanted):

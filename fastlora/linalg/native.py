@@ -1,0 +1,161 @@
+"""The compiled engine of ``csrc/`` where it is there and right, torch elsewhere: one micro-batch of a gradient sketch.
+
+``auto`` (FASTLORA_LINALG) takes the compiled ops for CUDA tensors once ``csrc/`` is built (``python -m fastlora.doctor
+--build``; it is never compiled in the middle of a backward pass) and has passed a check against torch on that device;
+on a CPU it takes torch, whose GEMMs are faster there. ``native`` compiles at the first use and takes the CPU's ops too.
+What the ops cannot take (float64, more than 128 columns) goes to torch in either case.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from .. import _build, env, ops
+from .operators import Factored
+from .orthogonal import orthonormal
+
+MAX_COLUMNS = 128  # csrc/skinny_gemm.h: kMaxColumns
+NON_FINITE = 2  # csrc/sketch.h: kNonFinite
+_READABLE = (torch.float32, torch.float16, torch.bfloat16)
+
+_failures: dict[torch.device, str | None] = {}  # None: passed the check
+
+
+def why_not(device: torch.device) -> str | None:
+    """None where the compiled ops are taken for tensors on this device, or why not."""
+    asked = env.linalg()
+    if asked == "torch":
+        return "FASTLORA_LINALG=torch"
+    if asked == "auto" and device.type != "cuda":
+        return "not on a GPU: torch is the path there (FASTLORA_LINALG=native takes the compiled ops all the same)"
+    if device in _failures:
+        return _failures[device]
+    if asked == "auto" and not _built():
+        return "csrc/ is not built (python -m fastlora.doctor --build)"
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "not checked on this device before the capture of a CUDA graph began"
+    failure = _failures[device] = _check(device)
+    if failure is not None:
+        warnings.warn(f"fastlora: the compiled linear algebra is not used on {device}: {failure}", stacklevel=3)
+    return failure
+
+
+def _built() -> bool:
+    try:
+        return _build.find(_build.find_toolchain()) is not None
+    except _build.Unavailable:
+        return _build.find() is not None
+
+
+def sketch_update(q: Tensor, z: Tensor, start: Tensor | None, x: Tensor, dy: Tensor, weight: float) -> bool:
+    """Adds weight·dYᵀX to the rank-c sketch Q Zᵀ, in place; False, and nothing changed, where something is not finite.
+
+    Four products with the running sum G⁺ = Q Zᵀ + w dYᵀX, each followed by an orthonormal basis; G is never formed.
+
+    Args:
+        q: (n, c) float32, orthonormal columns; c <= min(n, m). Overwritten.
+        z: (m, c) float32, GᵀQ. Overwritten.
+        start: (m, c) float32, the subspace of rows to begin with, for the first micro-batch (q and z are then not
+            read); None later.
+        x, dy: (T, m) and (T, n), float32, float16 or bfloat16, any strides; no copy of them is made by the compiled op.
+        weight: w.
+
+    The compiled op reads its status back, so that the caller knows: one synchronisation.
+    """
+    if _takes(q, x, dy) and why_not(q.device) is None:
+        status = torch.ops.fastlora.sketch_update(q, z, start, x, dy, weight)
+        return not int(status) & NON_FINITE
+    return sketch_update_by_torch(q, z, start, x, dy, weight)
+
+
+def _takes(q: Tensor, x: Tensor, dy: Tensor) -> bool:
+    return (
+        q.shape[1] <= MAX_COLUMNS
+        and q.dtype == torch.float32
+        and q.is_contiguous()
+        and x.dtype in _READABLE
+        and dy.dtype in _READABLE
+    )
+
+
+def sketch_update_by_torch(q: Tensor, z: Tensor, start: Tensor | None, x: Tensor, dy: Tensor, weight: float) -> bool:
+    """The same in torch: the fallback, and what the compiled op is checked against."""
+    batch = Factored(x, dy)
+
+    def forward(v: Tensor) -> Tensor:
+        product = batch.matmul(v) * weight
+        return product if start is not None else product.addmm_(q, z.t() @ v)
+
+    def backward(u: Tensor) -> Tensor:
+        product = batch.rmatmul(u) * weight
+        return product if start is not None else product.addmm_(z, q.t() @ u)
+
+    product = forward(orthonormal(z if start is None else start))
+    if not bool(torch.isfinite(product).all()):  # before LAPACK sees it
+        return False
+    left = orthonormal(forward(orthonormal(backward(orthonormal(product)))))
+    product = backward(left)
+    if not bool(torch.isfinite(product).all()):
+        return False
+    q.copy_(left)
+    z.copy_(product)
+    return True
+
+
+def factored_product(x: Tensor, dy: Tensor, v: Tensor, weight: float) -> Tensor:
+    """weight·dYᵀ(X v), (n, c) float32, for x (T, m), dy (T, n) of any float dtype and v (m, c) float32."""
+    v = v.contiguous()
+    if _takes(v, x, dy) and why_not(v.device) is None:
+        return torch.ops.fastlora.factored_product(x, dy, v, weight)
+    return Factored(x, dy).matmul(v) * weight
+
+
+def _check(device: torch.device) -> str | None:
+    """None, or what is wrong with the compiled ops on this device."""
+    try:
+        ops.load()
+        return _sketch_differs(device)
+    except (RuntimeError, NotImplementedError) as error:  # Unavailable is a RuntimeError
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+
+
+def _sketch_differs(device: torch.device) -> str | None:
+    """Two micro-batches that c columns can hold exactly, so that there is one right answer, against torch; then NaN."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    n, m = 300, 170
+    # With fewer tokens than columns the bases come from Householder QR, otherwise from Cholesky's factor.
+    for columns, tokens, dtype in (
+        (8, 8, torch.float32),
+        (48, 46, torch.bfloat16),
+        (90, 90, torch.float32),
+        (MAX_COLUMNS, 127, torch.float16),
+    ):
+        x, dy = normal(tokens, m), normal(tokens, n)
+        batches = [(x, dy), (x[:5] * 0.5, dy[:5])]
+        start = normal(m, columns)
+        results = []
+        for place, update in ((device, torch.ops.fastlora.sketch_update), (device, sketch_update_by_torch)):
+            q, z = torch.zeros(n, columns, device=place), torch.zeros(m, columns, device=place)
+            for index, (a, b) in enumerate(batches):
+                first = start.to(place) if index == 0 else None
+                update(q, z, first, a.to(place, dtype), b.to(place, dtype), 0.25)
+            results.append((q.double() @ z.double().t(), q))
+        (got, basis), (expected, _) = results
+        error = ((got - expected).norm() / expected.norm()).item()
+        skew = (basis.t() @ basis - torch.eye(columns, device=device)).abs().max().item()
+        if not (error < 1e-4 and skew < 1e-4):
+            return (
+                f"a sketch of {columns} columns is {error:.1e} away from torch's, its basis {skew:.1e} from orthonormal"
+            )
+    x = torch.full((4, m), float("nan"), device=device)
+    status = torch.ops.fastlora.sketch_update(q, z, None, x, normal(4, n).to(device), 1.0)
+    if not int(status) & NON_FINITE:
+        return "NaN goes unnoticed"
+    return None

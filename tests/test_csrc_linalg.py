@@ -1,0 +1,342 @@
+"""csrc/'s linear algebra against LAPACK in float64: the algorithms run by simulated CUDA blocks, and the CPU's ops."""
+
+import ctypes
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastlora import _build, ops
+from fastlora.linalg import native, orthonormal
+
+TESTS = Path(__file__).resolve().parent
+CSRC = TESTS.parent / "csrc"
+TEAMS = [(1, 1), (4, 2)]  # groups × lanes: a CPU's one thread, and warps (of two)
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on PATH")
+
+
+def compile_teams(target: Path, *options: str) -> None:
+    source = TESTS / "csrc_teams.cpp"
+    flags = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{CSRC}"]
+    subprocess.run(["g++", *flags, *options, str(source), "-o", str(target)], check=True)
+
+
+@pytest.fixture(scope="module")
+def teams(tmp_path_factory):
+    target = tmp_path_factory.mktemp("teams") / "teams.so"
+    compile_teams(target, "-O1", "-shared", "-fPIC")
+    library = ctypes.CDLL(str(target))
+    library.part_count.restype = ctypes.c_int64
+    return library
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """The ops, compiled afresh by g++ alone where there is no GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTLORA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        if not torch.cuda.is_available():
+            patch.setattr(_build, "find_toolchain", lambda: _build.Toolchain(str(shutil.which("g++")), None, ()))
+        ops.load.cache_clear()
+        ops.load()
+    return torch.ops.fastlora
+
+
+def pointer(array) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data if isinstance(array, np.ndarray) else array.data_ptr())
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def skew(q: Tensor) -> float:
+    """How far Q's columns are from orthonormal."""
+    return (q.double().t() @ q.double() - torch.eye(q.shape[1], dtype=torch.float64)).abs().max().item()
+
+
+def spectrum(name: str, c: int) -> Tensor:
+    i = torch.arange(c, dtype=torch.float64)
+    return {
+        "fast": 0.7**i,
+        "slow": (1 + i) ** -0.5,
+        "flat": torch.ones(c, dtype=torch.float64),
+        "clustered": torch.where(i < c // 3, 1.0, torch.where(i < c // 2, 0.99, 0.5)).double(),
+        "deficient": (i < c // 2).double(),
+        "zero": torch.zeros(c, dtype=torch.float64),
+        "tiny": 1e-30 * 0.9**i,
+        "huge": 1e30 * 0.9**i,
+    }[name]
+
+
+SPECTRA = ["fast", "slow", "flat", "clustered", "deficient", "zero", "tiny", "huge"]
+
+
+def tall(name: str, n: int, c: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    u = torch.linalg.qr(normal(n, c, seed=1).double())[0]
+    v = torch.linalg.qr(normal(c, c, seed=2).double())[0]
+    return (u * spectrum(name, c) @ v.t()).to(dtype)
+
+
+class TestAlgorithmsInTeams:
+    @pytest.mark.parametrize("groups, lanes", TEAMS)
+    @pytest.mark.parametrize("c", [1, 2, 7, 33])
+    def test_inverse_of_the_factor(self, teams, c, groups, lanes):
+        a = normal(3 * c, c).double() * torch.logspace(-20, 20, c, dtype=torch.float64)
+        gram = (a.t() @ a).contiguous()
+        gram[np.tril_indices(c, -1)] = float("nan")  # only the upper triangle is read
+        scale, inverse = np.empty(c), np.empty((c, c))
+        assert teams.invert_factor(pointer(gram), pointer(scale), c, pointer(inverse), groups, lanes) == 0
+        assert np.allclose(scale, 1 / a.norm(dim=0), rtol=1e-13, atol=0)
+        assert skew(a @ torch.from_numpy(inverse)) < 1e-12
+        assert np.array_equal(inverse, np.triu(inverse))
+
+    @pytest.mark.parametrize("groups, lanes", TEAMS)
+    @pytest.mark.parametrize(
+        "spoil, kind",
+        [
+            (lambda a: a[:, 2].zero_(), 1),
+            (lambda a: a[:, 2].copy_(a[:, 0] - a[:, 3]), 1),
+            (lambda a: a[:, 2].copy_(a[:, 0]).add_(normal(40, seed=9), alpha=1e-6), 1),
+            (lambda a: a[:, 2].copy_(a[:, 0]).add_(normal(40, seed=9), alpha=1e-3), 0),
+            (lambda a: a[3, 2].fill_(float("nan")), 2),
+            (lambda a: a[3, 2].fill_(float("inf")), 2),
+        ],
+    )
+    def test_what_is_no_safe_gram_matrix_is_told(self, teams, spoil, kind, groups, lanes):
+        a = normal(40, 5).double()
+        spoil(a)
+        gram, scale, inverse = (a.t() @ a).contiguous(), np.empty(5), np.empty((5, 5))
+        assert teams.invert_factor(pointer(gram), pointer(scale), 5, pointer(inverse), groups, lanes) == kind
+
+    @pytest.mark.parametrize("groups, lanes", TEAMS)
+    @pytest.mark.parametrize("n, c", [(1, 1), (5, 5), (40, 13)])
+    @pytest.mark.parametrize("name", ["slow", "deficient", "zero"])
+    def test_householder(self, teams, name, n, c, groups, lanes):
+        a, q, scale = tall(name, n, c), torch.empty(n, c), np.full(c, 1.5)
+        teams.householder_q(pointer(a), pointer(q), ctypes.c_int64(n), c, pointer(scale), groups, lanes)
+        assert skew(q) < 1e-6
+        assert torch.allclose(q @ (q.t() @ a), a, atol=1e-6)
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    @pytest.mark.parametrize(
+        "rows, depth, columns", [(70, 70, 33), (64, 290, 20), (5, 3, 1), (3, 40, 128), (9, 33, 70)]
+    )
+    def test_product_by_tiles(self, teams, rows, depth, columns, transposed):
+        a = normal(depth, rows).t() if transposed else normal(rows, depth)
+        b, parts = normal(depth, columns, seed=1), teams.part_count(*map(ctypes.c_int64, (rows, columns, depth)))
+        out = torch.full((parts, rows, columns), float("nan"))
+        sizes = [ctypes.c_int64(size) for size in (rows, depth, columns)]
+        strides = [ctypes.c_int64(stride) for stride in a.stride()]
+        teams.product(pointer(a), *strides, pointer(b), pointer(out), *sizes, ctypes.c_double(0.5))
+        assert parts == (1 if depth <= 256 else 2)
+        assert torch.allclose(out.sum(0).double(), 0.5 * a.double() @ b.double(), rtol=0, atol=2e-6 * depth)
+
+    @pytest.mark.slow
+    def test_no_thread_reads_what_another_writes_without_a_sync(self, tmp_path):
+        compile_teams(tmp_path / "teams", "-O1", "-g", "-fsanitize=thread", "-DWITH_MAIN")
+        done = subprocess.run([tmp_path / "teams"], capture_output=True, text=True, check=False)
+        if "unexpected memory mapping" in done.stderr:
+            pytest.skip("this kernel's address layout is too random for ThreadSanitizer")
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+class TestOrthonormal:
+    @pytest.mark.parametrize("n, c", [(130, 48), (128, 128), (20, 1)])
+    @pytest.mark.parametrize("name", SPECTRA)
+    def test_spectra(self, loaded, name, n, c):
+        a = tall(name, n, c)
+        q, status = loaded.orthonormal(a)
+        # CholeskyQR's bound; where it is loose, Householder was taken or kMaxCondition keeps it below 1e-5.
+        condition = torch.linalg.cond(a.double() / a.double().norm(dim=0)).item() if int(status) == 0 else 0.0
+        assert skew(q) < 2e-6 + min(condition**2 * 2**-53, 1e-5)
+        scale = max(a.abs().max().item(), 1e-38)
+        assert torch.allclose(q.double() @ (q.double().t() @ a.double()) / scale, a.double() / scale, atol=3e-5)
+        if name in ("slow", "flat", "clustered"):
+            assert int(status) == 0
+            assert torch.allclose(q, orthonormal(a), atol=1e-6)  # the same algorithm
+        if name in ("deficient", "zero") and c > 1:
+            assert int(status) == 1
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_non_finite(self, loaded, value):
+        a = normal(30, 4)
+        a[7, 2] = value
+        assert int(loaded.orthonormal(a)[1]) == 2
+
+    @pytest.mark.parametrize(
+        "matrix, what",
+        [
+            (torch.zeros(300, 129), "129 columns"),
+            (torch.zeros(3, 4), "at least as many rows"),
+            (torch.zeros(4, 3, dtype=torch.float64), "contiguous float32"),
+            (torch.zeros(3, 4).t(), "contiguous float32"),
+        ],
+    )
+    def test_bad_arguments(self, loaded, matrix, what):
+        with pytest.raises(RuntimeError, match=what):
+            loaded.orthonormal(matrix)
+
+
+DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
+
+
+@pytest.mark.parametrize("x_dtype, dy_dtype", DTYPES)
+def test_factored_product(loaded, x_dtype, dy_dtype):
+    x, dy, v = normal(90, 40).to(x_dtype), normal(55, 90).t().to(dy_dtype), normal(40, 17)
+    expected = 0.3 * (dy.double().t() @ (x.double() @ v.double()))
+    got = loaded.factored_product(x, dy, v, 0.3)
+    assert torch.allclose(got.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    expanded = torch.ones(1, 55).expand(90, 55)  # what the backward of a sum is
+    got = loaded.factored_product(x, expanded, v, 1.0)
+    assert torch.allclose(got, (x.float() @ v).sum(0).expand(55, 17), atol=1e-3)
+
+
+class TestSketchUpdate:
+    def factors(self, name, tokens=80, n=60, m=50):
+        """x, dy with dyᵀx of this spectrum."""
+        c = min(n, m)
+        x = torch.linalg.qr(normal(tokens, c, seed=3).double())[0] @ tall(name, m, c, torch.float64).t()
+        dy = (
+            torch.linalg.qr(normal(tokens, c, seed=3).double())[0]
+            @ torch.linalg.qr(normal(n, c, seed=4).double())[0].t()
+        )
+        return x.float(), dy.float()
+
+    @pytest.mark.parametrize("x_dtype, dy_dtype", DTYPES)
+    @pytest.mark.parametrize("name", ["fast", "slow", "flat", "clustered", "deficient", "tiny"])
+    def test_like_torch_over_two_micro_batches(self, loaded, name, x_dtype, dy_dtype):
+        """As near to the best rank-c approximation as torch's sketch is (for a flat spectrum the bases may differ)."""
+        c, total = 16, 0
+        sketches = [(torch.zeros(60, c), torch.zeros(50, c)) for _ in range(2)]
+        x, dy = self.factors(name)
+        if name == "tiny" and torch.float16 in (x_dtype, dy_dtype):
+            pytest.skip("fp16 has no 1e-30")
+        for start, rows in ((normal(50, c), slice(0, 70)), (None, slice(70, 80))):
+            a, b = x[rows].to(x_dtype), dy[rows].to(dy_dtype)
+            assert not int(loaded.sketch_update(*sketches[0], start, a, b, 0.5)) & 2
+            assert native.sketch_update_by_torch(*sketches[1], start, a, b, 0.5)
+            total = total + 0.5 * b.double().t() @ a.double()
+        size = total.norm()
+        got, expected = ((total - q.double() @ z.double().t()).norm() / size for q, z in sketches)
+        assert got <= 1.001 * expected + 1e-5
+        assert skew(sketches[0][0]) < 2e-6
+        if name in ("fast", "deficient", "tiny"):
+            products = [q.double() @ z.double().t() for q, z in sketches]
+            assert (products[0] - products[1]).norm() < 2e-3 * size
+
+    def test_zero_gradients_leave_an_orthonormal_basis(self, loaded):
+        q, z = torch.full((30, 4), 7.0), torch.full((20, 4), 7.0)
+        assert int(loaded.sketch_update(q, z, normal(20, 4), torch.zeros(9, 20), torch.zeros(9, 30), 1.0)) == 1
+        assert skew(q) < 1e-6
+        assert not z.any()
+
+    @pytest.mark.parametrize("where", ["x", "dy", "overflow"])
+    def test_non_finite_changes_nothing(self, loaded, where):
+        x, dy, q, z = normal(9, 20), normal(9, 30), orthonormal(normal(30, 4)).contiguous(), normal(20, 4)
+        if where == "overflow":
+            x, dy = x * 1e25, dy * 1e25
+        else:
+            {"x": x, "dy": dy}[where][3, 3] = float("nan")
+        before = q.clone(), z.clone()
+        assert int(loaded.sketch_update(q, z, None, x, dy, 1.0)) & 2
+        assert torch.equal(q, before[0]) and torch.equal(z, before[1])
+        assert not native.sketch_update_by_torch(q, z, None, x, dy, 1.0)
+        assert torch.equal(q, before[0]) and torch.equal(z, before[1])
+
+    def test_opcheck(self, loaded):
+        arguments = (orthonormal(normal(30, 4)).contiguous(), normal(20, 4), None, normal(9, 20), normal(9, 30), 0.5)
+        torch.library.opcheck(loaded.sketch_update.default, arguments)
+        torch.library.opcheck(loaded.orthonormal.default, (normal(20, 4),))
+        torch.library.opcheck(loaded.factored_product.default, (normal(9, 20), normal(9, 30), normal(20, 4), 0.5))
+
+    @pytest.mark.parametrize(
+        "change, what",
+        [
+            ({"q": torch.zeros(31, 4)}, "q is 31 x 4"),
+            ({"z": torch.zeros(20, 5)}, "z 20 x 5"),
+            ({"x": torch.zeros(8, 20)}, "one T"),
+            ({"dy": torch.zeros(9, 30, dtype=torch.float64)}, "float32, float16 or bfloat16"),
+            ({"start": torch.zeros(19, 4)}, "start is 19 x 4"),
+            ({"q": torch.zeros(30, 25), "z": torch.zeros(20, 25)}, "min\\(n, m\\) = 20"),
+        ],
+    )
+    def test_bad_arguments(self, loaded, change, what):
+        arguments = {"q": torch.zeros(30, 4), "z": torch.zeros(20, 4), "start": None, "x": torch.zeros(9, 20)}
+        arguments = {**arguments, "dy": torch.zeros(9, 30), "weight": 1.0, **change}
+        with pytest.raises(RuntimeError, match=what):
+            loaded.sketch_update(**arguments)
+
+
+class TestChoice:
+    @pytest.fixture(autouse=True)
+    def forget(self, monkeypatch):
+        monkeypatch.delenv("FASTLORA_LINALG", raising=False)
+        monkeypatch.setattr(native, "_failures", {})
+
+    def test_a_cpu_takes_torch_and_compiles_nothing(self, monkeypatch):
+        monkeypatch.setattr(ops, "load", lambda: pytest.fail("compiled"))
+        assert "not on a GPU" in str(native.why_not(torch.device("cpu")))
+        q, z = torch.zeros(30, 4), torch.zeros(20, 4)
+        assert native.sketch_update(q, z, normal(20, 4), normal(9, 20), normal(9, 30), 1.0)
+
+    @pytest.mark.usefixtures("loaded")
+    def test_by_request_the_ops_of_the_cpu_pass_their_check_and_are_taken(self, monkeypatch):
+        monkeypatch.setenv("FASTLORA_LINALG", "native")
+        assert native.why_not(torch.device("cpu")) is None
+        monkeypatch.setattr(native, "sketch_update_by_torch", lambda *_: pytest.fail("torch was taken"))
+        q, z = torch.zeros(30, 4), torch.zeros(20, 4)
+        assert native.sketch_update(q, z, normal(20, 4), normal(3, 20), normal(3, 30), 1.0)
+        assert torch.allclose(q @ z.t(), normal(3, 30).t() @ normal(3, 20), atol=1e-4)
+        assert not native.sketch_update(q, z, None, normal(3, 20) / 0, normal(3, 30), 1.0)
+
+    @pytest.mark.usefixtures("loaded")
+    def test_an_op_that_is_wrong_is_not_taken(self, monkeypatch):
+        monkeypatch.setenv("FASTLORA_LINALG", "native")
+        right = torch.ops.fastlora.sketch_update
+
+        def wrong(q, z, start, x, dy, weight):
+            return right(q, z, start, x, dy, 1.001 * weight)
+
+        monkeypatch.setattr(torch.ops.fastlora, "sketch_update", wrong)
+        with pytest.warns(UserWarning, match="away from torch's"):
+            assert "away from torch's" in str(native.why_not(torch.device("cpu")))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # said once
+            q, z = torch.zeros(30, 4), torch.zeros(20, 4)
+            assert native.sketch_update(q, z, normal(20, 4), normal(3, 20), normal(3, 30), 1.0)
+        assert torch.allclose(q @ z.t(), normal(3, 30).t() @ normal(3, 20), atol=1e-4)
+
+    def test_without_a_compiler_torch_is_taken(self, monkeypatch):
+        def load():
+            raise _build.Unavailable("no compiler here")
+
+        monkeypatch.setenv("FASTLORA_LINALG", "native")
+        monkeypatch.setattr(ops, "load", load)
+        with pytest.warns(UserWarning, match="no compiler here"):
+            got = native.factored_product(normal(9, 20), normal(9, 30), normal(20, 3), 2.0)
+        assert torch.allclose(got, 2 * normal(9, 30).t() @ (normal(9, 20) @ normal(20, 3)), atol=1e-4)
+
+    @pytest.mark.usefixtures("loaded")
+    @pytest.mark.parametrize("columns, dtype", [(129, torch.float32), (4, torch.float64)])
+    def test_what_the_ops_cannot_take_goes_to_torch(self, monkeypatch, columns, dtype):
+        monkeypatch.setenv("FASTLORA_LINALG", "native")
+        x, dy, v = normal(9, 150).to(dtype), normal(9, 140).to(dtype), normal(150, columns)
+        got = native.factored_product(x, dy, v.to(dtype), 1.0)
+        assert torch.allclose(got.double(), (dy.t() @ (x @ v.to(dtype))).double(), atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_passes_its_check(loaded):
+    assert native._check(torch.device("cuda", 0)) is None
+    for n, c in [(4096, 48), (300, 128), (77, 1)]:
+        for name in SPECTRA:
+            q, status = loaded.orthonormal(tall(name, n, c).cuda())
+            assert skew(q.cpu()) < 2e-6, (name, n, c, int(status))
