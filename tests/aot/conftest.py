@@ -25,6 +25,10 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         pytest.exit("tests/aot compiles kernels: run it in a process without TRITON_INTERPRET", returncode=4)
+    if config.getoption("--write") and getattr(config.option, "numprocesses", None):
+        pytest.exit(
+            "tests/aot --write needs one process: leave out -n (it compiles on every core by itself)", returncode=4
+        )
 
 
 def _is_pinned() -> bool:
