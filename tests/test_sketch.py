@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_state import ModelState
-from plain_models import Net
+from plain_models import Net, submodule
 from tiny_models import ARCHITECTURES, tiny_batch, tiny_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -226,6 +226,34 @@ def test_passes_of_equal_weight():
 )
 def test_the_weight_of_a_pass(args, kwargs, weight):
     assert taps.pass_weight(args, kwargs) == weight
+
+
+class Quantised(nn.Linear):
+    """A base that has no floating-point weight to differentiate, as 4-bit layers."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.weight = nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight * self.scale, self.bias)
+
+
+def test_quantised_layers():
+    model, x = Net(), torch.randn(4, 6)
+    layers = {"head": model.head, "blocks.1.up": submodule(model, "blocks.1.up")}
+    quantised: dict[str, Any] = {name: Quantised(layer) for name, layer in layers.items()}
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.weight.copy_(quantised[name].weight * quantised[name].scale)
+    losses: list[Loss] = [lambda m: m(x).square().sum()]
+    expected = exact_gradients(model, list(layers), losses, [4.0])
+    model.head, model.blocks[1].up = quantised["head"], quantised["blocks.1.up"]
+    model.blocks[1].listed[0] = model.blocks[1].up  # type: ignore[union-attr,index]
+    sketch = sketched(model, losses, target_modules=["head", "blocks.1.up"])
+    assert_is(sketch, {name: expected[name] for name in sketch.names})
 
 
 # What is left of the model.

@@ -97,7 +97,7 @@ def test_micro_batches_without_gradient_change_nothing(nothing):
 @pytest.mark.parametrize("where", ["x", "dy"])
 def test_non_finite_micro_batches_are_skipped_and_counted(value, where):
     batches = micro_batches(count=3)
-    x, dy, weight = (part.clone() if isinstance(part, Tensor) else part for part in batches[0])
+    x, dy, weight = batches[0][0].clone(), batches[0][1].clone(), batches[0][2]
     (x if where == "x" else dy)[5, 7] = value
     sketch = sketch_of([*batches[:2], (x, dy, weight), *batches[2:]])
     assert (sketch.skipped, sketch.updates) == (1, 3)
@@ -214,3 +214,4 @@ def test_nothing_of_the_weights_size_is_allocated():
         sketch.svd(16)
         sketch.squared_norm()
     assert 0 < largest.elements <= max(tokens, WIDTH) * n < n * m
+    assert sketch.nbytes == 4 * (WIDTH + 16) * (n + m) + 4 * WIDTH * (n + 2 * m)  # what the docstrings say

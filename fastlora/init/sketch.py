@@ -40,7 +40,8 @@ class GradientSketch:
         model: a plain model, a patched one, or a PEFT model (the gradient is that of the base layer's full weight).
         target_modules, exclude_modules: as in `fastlora.patch`; on a patched or PEFT model, of its LoRA layers.
         r: the rank of the adapters to come; LoRA-GA uses 2r triplets.
-        width: columns c kept per layer, by default max(6r, 32): 4·(c + 16)·(n + m) bytes a layer.
+        width: columns c kept per layer, by default max(6r, 32): 4·(c + 16)·(n + m) bytes a layer, and
+            4·c·(n + 2m) more while refining.
         seed: of the random start; the same seed and passes give the same sketch.
         dropout: leave dropout on.
         weighting: "tokens", each pass counts by its labels (those that are not -100), or by its tokens where the model
@@ -101,8 +102,8 @@ class GradientSketch:
     def __enter__(self) -> GradientSketch:
         if self._restore:
             raise RuntimeError("GradientSketch: this sketch is active already")
-        if self._merged and torch.distributed.get_rank() != 0:  # the first process has what all had; add to it once
-            self._start_afresh()
+        if self._merged and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+            self._start_afresh()  # the first process keeps what all had, so that it is counted once
         self._merged = False
         try:
             self._restore.append(taps.freeze(self._model))
@@ -163,9 +164,10 @@ class GradientSketch:
         """(n, m) = (out_features, in_features) of every layer looked at."""
         return {name: targets.layer_sizes(module) for name, module in self._modules.items()}
 
-    def layer(self, name: str, n: int, m: int, device: torch.device | str = "cpu") -> StreamingSketch:
-        """One layer's sketch, an empty one where it has seen nothing yet."""
+    def layer(self, name: str, n: int, m: int, device: torch.device | None = None) -> StreamingSketch:
+        """One layer's sketch, an empty one (on the layer's device) where it has seen nothing yet."""
         if name not in self.layers:
+            device = next(self._modules[name].parameters()).device if device is None else device
             self.layers[name] = StreamingSketch(n, m, self.width, zlib.crc32(name.encode()) ^ self.seed, device)
         return self.layers[name]
 
@@ -257,7 +259,7 @@ class GradientSketch:
                     f"GradientSketch.load: model: the sketch has {name!r} as {q.shape[0]}×{z.shape[0]}, this "
                     f"{type(model).__name__} as {sizes[name][0]}×{sizes[name][1]}"
                 )
-            layer = sketch.layer(name, q.shape[0], z.shape[0], next(sketch._modules[name].parameters()).device)
+            layer = sketch.layer(name, q.shape[0], z.shape[0])
             layer.q, layer.z, layer.probed = (tensor.to(layer.device) for tensor in (q, z, probed))
             layer.tokens, layer.updates, layer.skipped = tokens, updates, skipped
         return sketch

@@ -37,9 +37,15 @@ class StreamingSketch:
         self.tokens = self.updates = self.skipped = 0
         # The refining pass: its row basis P (None before it), Y = G P and Z = GᵀQ.
         self.row_basis: Tensor | None = None
-        self.refined_y, self.refined_z = torch.zeros_like(self.q), torch.zeros_like(self.z)
+        self.refined_y = self.refined_z = self.q.new_zeros(0)
         self.refined_updates = 0
         self._probes: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """What the sketch occupies between updates."""
+        tensors = (self.q, self.z, self.probed, self.refined_y, self.refined_z, self.row_basis, self._probes)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     @property
     def device(self) -> torch.device:
