@@ -1,9 +1,9 @@
 """The LoRA linear layer in plain ATen: the CPU's path, and every other backend's fallback.
 
-What it saves over eager autograd: the rank-r term is written first and the base GEMM accumulates into it (`addmm_`,
-beta = 1), so the output is rounded once and no M×N temporary is added afterwards; fp32 adapters are cast down (r·(K +
-N) numbers) instead of x up (M·K numbers); with dropout only the mask is kept, and drop(x) is formed again in the
-backward pass.
+What it saves over eager autograd: the rank-r product accumulates into the frozen layer's (`addmm_`, beta = 1), so that
+no M×N or M×K temporary is made, scaled and added; fp32 adapters are cast down (r·(K + N) numbers) instead of x up (M·K
+numbers); with dropout only the mask is kept, and drop(x) is formed again in the backward pass. With B = 0 the output is
+the frozen layer's to the bit.
 """
 
 from __future__ import annotations
@@ -33,19 +33,15 @@ def forward(
     """(y, S, keep mask): y = x W0ᵀ + b + s·S Bᵀ with S = drop(x) Aᵀ. Shapes: docs/architecture.md, "The backend
     interface"."""
     a = lora_A.to(x.dtype)
-    b = lora_B.to(x.dtype)
     if dropout_p > 0.0:
         if dropout_state is None:
             dropout_state = draw_keep_mask(x, dropout_p)
         keep = _keep_mask(dropout_state, x.shape, dropout_p)
-        s = (x * keep).mm(a.t()).mul_(_dropout_scale(dropout_p))
+        s = F.linear(x * keep, a).mul_(_dropout_scale(dropout_p))
     else:
-        s = x.mm(a.t())
-    if bias is None:
-        y = s.mm(b.t()).mul_(scaling)
-    else:
-        y = torch.addmm(bias, s, b.t(), alpha=scaling)
-    return y.addmm_(x, weight.t()), s, dropout_state
+        s = F.linear(x, a)
+    y = F.linear(x, weight, bias).addmm_(s, lora_B.to(x.dtype).t(), alpha=scaling)
+    return y, s, dropout_state
 
 
 def backward(
@@ -74,15 +70,15 @@ def backward(
         if dropout_p > 0.0:
             assert dropout_state is not None
             keep = _keep_mask(dropout_state, (dy.shape[0], lora_A.shape[1]), dropout_p)
-        ds = dy.mm(lora_B.to(dy.dtype)).mul_(scaling)
-        if dropout_p > 0.0:
-            ds.mul_(_dropout_scale(dropout_p))  # S and dS are the only places where the mask's scale enters
+        # S and dS are the only places where the mask's scale enters.
+        ds = dy.mm(lora_B.to(dy.dtype)).mul_(scaling * _dropout_scale(dropout_p))
     if needs_x:
         assert weight is not None and lora_A is not None
-        dx = ds.mm(lora_A.to(dy.dtype))
+        dx = dy.mm(weight)
         if dropout_p > 0.0:
-            dx.mul_(keep)
-        dx.addmm_(dy, weight)
+            dx.addcmul_(ds.mm(lora_A.to(dy.dtype)), keep)
+        else:
+            dx.addmm_(ds, lora_A.to(dy.dtype))
     if needs_a:
         assert x is not None and lora_A is not None
         dropped = x * keep if dropout_p > 0.0 else x
