@@ -1,8 +1,8 @@
 // Who runs an algorithm: the threads of a CUDA block, or the one thread of a CPU implementation.
 //
 // The algorithms (cholesky.h, householder.h, jacobi.h, skinny_gemm.h) are templates over a team: `threads` threads in
-// `groups` of `lanes`. sync() makes what every thread wrote visible to all; sum() adds over the lanes of a group and
-// gives every lane the same value. The tests add a third team, threads of the host with a barrier.
+// `groups` of `lanes`. sync() makes what every thread wrote visible to all; sum() and max() go over the lanes of a
+// group and give every lane the same value, but make nothing in memory visible. The tests add a third team, threads of the host with a barrier.
 #pragma once
 
 #include "host_device.h"
@@ -17,6 +17,7 @@ struct OneThread {
   int lane() const { return 0; }
   int lanes() const { return 1; }
   double sum(double value) const { return value; }
+  double max(double value) const { return value; }
   void sync() const {}
 };
 
@@ -48,6 +49,14 @@ struct ThreadBlock {
 #ifdef __CUDA_ARCH__
     FASTLORA_UNROLL
     for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);
+#endif
+    return value;
+  }
+
+  FASTLORA_HOST_DEVICE double max(double value) const {
+#ifdef __CUDA_ARCH__
+    FASTLORA_UNROLL
+    for (int offset = 16; offset > 0; offset /= 2) value = fmax(value, __shfl_xor_sync(0xFFFFFFFFu, value, offset));
 #endif
     return value;
   }

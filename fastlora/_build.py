@@ -5,7 +5,7 @@
 compiled for. With nvcc it holds the CPU and the CUDA implementations, without nvcc only the CPU's. It is looked for
 
 1. in the package, where ``FASTLORA_BUILD_CUDA=1 pip install --no-build-isolation .`` put it;
-2. in ``<cache directory>/csrc``, where the first use of an op compiles it (about ten seconds with nvcc, two without).
+2. in ``<cache directory>/csrc``, where the first use of an op compiles it (half a minute with nvcc, five seconds without).
 
 Several processes may ask at once: a file lock lets one of them compile, and the result appears by a rename.
 """
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -156,8 +157,10 @@ def compile_into(target: Path, toolchain: Toolchain) -> None:
     """Compile ``csrc/`` and rename the result to ``target``, so that nobody ever sees half an object."""
     with tempfile.TemporaryDirectory(prefix="fastlora-csrc-") as scratch:
         made = Path(scratch) / OBJECT_NAME
-        for command in commands(toolchain, Path(scratch), made):
-            _run(command)
+        *compile_calls, link = commands(toolchain, Path(scratch), made)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(_run, compile_calls))
+        _run(link)
         descriptor, temporary = tempfile.mkstemp(prefix=".building-", dir=target.parent)
         os.close(descriptor)
         try:
@@ -170,7 +173,7 @@ def compile_into(target: Path, toolchain: Toolchain) -> None:
 
 
 def commands(toolchain: Toolchain, scratch: Path, target: Path) -> list[list[str]]:
-    """The compiler calls that make ``target``, with their intermediate files in ``scratch``."""
+    """The compiler calls that make ``target``, with their intermediate files in ``scratch``; the last one links."""
     torch_folder = _torch_folder()
     version = (TORCH_TARGET[0] << 56) | (TORCH_TARGET[1] << 48)
     common = ["-std=c++20", f"-DTORCH_TARGET_VERSION={version:#018x}ULL", f"-I{torch_folder / 'include'}"]

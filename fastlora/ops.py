@@ -22,6 +22,7 @@ def load() -> Path:
     torch.library.register_fake("fastlora::orthonormal", _orthonormal_fake)
     torch.library.register_fake("fastlora::factored_product", _factored_product_fake)
     torch.library.register_fake("fastlora::sketch_update", _sketch_update_fake)
+    torch.library.register_fake("fastlora::jacobi_svd", _jacobi_svd_fake)
     return path
 
 
@@ -41,6 +42,11 @@ def _sketch_update_fake(
     q: torch.Tensor, z: torch.Tensor, start: torch.Tensor | None, x: torch.Tensor, dy: torch.Tensor, weight: float
 ) -> torch.Tensor:
     return q.new_empty(1, dtype=torch.int32)
+
+
+def _jacobi_svd_fake(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, _, c = a.shape
+    return torch.empty_like(a), a.new_empty(batch, c), a.new_empty(batch, c, c), a.new_empty(batch, dtype=torch.int32)
 
 
 def dropout_keep_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Tensor:

@@ -8,6 +8,7 @@
 
 #include "cholesky.h"
 #include "householder.h"
+#include "jacobi.h"
 #include "skinny_gemm.h"
 
 namespace {
@@ -22,9 +23,9 @@ struct Shared {
   std::vector<double> slots;
 };
 
-struct HostTeam {
-  Shared* shared;
-  int index;
+class HostTeam {
+ public:
+  HostTeam(Shared* shared, int index) : shared(shared), index(index) {}
 
   int thread() const { return index; }
   int threads() const { return shared->groups * shared->lanes; }
@@ -34,14 +35,26 @@ struct HostTeam {
   int lanes() const { return shared->lanes; }
   void sync() const { shared->all.arrive_and_wait(); }
   double sum(double value) const {
+    return over_lanes(value, [](double a, double b) { return a + b; });
+  }
+  double max(double value) const {
+    return over_lanes(value, [](double a, double b) { return std::fmax(a, b); });
+  }
+
+ private:
+  template <class Join>
+  double over_lanes(double value, Join join) const {
     std::barrier<>& warp = *shared->warps[group()];
     shared->slots[index] = value;
     warp.arrive_and_wait();
-    double total = 0;
-    for (int lane = 0; lane < lanes(); ++lane) total += shared->slots[group() * lanes() + lane];
+    double result = shared->slots[group() * lanes()];
+    for (int lane = 1; lane < lanes(); ++lane) result = join(result, shared->slots[group() * lanes() + lane]);
     warp.arrive_and_wait();
-    return total;
+    return result;
   }
+
+  Shared* shared;
+  int index;
 };
 
 template <class Work>
@@ -49,7 +62,7 @@ void run(int groups, int lanes, Work work) {
   Shared shared(groups, lanes);
   std::vector<std::thread> threads;
   for (int index = 0; index < groups * lanes; ++index) {
-    threads.emplace_back([&, index] { work(HostTeam{&shared, index}); });
+    threads.emplace_back([&, index] { work(HostTeam(&shared, index)); });
   }
   for (std::thread& thread : threads) thread.join();
 }
@@ -111,6 +124,20 @@ void product(const float* a, int64_t row_stride, int64_t depth_stride, const flo
   }
 }
 
+int jacobi_svd(const float* a, float* u, float* s, float* v, int64_t rows, int c, int groups, int lanes) {
+  std::vector<float> columns(rows * c), rotations(c * c);
+  std::vector<double> norms(c);
+  std::vector<int> order(c), flags(fastlora::kMaxGroups), results(groups * lanes);
+  run(groups, lanes, [&](const HostTeam& team) {
+    const fastlora::JacobiMemory<float> memory{columns.data(), rotations.data(), norms.data(), order.data(), flags.data()};
+    results[team.thread()] = fastlora::jacobi_svd(fastlora::JacobiProblem<float>{a, u, s, v, rows, c}, memory, team);
+  });
+  for (int result : results) {
+    if (result != results[0]) return -100;
+  }
+  return results[0];
+}
+
 }  // extern "C"
 
 #ifdef WITH_MAIN
@@ -127,6 +154,9 @@ int main() {
   const int kind = invert_factor(gram.data(), scale.data(), c, inverse.data(), 4, 2);
   householder_q(a.data(), q.data(), n, c, scale.data(), 4, 2);
   product(a.data(), 1, c, a.data(), out.data(), c, n, c, 1.0);
-  return kind;
+  std::vector<float> u(n * c), s(c), v(c * c);
+  for (int k = 0; k < n; ++k) a[k * c + 5] = a[k * c + 7] = 0;  // two columns of U to be made up
+  const int sweeps = jacobi_svd(a.data(), u.data(), s.data(), v.data(), n, c, 3, 2);
+  return kind != 0 || sweeps <= 0;
 }
 #endif

@@ -38,12 +38,11 @@ def teams(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """The ops, compiled afresh by g++ alone where there is no GPU."""
+    """The ops, compiled afresh, by g++ alone where there is no GPU; a process can load them once only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTLORA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         if not torch.cuda.is_available():
             patch.setattr(_build, "find_toolchain", lambda: _build.Toolchain(str(shutil.which("g++")), None, ()))
-        ops.load.cache_clear()
         ops.load()
     return torch.ops.fastlora
 
@@ -137,6 +136,18 @@ class TestAlgorithmsInTeams:
         teams.product(pointer(a), *strides, pointer(b), pointer(out), *sizes, ctypes.c_double(0.5))
         assert parts == (1 if depth <= 256 else 2)
         assert torch.allclose(out.sum(0).double(), 0.5 * a.double() @ b.double(), rtol=0, atol=2e-6 * depth)
+
+    @pytest.mark.parametrize("groups, lanes", TEAMS)
+    @pytest.mark.parametrize("name", ["slow", "deficient", "zero"])
+    @pytest.mark.parametrize("rows, c", [(1, 1), (9, 2), (13, 13), (30, 8)])
+    def test_jacobi(self, teams, rows, c, name, groups, lanes):
+        a = tall(name, rows, c)
+        u, s, v = torch.empty(rows, c), torch.empty(c), torch.empty(c, c)
+        size = ctypes.c_int64(rows)
+        sweeps = teams.jacobi_svd(pointer(a), pointer(u), pointer(s), pointer(v), size, c, groups, lanes)
+        assert 1 <= sweeps <= 15
+        assert max(skew(u), skew(v)) < 2e-6
+        assert torch.allclose(u * s @ v.t(), a, atol=2e-6)
 
     @pytest.mark.slow
     def test_no_thread_reads_what_another_writes_without_a_sync(self, tmp_path):
@@ -272,6 +283,87 @@ class TestSketchUpdate:
         arguments = {**arguments, "dy": torch.zeros(9, 30), "weight": 1.0, **change}
         with pytest.raises(RuntimeError, match=what):
             loaded.sketch_update(**arguments)
+
+
+class TestJacobiSvd:
+    def check(self, a: Tensor, u: Tensor, s: Tensor, v: Tensor) -> None:
+        """Against LAPACK in float64, with each matrix's own size as the unit; every rotation rounds, hence the c."""
+        eps, c = torch.finfo(a.dtype).eps, a.shape[1]
+        wide = a.double()
+        size = torch.linalg.matrix_norm(wide / wide.abs().max().clamp(min=1e-300)) * wide.abs().max()
+        expected = torch.linalg.svdvals(wide)
+        assert torch.all(s[:-1] >= s[1:]) and torch.all(s >= 0)
+        unit = size if size > 0 else torch.ones((), dtype=torch.float64)
+        assert ((s.double() - expected) / unit).abs().max() < (8 + c / 2) * eps
+        assert ((u.double() * (s.double() / unit)) @ v.double().t() - wide / unit).norm() < (8 + 3 * c) * eps
+        assert max(skew(u), skew(v)) < (10 + 4 * c) * eps
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("rows, c", [(1, 1), (2, 2), (33, 33), (48, 47), (128, 128), (300, 20)])
+    @pytest.mark.parametrize("name", SPECTRA)
+    def test_spectra(self, loaded, name, rows, c, dtype):
+        a = tall(name, rows, c, dtype)
+        u, s, v, info = loaded.jacobi_svd(a.unsqueeze(0))
+        assert int(info) >= 1  # converged
+        self.check(a, u[0], s[0], v[0])
+
+    @pytest.mark.parametrize("scale", [1e-300, 1e300])
+    def test_extreme_scales_in_float64(self, loaded, scale):
+        a = tall("fast", 40, 30, torch.float64) * scale
+        u, s, v, _ = loaded.jacobi_svd(a.unsqueeze(0))
+        assert torch.allclose(s[0] / scale, torch.linalg.svdvals(a / scale), rtol=1e-12, atol=1e-15)
+        assert torch.allclose((u[0] * (s[0] / scale)) @ v[0].t(), a / scale, atol=1e-14)
+
+    def test_graded_columns_keep_their_relative_accuracy(self, loaded):
+        """What two-sided methods lose (Demmel and Veselić): columns from 1 to 1e-6 in fp32."""
+        a = torch.linalg.qr(normal(30, 6).double())[0] + 0.1 * normal(30, 6, seed=5).double()
+        a = a * torch.logspace(0, -6, 6, dtype=torch.float64)
+        s = loaded.jacobi_svd(a.float().contiguous().unsqueeze(0))[1][0]
+        assert torch.allclose(s.double(), torch.linalg.svdvals(a.float().double()), rtol=5e-6, atol=0)
+
+    def test_every_matrix_of_a_batch_as_alone_and_a_bad_one_is_told(self, loaded):
+        a = torch.stack([normal(20, 9), tall("zero", 20, 9), normal(20, 9, seed=8), tall("deficient", 20, 9)])
+        a[2, 3, 3] = float("inf")
+        u, s, v, info = loaded.jacobi_svd(a)
+        assert (info == torch.tensor([info[0], 1, -1, info[3]])).all() and info[0] > 1
+        assert s[2].isnan().all() and u[2].isnan().all() and v[2].isnan().all()
+        for index in (0, 1, 3):
+            alone = loaded.jacobi_svd(a[index : index + 1])
+            assert all(torch.equal(x[index], y[0]) for x, y in zip((u, s, v), alone))
+            self.check(a[index], u[index], s[index], v[index])
+
+    def test_opcheck_and_an_empty_batch(self, loaded):
+        torch.library.opcheck(loaded.jacobi_svd.default, (normal(2, 7, 5),))
+        assert loaded.jacobi_svd(torch.zeros(0, 7, 5))[0].shape == (0, 7, 5)
+
+    @pytest.mark.parametrize(
+        "a, what",
+        [
+            (torch.zeros(1, 4, 5), "4 x 5"),
+            (torch.zeros(1, 200, 129), "200 x 129"),
+            (torch.zeros(4, 4), "batch, rows, columns"),
+            (torch.zeros(1, 4, 4, dtype=torch.float16), "float32 or float64"),
+        ],
+    )
+    def test_bad_arguments(self, loaded, a, what):
+        with pytest.raises(RuntimeError, match=what):
+            loaded.jacobi_svd(a)
+
+    @pytest.mark.parametrize("native_ops", [False, True])
+    @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (3, 40, 7), (2, 2, 7, 40), (150, 140), (0, 5, 4)], ids=str)
+    def test_wrapper(self, loaded, monkeypatch, shape, native_ops):
+        monkeypatch.setattr(native, "_failures", {})
+        monkeypatch.setenv("FASTLORA_LINALG", "native" if native_ops else "torch")
+        a = normal(*shape).double()
+        u, s, vh = native.svd(a)
+        expected = torch.linalg.svd(a, full_matrices=False)
+        assert (u.shape, s.shape, vh.shape) == tuple(part.shape for part in expected)
+        assert torch.allclose(s, expected[1], atol=1e-12)
+        assert torch.allclose((u * s.unsqueeze(-2)) @ vh, a, atol=1e-12)
+        if a.numel():
+            a[..., 0, 0] = float("nan")
+            with pytest.raises(ValueError, match="NaN"):
+                native.svd(a)
 
 
 class TestChoice:

@@ -1,4 +1,4 @@
-"""The compiled engine of ``csrc/`` where it is there and right, torch elsewhere: one micro-batch of a gradient sketch.
+"""The compiled engine of ``csrc/`` where it is there and right, torch elsewhere: sketch updates and small SVDs.
 
 ``auto`` (FASTLORA_LINALG) takes the compiled ops for CUDA tensors once ``csrc/`` is built (``python -m fastlora.doctor
 --build``; it is never compiled in the middle of a backward pass) and has passed a check against torch on that device;
@@ -9,6 +9,7 @@ What the ops cannot take (float64, more than 128 columns) goes to torch in eithe
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from .orthogonal import orthonormal
 
 MAX_COLUMNS = 128  # csrc/skinny_gemm.h: kMaxColumns
 NON_FINITE = 2  # csrc/sketch.h: kNonFinite
+NOT_FINITE = "svd: a: it has NaN or infinite entries, want finite ones"
 _READABLE = (torch.float32, torch.float16, torch.bfloat16)
 
 _failures: dict[torch.device, str | None] = {}  # None: passed the check
@@ -113,11 +115,46 @@ def factored_product(x: Tensor, dy: Tensor, v: Tensor, weight: float) -> Tensor:
     return Factored(x, dy).matmul(v) * weight
 
 
+class SVD(NamedTuple):
+    """A = U diag(S) Vh, thin, S descending."""
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+
+def svd(a: Tensor) -> SVD:
+    """The thin SVD of every matrix of a batch (..., n, m), float32 or float64; by the compiled op in one launch.
+
+    The compiled op takes matrices whose shorter side is at most 128 (one-sided Jacobi), the others go to
+    `torch.linalg.svd`. Signs, and the vectors of equal singular
+    values, may differ between the two.
+
+    Raises ValueError where an entry is not finite.
+    """
+    n, m = a.shape[-2:]
+    if not 1 <= min(n, m) <= MAX_COLUMNS or a.dtype not in (torch.float32, torch.float64) or why_not(a.device):
+        if not bool(torch.isfinite(a).all()):
+            raise ValueError(NOT_FINITE)
+        return SVD(*torch.linalg.svd(a, full_matrices=False))
+    if n < m:
+        u, s, vh = svd(a.mT)
+        return SVD(vh.mT, s, u.mT)
+    if not bool(torch.isfinite(a).all()):
+        raise ValueError(NOT_FINITE)
+    # A = Q R: Jacobi on Rᵀ takes half of the sweeps that it takes on A, and is not longer than it is wide.
+    q, r = torch.linalg.qr(a)
+    u, s, v, info = torch.ops.fastlora.jacobi_svd(r.mT.reshape(-1, m, m).contiguous())
+    if bool((info < 0).any()):  # not converged: never seen
+        return SVD(*torch.linalg.svd(a, full_matrices=False))
+    return SVD(q @ v.reshape(r.shape), s.reshape(r.shape[:-1]), u.reshape(r.shape).mT)
+
+
 def _check(device: torch.device) -> str | None:
     """None, or what is wrong with the compiled ops on this device."""
     try:
         ops.load()
-        return _sketch_differs(device)
+        return _sketch_differs(device) or _svd_differs(device)
     except (RuntimeError, NotImplementedError) as error:  # Unavailable is a RuntimeError
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
@@ -158,4 +195,25 @@ def _sketch_differs(device: torch.device) -> str | None:
     status = torch.ops.fastlora.sketch_update(q, z, None, x, normal(4, n).to(device), 1.0)
     if not int(status) & NON_FINITE:
         return "NaN goes unnoticed"
+    return None
+
+
+def _svd_differs(device: torch.device) -> str | None:
+    """Square, tall, rank-deficient; in shared and in global memory."""
+    generator = torch.Generator().manual_seed(1)
+    for n, c, dtype in ((33, 33, torch.float32), (128, 128, torch.float64), (70, 40, torch.float64)):
+        a = torch.randn(2, n, c, generator=generator, dtype=torch.float64)
+        a[1, :, c // 2 :] = a[1, :, : c - c // 2]
+        a = a.to(device, dtype)
+        u, s, v, _ = torch.ops.fastlora.jacobi_svd(a)
+        allowed = 4 * c * torch.finfo(dtype).eps
+        size = torch.linalg.norm(a)
+        differences = (
+            ((u * s.unsqueeze(-2)) @ v.mT - a).norm() / size,
+            (s - torch.linalg.svdvals(a)).abs().max() / size,
+            (u.mT @ u - torch.eye(c, device=device, dtype=dtype)).abs().max(),
+        )
+        worst = max(float(difference) for difference in differences)
+        if not worst < allowed:
+            return f"the SVD of {n} x {c} matrices in {dtype} is {worst:.1e} off"
     return None
