@@ -11,7 +11,7 @@ class LayerReport:
     """One layer: G is its weight's gradient (n, m), summed over the passes with their weights.
 
     `captured`: the share of ‖G‖² in its 2r leading triplets. `error`: what the best update of rank 2r misses,
-    ‖G − G_2r‖/‖G‖. `sigma`: the 2r singular values. ‖G‖ is an estimate from 16 random probes.
+    ‖G − G_2r‖/‖G‖. `sigma`: the 2r singular values. ‖G‖ is an estimate from random probes.
     """
 
     name: str

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..linalg import Factored, orthonormal
 
-PROBES = 16  # random directions that measure what the sketch misses
+PROBES = 8  # random directions that measure what the sketch misses
 # Columns of Z smaller than this beside the largest are rounding: random directions take their place.
 NEGLIGIBLE = 1e-6
 

@@ -69,8 +69,11 @@ class _NoDropout(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in DROPOUTS:
             return args[0] if args else kwargs["input"]
-        if func is functional.scaled_dot_product_attention and len(args) < 5:
-            kwargs = kwargs | {"dropout_p": 0.0}
+        if func is functional.scaled_dot_product_attention:  # (query, key, value, attn_mask, dropout_p, ...)
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs = kwargs | {"dropout_p": 0.0}
         return func(*args, **kwargs)
 
 
@@ -124,7 +127,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, observe: Observe, name: str, weight: float) -> Tensor:
         ctx.save_for_backward(x)
         ctx.arguments = (observe, name, weight)
-        return torch.ops.aten._unsafe_view(y, y.shape)  # no view in autograd's eyes: in-place activations may follow
+        return _same(y)  # in-place activations may follow
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -136,8 +139,13 @@ class _Tap(torch.autograd.Function):
 def _require_grad(module: nn.Module, args: tuple, output: Any) -> Any:
     """Reentrant checkpointing differentiates only where an input requires grad; with every weight frozen none does."""
     if isinstance(output, Tensor) and torch.is_grad_enabled() and not output.requires_grad:
-        return output.requires_grad_()
+        return _same(output.requires_grad_())  # a leaf that requires grad could not be changed in place
     return output
+
+
+def _same(tensor: Tensor) -> Tensor:
+    """The tensor itself, but in autograd's eyes neither a leaf nor a view: it may be changed in place."""
+    return torch.ops.aten._unsafe_view(tensor, tensor.shape)
 
 
 def pass_weight(args: tuple, kwargs: dict) -> float:
