@@ -33,7 +33,7 @@ struct Buffers {
   float *tokens, *core, *left, *right, *product;
 };
 
-// The running sum's part that the bases hold: G ≈ Q Zᵀ. Null pointers before the first micro-batch.
+// The running sum's part that the bases hold: G ≈ Q Zᵀ. Null pointers where there is none.
 struct Bases {
   const float *q, *z;
 };
@@ -55,14 +55,13 @@ void apply(Engine& engine, const Buffers& buffers, const Matrix& x, const Matrix
   engine.multiply_two(dy.transposed(), buffers.tokens, &q, buffers.core, c, out);
 }
 
-// start (m, c): V of the first micro-batch, or null, and then V = orth(Z). q (n, c) and z (m, c) are read here and
-// written by engine.commit(), unless something was not finite.
+// start (m, c): what V's columns span at first; null for Z. q (n, c) and z (m, c), zeros before the first micro-batch, are
+// read here and written by engine.commit(), unless something was not finite.
 template <class Engine>
 void update_sketch(Engine& engine, const Buffers& buffers, float* q, float* z, const float* start, const Matrix& x,
                    const Matrix& dy, double weight, int c) {
   const int64_t n = dy.columns, m = x.columns;
-  const Bases forward = start ? Bases{nullptr, nullptr} : Bases{q, z};
-  const Bases backward = {forward.z, forward.q};
+  const Bases forward = {q, z}, backward = {z, q};
   engine.orthonormal(start ? start : z, m, c, buffers.right);
   apply(engine, buffers, x, dy, weight, forward, buffers.right, c, buffers.product);
   engine.orthonormal(buffers.product, n, c, buffers.left);

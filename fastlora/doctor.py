@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 
 from fastlora import _build, dispatch, env, functional, ops, reference
+from fastlora.linalg import native
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "safetensors", "numpy")
 BACKENDS = tuple(name for name in env.BACKENDS if name != "auto")
@@ -129,6 +130,18 @@ def compiled_ops(build: bool) -> Iterator[Line]:
         return
     state = "loads, and its dropout mask is right" if failure is None else f"WRONG: {failure}"
     yield Line("csrc ops", f"{path}: {state}", ok=failure is None)
+    device = _device() if toolchain is not None and toolchain.nvcc else torch.device("cpu")
+    failure = native.check(device)
+    state = f"right on {device.type}" if failure is None else f"WRONG on {device.type}: {failure}"
+    yield Line("csrc linalg", state, ok=failure is None)
+
+
+def linear_algebra() -> Iterator[Line]:
+    """Which implementation the sketches and the small SVDs take on this machine's first device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a failed check warns; here it becomes the reason
+        why = native.why_not(_device())
+    yield Line("linalg", "compiled, csrc/" if why is None else f"torch: {why}")
 
 
 def _mask_differs() -> str | None:
@@ -287,6 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("machine", machine),
         ("backends", backends),
         ("compiled ops", lambda: compiled_ops(options.build)),
+        ("linear algebra", linear_algebra),
         ("environment", variables),
         ("cache", caches),
         ("self-check", self_check),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastlora import _build, ops
+from fastlora.init.streaming import StreamingSketch
 from fastlora.linalg import native, orthonormal
 
 TESTS = Path(__file__).resolve().parent
@@ -243,7 +244,7 @@ class TestSketchUpdate:
             assert (products[0] - products[1]).norm() < 2e-3 * size
 
     def test_zero_gradients_leave_an_orthonormal_basis(self, loaded):
-        q, z = torch.full((30, 4), 7.0), torch.full((20, 4), 7.0)
+        q, z = torch.zeros(30, 4), torch.zeros(20, 4)
         assert int(loaded.sketch_update(q, z, normal(20, 4), torch.zeros(9, 20), torch.zeros(9, 30), 1.0)) == 1
         assert skew(q) < 1e-6
         assert not z.any()
@@ -260,6 +261,19 @@ class TestSketchUpdate:
         assert torch.equal(q, before[0]) and torch.equal(z, before[1])
         assert not native.sketch_update_by_torch(q, z, None, x, dy, 1.0)
         assert torch.equal(q, before[0]) and torch.equal(z, before[1])
+
+    @pytest.mark.parametrize("rows", [[40, 40], [3, 40, 2]], ids=str)
+    def test_gives_the_sketch_that_streaming_gives(self, loaded, rows):
+        """fastlora.init.streaming is the specification, its random directions for missing tokens included."""
+        sketch = StreamingSketch(60, 50, 12, seed=3)
+        q, z = torch.zeros(60, 12), torch.zeros(50, 12)
+        for index, tokens in enumerate(rows):
+            x = normal(tokens, 50, seed=index) * 0.8 ** torch.arange(50)
+            dy = normal(tokens, 60, seed=10 + index)
+            assert not int(loaded.sketch_update(q, z, sketch._start().contiguous(), x, dy, 0.5)) & 2
+            sketch.update(x, dy, 0.5)
+        expected = sketch.q.double() @ sketch.z.double().t()
+        assert (q.double() @ z.double().t() - expected).norm() < 1e-4 * expected.norm()
 
     def test_opcheck(self, loaded):
         arguments = (orthonormal(normal(30, 4)).contiguous(), normal(20, 4), None, normal(9, 20), normal(9, 30), 0.5)
@@ -427,7 +441,7 @@ class TestChoice:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_cuda_passes_its_check(loaded):
-    assert native._check(torch.device("cuda", 0)) is None
+    assert native.check(torch.device("cuda", 0)) is None
     for n, c in [(4096, 48), (300, 128), (77, 1)]:
         for name in SPECTRA:
             q, status = loaded.orthonormal(tall(name, n, c).cuda())

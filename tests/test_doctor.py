@@ -64,6 +64,16 @@ def test_a_bad_value_fails(capsys, monkeypatch):
     assert "torch float32" in output  # the other sections are there
 
 
+def test_linear_algebra_says_which_and_why(capsys, monkeypatch):
+    if not torch.cuda.is_available():
+        doctor.main([])
+        assert rows(capsys.readouterr().out)["linalg"].startswith("torch: not on a GPU")
+    monkeypatch.setenv("FASTLORA_LINALG", "native")
+    monkeypatch.setattr(doctor.native, "_failures", {doctor._device(): "its basis is 0.5 from orthonormal"})
+    doctor.main([])
+    assert rows(capsys.readouterr().out)["linalg"] == "torch: its basis is 0.5 from orthonormal"
+
+
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_wrong_gradient_fails(capsys, monkeypatch, which):
     right = torch_backend.backward

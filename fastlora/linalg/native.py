@@ -39,7 +39,7 @@ def why_not(device: torch.device) -> str | None:
         return "csrc/ is not built (python -m fastlora.doctor --build)"
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "not checked on this device before the capture of a CUDA graph began"
-    failure = _failures[device] = _check(device)
+    failure = _failures[device] = check(device)
     if failure is not None:
         warnings.warn(f"fastlora: the compiled linear algebra is not used on {device}: {failure}", stacklevel=3)
     return failure
@@ -58,16 +58,16 @@ def sketch_update(q: Tensor, z: Tensor, start: Tensor | None, x: Tensor, dy: Ten
     Four products with the running sum G⁺ = Q Zᵀ + w dYᵀX, each followed by an orthonormal basis; G is never formed.
 
     Args:
-        q: (n, c) float32, orthonormal columns; c <= min(n, m). Overwritten.
-        z: (m, c) float32, GᵀQ. Overwritten.
-        start: (m, c) float32, the subspace of rows to begin with, for the first micro-batch (q and z are then not
-            read); None later.
+        q: (n, c) float32, orthonormal columns; c <= min(n, m). Overwritten. Zeros before the first micro-batch.
+        z: (m, c) float32, GᵀQ. Overwritten. Zeros before the first micro-batch.
+        start: (m, c) float32, columns that span the subspace of rows to begin with; None for Z itself.
         x, dy: (T, m) and (T, n), float32, float16 or bfloat16, any strides; no copy of them is made by the compiled op.
         weight: w.
 
     The compiled op reads its status back, so that the caller knows: one synchronisation.
     """
-    if _takes(q, x, dy) and why_not(q.device) is None:
+    if _takes(q, x, dy) and z.is_contiguous() and why_not(q.device) is None:
+        start = None if start is None else start.contiguous()
         status = torch.ops.fastlora.sketch_update(q, z, start, x, dy, weight)
         return not int(status) & NON_FINITE
     return sketch_update_by_torch(q, z, start, x, dy, weight)
@@ -88,12 +88,10 @@ def sketch_update_by_torch(q: Tensor, z: Tensor, start: Tensor | None, x: Tensor
     batch = Factored(x, dy)
 
     def forward(v: Tensor) -> Tensor:
-        product = batch.matmul(v) * weight
-        return product if start is not None else product.addmm_(q, z.t() @ v)
+        return (batch.matmul(v) * weight).addmm_(q, z.t() @ v)
 
     def backward(u: Tensor) -> Tensor:
-        product = batch.rmatmul(u) * weight
-        return product if start is not None else product.addmm_(z, q.t() @ u)
+        return (batch.rmatmul(u) * weight).addmm_(z, q.t() @ u)
 
     product = forward(orthonormal(z if start is None else start))
     if not bool(torch.isfinite(product).all()):  # before LAPACK sees it
@@ -150,7 +148,7 @@ def svd(a: Tensor) -> SVD:
     return SVD(q @ v.reshape(r.shape), s.reshape(r.shape[:-1]), u.reshape(r.shape).mT)
 
 
-def _check(device: torch.device) -> str | None:
+def check(device: torch.device) -> str | None:
     """None, or what is wrong with the compiled ops on this device."""
     try:
         ops.load()
