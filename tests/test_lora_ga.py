@@ -333,8 +333,11 @@ def test_a_patched_model_keeps_its_settings():
     assert torch.allclose(model(inputs()), Net()(inputs()), atol=1e-5)
 
 
-def test_layers_without_a_gradient_start_as_ordinary_lora_by_request():
+@pytest.mark.parametrize("patched", [False, True])
+def test_layers_without_a_gradient_start_as_ordinary_lora_by_request(patched):
     model = Net()
+    if patched:  # with adapters that are not zero
+        fastlora.patch(model, r=R, target_modules=SKETCHED, init_lora_weights=False)
     state = ModelState(model)
     model.blocks[1].register_forward_pre_hook(lambda module, args: (args[0].detach(),))
     hooks = model.blocks[1]._forward_pre_hooks.copy()
