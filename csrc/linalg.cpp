@@ -49,6 +49,7 @@ void check_orthonormal(const Tensor& matrix) {
 void check_factors(const char* op, const Tensor& x, const Tensor& dy) {
   STD_TORCH_CHECK(x.dim() == 2 && dy.dim() == 2 && x.size(0) == dy.size(0), op,
                   ": x, dy: wanted matrices (T, m) and (T, n) with one T");
+  STD_TORCH_CHECK(x.numel() > 0 && dy.numel() > 0, op, ": x, dy: wanted at least one token and one feature");
   STD_TORCH_CHECK(is_readable(x.scalar_type()) && is_readable(dy.scalar_type()), op,
                   ": x, dy: wanted float32, float16 or bfloat16");
   check_device(op, x, dy);

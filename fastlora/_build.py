@@ -5,7 +5,8 @@
 compiled for. With nvcc it holds the CPU and the CUDA implementations, without nvcc only the CPU's. It is looked for
 
 1. in the package, where ``FASTLORA_BUILD_CUDA=1 pip install --no-build-isolation .`` put it;
-2. in ``<cache directory>/csrc``, where the first use of an op compiles it (half a minute with nvcc, five seconds without).
+2. in ``<cache directory>/csrc``, where the first use of an op compiles it (half a minute with nvcc, five seconds
+   without).
 
 Several processes may ask at once: a file lock lets one of them compile, and the result appears by a rename.
 """

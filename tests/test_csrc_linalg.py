@@ -287,6 +287,7 @@ class TestSketchUpdate:
             ({"q": torch.zeros(31, 4)}, "q is 31 x 4"),
             ({"z": torch.zeros(20, 5)}, "z 20 x 5"),
             ({"x": torch.zeros(8, 20)}, "one T"),
+            ({"x": torch.zeros(0, 20), "dy": torch.zeros(0, 30)}, "at least one token"),
             ({"dy": torch.zeros(9, 30, dtype=torch.float64)}, "float32, float16 or bfloat16"),
             ({"start": torch.zeros(19, 4)}, "start is 19 x 4"),
             ({"q": torch.zeros(30, 25), "z": torch.zeros(20, 25)}, "min\\(n, m\\) = 20"),
@@ -401,6 +402,15 @@ class TestChoice:
         assert native.sketch_update(q, z, normal(20, 4), normal(3, 20), normal(3, 30), 1.0)
         assert torch.allclose(q @ z.t(), normal(3, 30).t() @ normal(3, 20), atol=1e-4)
         assert not native.sketch_update(q, z, None, normal(3, 20) / 0, normal(3, 30), 1.0)
+
+    @pytest.mark.usefixtures("loaded")
+    def test_no_tokens_are_an_update_by_nothing(self, monkeypatch):
+        monkeypatch.setenv("FASTLORA_LINALG", "native")
+        q, z = orthonormal(normal(30, 4)).contiguous(), normal(20, 4)
+        before = q @ z.t()
+        assert native.sketch_update(q, z, None, torch.zeros(0, 20), torch.zeros(0, 30), 1.0)
+        assert torch.allclose(q @ z.t(), before, atol=1e-5)
+        assert not native.factored_product(torch.zeros(0, 20), torch.zeros(0, 30), normal(20, 4), 1.0).any()
 
     @pytest.mark.usefixtures("loaded")
     def test_an_op_that_is_wrong_is_not_taken(self, monkeypatch):

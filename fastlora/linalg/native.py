@@ -78,6 +78,8 @@ def _takes(q: Tensor, x: Tensor, dy: Tensor) -> bool:
         q.shape[1] <= MAX_COLUMNS
         and q.dtype == torch.float32
         and q.is_contiguous()
+        and x.numel() > 0
+        and dy.numel() > 0
         and x.dtype in _READABLE
         and dy.dtype in _READABLE
     )
