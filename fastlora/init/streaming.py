@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg import Factored, orthonormal
+from ..linalg import native, orthonormal
 
 PROBES = 8  # random directions that measure what the sketch misses
 # Columns of Z smaller than this beside the largest are rounding: random directions take their place.
@@ -62,22 +62,18 @@ class StreamingSketch:
             return
         if self._probes is None:
             self._probes = self._random(PROBES, stream=1)
-        batch = _Weighted(x, dy, weight)
-        probed = batch.matmul(self._probes)
+        probed = native.factored_product(x, dy, self._probes, weight)
         if not bool(torch.isfinite(probed).all()):
             self.skipped += 1
             return
         if self.row_basis is not None:
-            self.refined_y += batch.matmul(self.row_basis)
-            self.refined_z += batch.rmatmul(self.q)
+            self.refined_y += native.factored_product(x, dy, self.row_basis, weight)
+            self.refined_z += native.factored_product(dy, x, self.q, weight)
             self.refined_updates += 1
             return
-        v = orthonormal(self._start())
-        u = orthonormal(self._apply(batch, v))
-        v = orthonormal(self._apply_transposed(batch, u))
-        u = orthonormal(self._apply(batch, v))
-        self.z = self._apply_transposed(batch, u)
-        self.q = u
+        if not native.sketch_update(self.q, self.z, self._start(), x, dy, weight):
+            self.skipped += 1
+            return
         self.probed += probed
         self.tokens += x.shape[0]
         self.updates += 1
@@ -90,12 +86,6 @@ class StreamingSketch:
             return self.z
         random = self._random(self.width, stream=2 + self.updates)
         return self.z / torch.where(largest > 0, largest, 1.0) + NEGLIGIBLE * random
-
-    def _apply(self, batch: _Weighted, v: Tensor) -> Tensor:
-        return self.q @ (self.z.t() @ v) + batch.matmul(v)
-
-    def _apply_transposed(self, batch: _Weighted, u: Tensor) -> Tensor:
-        return self.z @ (self.q.t() @ u) + batch.rmatmul(u)
 
     def _random(self, columns: int, stream: int) -> Tensor:
         """(m, columns) Gaussian, drawn on the host: the same on every device and every rank."""
@@ -156,17 +146,3 @@ class StreamingSketch:
         self.tokens += other.tokens
         self.updates += other.updates
         self.skipped += other.skipped
-
-
-class _Weighted(Factored):
-    """w·dYᵀX."""
-
-    def __init__(self, x: Tensor, dy: Tensor, weight: float) -> None:
-        super().__init__(x, dy)
-        self.weight = weight
-
-    def matmul(self, v: Tensor) -> Tensor:
-        return super().matmul(v) * self.weight
-
-    def rmatmul(self, u: Tensor) -> Tensor:
-        return super().rmatmul(u) * self.weight
