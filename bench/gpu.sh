@@ -89,6 +89,8 @@ else
     # shellcheck disable=SC2086
     step gpu_tests 220 "$PYTHON" -m pytest -q -m gpu tests/gpu -p no:cacheprovider $WORKERS
 fi
+# The compiled engine: nvcc builds csrc/ for this device first.
+step engine 90 "$PYTHON" -m pytest -q -m gpu tests/test_csrc.py tests/test_csrc_linalg.py -p no:cacheprovider
 [ -f "$OUT/lora_linear.json" ] && step plot 30 "$PYTHON" -m bench.plot "$OUT/lora_linear.json"
 
 if command -v compute-sanitizer >/dev/null; then
