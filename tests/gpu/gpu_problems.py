@@ -59,15 +59,9 @@ def leaves(problem: GpuProblem, double: bool = False) -> dict[str, Tensor]:
     return {name: (t.double() if double else t).requires_grad_() for name, t in tensors.items()}
 
 
-def run(problem: GpuProblem, backend: str, seed: int = 0) -> dict[str, Tensor]:
-    """{"y": output, name: gradient} of `lora_linear`; the backend is the one asked for, or the test fails."""
-    choice = dispatch.select(
-        problem.x, problem.weight, problem.bias, problem.lora_A, problem.lora_B, problem.dropout_p, backend
-    )
-    assert choice.name == backend, choice.reason
-    torch.manual_seed(seed)
-    given = leaves(problem)
-    y = lora_linear(
+def call(problem: GpuProblem, given: dict[str, Tensor], backend: str) -> Tensor:
+    """`lora_linear` of these leaves."""
+    return lora_linear(
         given["x"],
         problem.weight,
         given["lora_A"],
@@ -77,6 +71,17 @@ def run(problem: GpuProblem, backend: str, seed: int = 0) -> dict[str, Tensor]:
         dropout_p=problem.dropout_p,
         backend=backend,
     )
+
+
+def run(problem: GpuProblem, backend: str, seed: int = 0) -> dict[str, Tensor]:
+    """{"y": output, name: gradient} of `lora_linear`; the backend is the one asked for, or the test fails."""
+    choice = dispatch.select(
+        problem.x, problem.weight, problem.bias, problem.lora_A, problem.lora_B, problem.dropout_p, backend
+    )
+    assert choice.name == backend, choice.reason
+    torch.manual_seed(seed)
+    given = leaves(problem)
+    y = call(problem, given, backend)
     gradients = torch.autograd.grad(y, list(given.values()), problem.dy)
     return {"y": y.detach(), **dict(zip(given, gradients, strict=True))}
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu.gpu_problems import GpuProblem, assert_right, leaves, make, philox_mask, run
+from gpu.gpu_problems import assert_right, call, leaves, make, philox_mask, run
 from numerics import assert_close_to_fp64, with_layout
 from torch.utils.checkpoint import checkpoint
 
@@ -115,19 +115,6 @@ def test_cuda_graph_replays_with_fresh_masks(kernel_backend, p):
             assert torch.equal(got, want)
     else:
         assert not torch.equal(first[0], second[0]), "a replay drew the same mask again"
-
-
-def call(problem: GpuProblem, given: dict, backend: str) -> torch.Tensor:
-    return lora_linear(
-        given["x"],
-        problem.weight,
-        given["lora_A"],
-        given["lora_B"],
-        problem.scaling,
-        bias=problem.bias,
-        dropout_p=problem.dropout_p,
-        backend=backend,
-    )
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])

@@ -7,10 +7,12 @@ from numerics import assert_close_to_fp64, with_layout
 
 from fastlora import reference
 from fastlora.backends import cublas
+from fastlora.backends import triton as triton_backend
 from fastlora.kernels.dropout import reference_keep_mask, threshold_and_scale
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ALL = (True, True, True)
+BOTH = pytest.mark.parametrize("backend", [cublas, triton_backend], ids=["cublas", "triton"])
 
 
 def problem(m, n, k, r, dtype, adapter_dtype, bias, layout):
@@ -106,20 +108,22 @@ def test_scaling(scaling):
     check(18, 35, 20, 4, scaling=scaling)
 
 
-def test_everything_dropped():
+@BOTH
+def test_everything_dropped(backend):
     x, weight, bias, a, b, dy = problem(6, 9, 10, 2, FP32, FP32, True, "contiguous")
-    y, s, state = cublas.forward(x, weight, bias, a, b, 1.0, 1.0)
-    dx, grad_a, grad_b = cublas.backward(dy, x, weight, a, b, s, state, 1.0, 1.0, ALL)
+    y, s, state = backend.forward(x, weight, bias, a, b, 1.0, 1.0)
+    dx, grad_a, grad_b = backend.backward(dy, x, weight, a, b, s, state, 1.0, 1.0, ALL)
     torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
     torch.testing.assert_close(dx, dy @ weight)
     assert not grad_a.any()
     assert not grad_b.any()
 
 
-def test_no_rows():
+@BOTH
+def test_no_rows(backend):
     x, weight, bias, a, b, dy = problem(0, 9, 10, 2, BF16, FP32, True, "contiguous")
-    y, s, state = cublas.forward(x, weight, bias, a, b, 1.0, 0.5)
-    dx, grad_a, grad_b = cublas.backward(dy, x, weight, a, b, s, state, 1.0, 0.5, ALL)
+    y, s, state = backend.forward(x, weight, bias, a, b, 1.0, 0.5)
+    dx, grad_a, grad_b = backend.backward(dy, x, weight, a, b, s, state, 1.0, 0.5, ALL)
     assert (y.shape, s.shape, dx.shape) == ((0, 9), (0, 2), (0, 10))
     assert torch.equal(grad_a, torch.zeros(2, 10))
     assert torch.equal(grad_b, torch.zeros(9, 2))
