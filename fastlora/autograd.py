@@ -1,9 +1,9 @@
 """The LoRA linear layer's place in autograd: what is saved, which gradients are computed, and its twin for
 `torch.compile`.
 
-Eager calls go through an `autograd.Function` (about 3 µs a call); under `torch.compile` and `torch.export`, which
+Eager calls go through an `autograd.Function`, the cheapest way in; under `torch.compile` and `torch.export`, which
 cannot look into the backends, the same two passes are the ops `fastlora::lora_linear` and
-`fastlora::lora_linear_backward` (15 µs a call when run eagerly).
+`fastlora::lora_linear_backward`, whose dispatch would cost an eager call more.
 
 Saved for backward: x (for dA), S (for dB), the dropout state, and references to W0, A and B: no copy of x, no drop(x),
 nothing of size N×K.
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from . import dispatch
 from .backends import torch as torch_backend
 
-SMALL = 1 << 17  # elements of x; below, on a CPU, ATen's own autograd is faster (bench/lora_linear.py)
+SMALL = 1 << 17  # elements of x; below, on a CPU, ATen's own autograd is faster (54 against 66 µs at 8×64)
 
 
 class LoraLinearFunction(torch.autograd.Function):

@@ -167,7 +167,7 @@ def _check_probability(dropout_p: float) -> None:
 
 
 def _check(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None) -> None:
-    """Raises ValueError for what no backend could mean; cheap enough for every call (about 1 µs)."""
+    """Raises ValueError for what no backend could mean; cheap enough for every call (about 2 µs)."""
     lora_A, lora_B = adapter.lora_A, adapter.lora_B
     _check_probability(adapter.dropout_p)
     if x.dim() < 1 or weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:

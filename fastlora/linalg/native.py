@@ -127,8 +127,7 @@ def svd(a: Tensor) -> SVD:
     """The thin SVD of every matrix of a batch (..., n, m), float32 or float64; by the compiled op in one launch.
 
     The compiled op takes matrices whose shorter side is at most 128 (one-sided Jacobi), the others go to
-    `torch.linalg.svd`. Signs, and the vectors of equal singular
-    values, may differ between the two.
+    `torch.linalg.svd`. Signs, and the vectors of equal singular values, may differ between the two.
 
     Raises ValueError where an entry is not finite.
     """
