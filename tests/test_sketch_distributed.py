@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastlora import GradientSketch, init_lora_ga
 
 R, WIDTH = 2, 16  # of layers 24 to 40 wide
+DISCOUNT = 0.3
 
 
 def batches() -> list[Tensor]:
@@ -38,9 +39,26 @@ def process(rank: int, folder: str) -> None:
     with sketch.refine():
         run(model, sketch, mine)
     torch.save(results(sketch), f"{folder}/refined-{rank}")
+    discounted = GradientSketch(model, r=R, width=WIDTH, discount=DISCOUNT)
+    in_steps(discounted, mine, f"{folder}/discounted-{rank}")
+    in_steps(discounted.refine(), mine, f"{folder}/discounted-refined-{rank}")
+    if rank == 0:
+        discounted.step()
+    with pytest.raises(ValueError, match=r"step: the processes made \[2, 1\] steps"), discounted:
+        pass
     sizes = init_lora_ga(model, sketch)
     torch.save((sizes, model.state_dict()), f"{folder}/model-{rank}")
     dist.destroy_process_group()
+
+
+def in_steps(sketch: GradientSketch, tokens: list[Tensor], path: str) -> None:
+    """An optimiser step after each batch; the context is left between two of them (and the ranks merge)."""
+    for i, ids in enumerate(tokens):
+        with sketch:
+            run(sketch._model, sketch, [ids])
+        if i < len(tokens) - 1:
+            sketch.step()
+    torch.save((results(sketch), sketch.total_weight), path)
 
 
 def results(sketch: GradientSketch) -> dict:
@@ -50,12 +68,12 @@ def results(sketch: GradientSketch) -> dict:
     }
 
 
-def exact_gradients(names: list[str]) -> dict[str, Tensor]:
+def exact_gradients(names: list[str], counts: tuple[float, ...] = (1, 1, 1, 1)) -> dict[str, Tensor]:
     model = tiny_model("llama").double()
     weights = [model.get_submodule(name).weight for name in names]
     sums = [torch.zeros_like(weight) for weight in weights]  # type: ignore[arg-type]
-    for ids in batches():
-        loss = model(input_ids=ids, labels=ids).loss * ids.numel()
+    for ids, count in zip(batches(), counts):
+        loss = model(input_ids=ids, labels=ids).loss * (ids.numel() * count)
         for total, grad in zip(sums, torch.autograd.grad(loss, weights)):  # type: ignore[arg-type]
             total += grad
     return dict(zip(names, sums))
@@ -86,3 +104,19 @@ def test_two_processes_are_one():
             layer = alone.layers[name]
             assert torch.allclose(probed, layer.probed, atol=1e-5 * layer.probed.abs().max().item())
             assert (tokens, updates, skipped) == (layer.tokens, layer.updates, 0)
+    check_discounted(load, alone.names)
+
+
+def check_discounted(load: dict, names: list[str]) -> None:
+    """Each process had one batch in each of two steps: the first step's are the first two."""
+    counts = (DISCOUNT, DISCOUNT, 1.0, 1.0)
+    exact = exact_gradients(names, counts)
+    for kind, bound in (("discounted", 1.02), ("discounted-refined", 1.002)):
+        (mine, weight), (theirs, other_weight) = load[f"{kind}-0"], load[f"{kind}-1"]
+        assert weight == other_weight == pytest.approx(sum(c * ids.numel() for c, ids in zip(counts, batches())))
+        for name, g in exact.items():
+            assert torch.equal(mine[name][0], theirs[name][0]) and torch.equal(mine[name][1], theirs[name][1])
+            u, s, vh = torch.linalg.svd(mine[name][1].t().double(), full_matrices=False)
+            approximation = mine[name][0].double() @ (u[:, : 2 * R] * s[: 2 * R]) @ vh[: 2 * R]
+            best = torch.linalg.svdvals(g)[2 * R :].norm()
+            assert (g - approximation).norm() < bound * best, (kind, name)

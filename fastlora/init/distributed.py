@@ -20,6 +20,7 @@ def merge_across_ranks(sketch: GradientSketch) -> None:
     gradient, so that it is a sum.
     """
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    _merge_rounds(sketch, device)
     for name, (n, m) in sketch.sizes.items():
         mine = sketch.layer(name, n, m)
         if mine.refining:
@@ -34,6 +35,16 @@ def merge_across_ranks(sketch: GradientSketch) -> None:
         counts = torch.tensor([mine.tokens, mine.updates, mine.skipped])
         _sum(counts, device)
         mine.tokens, mine.updates, mine.skipped = counts.tolist()
+
+
+def _merge_rounds(sketch: GradientSketch, device: torch.device) -> None:
+    now = sketch._present_round
+    steps = [int(other) for other in _gather(torch.tensor([now.steps]), device)]
+    if len(set(steps)) > 1:
+        raise ValueError(f"GradientSketch: step: the processes made {steps} steps, want the same in all of them")
+    weight = torch.tensor([now.weight], dtype=torch.float64)
+    _sum(weight, device)
+    now.weight = float(weight)
 
 
 def _merged(parts: list[StreamingSketch]) -> StreamingSketch:

@@ -3,12 +3,14 @@ gradient ever existing."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +29,14 @@ WEIGHTINGS = ("tokens", "equal")
 FORMAT = "fastlora-gradient-sketch-1"
 
 
+@dataclass
+class Round:
+    """A round of passes: how many steps it has ended, and the discounted sum of its passes' weights."""
+
+    steps: int = 0
+    weight: float = 0.0
+
+
 class GradientSketch:
     """A context manager around a few backward passes of the frozen model; afterwards each target layer has the leading
     singular triplets of its weight's gradient, summed over the passes.
@@ -34,7 +44,8 @@ class GradientSketch:
     Within the context every parameter of `model` is frozen (so that no weight gradient is computed), dropout is off,
     and each target layer shows its input X (T, m) and its output's gradient dY (T, n). On leaving it, training flags,
     `requires_grad`s and hooks are as before, also after an exception. Where torch.distributed is initialised, every
-    process must leave it: the processes' sketches become one there. Entering again adds further passes.
+    process must leave it: the processes' sketches become one there. Entering again adds further passes. Gradients of
+    several optimiser steps are averaged with a discount by `step`; sketches of several tasks are joined by `combine`.
 
     Args:
         model: a plain model, a patched one, or a PEFT model (the gradient is that of the base layer's full weight).
@@ -46,9 +57,13 @@ class GradientSketch:
         dropout: leave dropout on.
         weighting: "tokens", each pass counts by its labels (those that are not -100), or by its tokens where the model
             is called without labels: right for losses that are means. "equal": right for sums.
+        discount: β, by which each call of `step` multiplies what was sketched before it.
+        freeze: False leaves `requires_grad` alone, so that the backward passes of a training run can be sketched as
+            they are (with dropout=True, which leaves its dropout alone too).
 
     Raises:
-        ValueError: nothing to sketch, r < 1, width < 2r, an unknown weighting, a DistributedDataParallel wrapper.
+        ValueError: nothing to sketch, r < 1, width < 2r, an unknown weighting, a discount that is not positive, a
+            DistributedDataParallel wrapper.
 
     Example:
         >>> with fastlora.GradientSketch(model, r=8) as sketch:
@@ -70,6 +85,8 @@ class GradientSketch:
         exclude_modules: str | list[str] | None = None,
         dropout: bool = False,
         weighting: str = "tokens",
+        discount: float = 1.0,
+        freeze: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ValueError(f"GradientSketch: model: got {type(model).__name__}, want a torch.nn.Module")
@@ -84,8 +101,10 @@ class GradientSketch:
             raise ValueError(f"GradientSketch: width: got {width!r}, want an integer of at least 2r = {2 * r}")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"GradientSketch: weighting: got {weighting!r}, want one of {', '.join(WEIGHTINGS)}")
+        if not _is_number(discount) or not 0 < discount < math.inf:
+            raise ValueError(f"GradientSketch: discount: got {discount!r}, want a positive number")
         self.r, self.width, self.seed = r, max(6 * r, 32) if width is None else width, seed
-        self.dropout, self.weighting = dropout, weighting
+        self.dropout, self.weighting, self.discount, self.freeze = dropout, weighting, float(discount), freeze
         self._modules = dict(targets.sketchable(model, target_modules, exclude_modules))
         if not self._modules:
             raise ValueError(
@@ -96,17 +115,26 @@ class GradientSketch:
         self.layers: dict[str, StreamingSketch] = {}
         self._restore: list[Callable[[], object]] = []
         self._merged = False
+        self.joint = False  # made by `combine`
+        self._round = Round()
+        self._refining_round: Round | None = None
 
     # The context.
 
     def __enter__(self) -> GradientSketch:
         if self._restore:
             raise RuntimeError("GradientSketch: this sketch is active already")
+        if self.joint:
+            raise RuntimeError(
+                "GradientSketch: this is a joint sketch, whose tasks no longer tell apart: sketch the tasks themselves "
+                "and combine them again"
+            )
         if self._merged and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
             self._start_afresh()  # the first process keeps what all had, so that it is counted once
         self._merged = False
         try:
-            self._restore.append(taps.freeze(self._model))
+            if self.freeze:
+                self._restore.append(taps.freeze(self._model))
             if not self.dropout:
                 self._restore.append(taps.turn_dropout_off(self._model))
             self._restore.append(taps.attach(self._model, self._modules, self._start_pass, self._observe))
@@ -130,6 +158,7 @@ class GradientSketch:
             self._restore.pop()()
 
     def _start_afresh(self) -> None:
+        self._present_round.weight = 0.0
         for name, layer in list(self.layers.items()):
             if layer.refining:
                 layer.forget_refined()
@@ -137,20 +166,85 @@ class GradientSketch:
                 del self.layers[name]
 
     def _start_pass(self, args: tuple, kwargs: dict) -> float:
-        return taps.pass_weight(args, kwargs) if self.weighting == "tokens" else 1.0
+        now = self._present_round
+        # β > 1 is applied to what comes after instead, so that nothing overflows; the factors are the same.
+        weight = min(1.0, 1.0 / self.discount) ** now.steps
+        weight *= taps.pass_weight(args, kwargs) if self.weighting == "tokens" else 1.0
+        if torch.is_grad_enabled():
+            now.weight += weight
+        return weight
 
     def _observe(self, name: str, x: Tensor, dy: Tensor, weight: float) -> None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
             self.layer(name, dy.shape[1], x.shape[1], x.device).update(x, dy, weight)
 
-    def refine(self) -> GradientSketch:
+    def step(self) -> None:
+        """Ends an optimiser step: what was sketched so far counts `discount` times as much beside what comes.
+
+        With a step after each optimiser step t, of T, the sketch is that of Σ βᵀ⁻ᵗ Gₜ, where Gₜ is the step's weighted
+        sum over its passes. β > 1 makes the first steps count most: β = 1/0.9 is Σ 0.9ᵗ Gₜ but for a factor. Every
+        process must make the same steps. A refining round repeats the passes and the steps.
+        """
+        self._present_round.steps += 1
+        self._present_round.weight *= min(1.0, self.discount)
+        if self.discount < 1:
+            for layer in self.layers.values():
+                layer.scale_by(self.discount)
+
+    @property
+    def _present_round(self) -> Round:
+        """The one that passes add to."""
+        return self._round if self._refining_round is None else self._refining_round
+
+    @property
+    def _counted_round(self) -> Round:
+        """The one that the results are from."""
+        refined = any(layer.refined_updates for layer in self.layers.values())
+        return self._present_round if refined else self._round
+
+    def refine(self, bases: GradientSketch | None = None) -> GradientSketch:
         """Prepares a second round of the same backward passes: `with sketch.refine(): ...`. It brings the error to
-        within 0.1 % of the optimum. Raises ValueError where layers have no gradient yet."""
-        self.check_complete()
-        for layer in self.layers.values():
-            layer.start_refining()
+        within 0.1 % of the optimum.
+
+        `bases`: the joint sketch that this one is a task of, to refine all of them in the joint sketch's directions;
+        combined again they are the refined joint sketch. Raises ValueError where layers (of `bases`) have no gradient
+        yet, or for a sketch of other layers.
+        """
+        if bases is not None:
+            check_alike("GradientSketch.refine: bases", [bases, self])
+        (self if bases is None else bases).check_complete()
+        for name, (n, m) in self.sizes.items():
+            self.layer(name, n, m).start_refining(None if bases is None else bases.layers[name])
+        self._refining_round = Round()
         return self
+
+    @staticmethod
+    def combine(
+        sketches: Sequence[GradientSketch], weights: Sequence[float] | None = None, normalize: str = "mean"
+    ) -> GradientSketch:
+        """The sketch of the weighted sum of several tasks' gradients, each sketched on its own.
+
+        Args:
+            sketches: of the same layers with the same r and seed.
+            weights: one a task, positive; by default all 1.
+            normalize: what a task counts before its weight. "mean": its gradient by token (the mean over its passes
+                with their weights), so that more data does not make it count more. "norm": its gradient over its norm,
+                all layers together, so that neither data nor the size of its loss do. "sum": as it was summed.
+
+        Returns:
+            A new sketch, for `init_lora_ga`, `report`, `save`; not for further passes.
+
+        Raises:
+            ValueError: no sketches, others' layers, weights that are not positive, an unknown normalize.
+
+        Example:
+            >>> joint = fastlora.GradientSketch.combine([code, prose], weights=[2, 1])
+            >>> fastlora.init_lora_ga(model, joint)
+        """
+        from .joint import combine
+
+        return combine(sketches, weights, normalize)
 
     # Results.
 
@@ -190,6 +284,11 @@ class GradientSketch:
             'missing="kaiming" to init_lora_ga'
         )
 
+    @property
+    def total_weight(self) -> float:
+        """Σ of the passes' weights, discounted: what the sketched sum is divided by for a mean."""
+        return self._counted_round.weight
+
     def report(self) -> SketchReport:
         """What the sketch holds, a line per layer; `str` of it is a table."""
         lines = []
@@ -210,6 +309,15 @@ class GradientSketch:
             )  # fmt: skip
         return SketchReport(self.r, lines)
 
+    @classmethod
+    def like(cls, other: GradientSketch, width: int | None = None) -> GradientSketch:
+        """An empty sketch of the same layers with the same settings."""
+        sketch = copy.copy(other)
+        sketch.width = other.width if width is None else width
+        sketch.layers, sketch._restore, sketch._merged, sketch.joint = {}, [], False, False
+        sketch._round, sketch._refining_round = Round(), None
+        return sketch
+
     # Files.
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -226,6 +334,10 @@ class GradientSketch:
             "width": self.width,
             "seed": self.seed,
             "weighting": self.weighting,
+            "discount": self.discount,
+            "steps": self._counted_round.steps,
+            "weight": self.total_weight,
+            "joint": self.joint,
         }
         save_file(tensors, path, metadata={"format": FORMAT, "about": json.dumps(about), "counts": json.dumps(counts)})
 
@@ -245,7 +357,12 @@ class GradientSketch:
             raise ValueError(f"GradientSketch.load: path: {str(path)!r} was not written by GradientSketch.save")
         about, counts = json.loads(metadata["about"]), json.loads(metadata["counts"])
         names = "|".join(re.escape(name) for name in about["names"])
-        sketch = cls(model, names, about["r"], about["width"], about["seed"], weighting=about["weighting"])
+        sketch = cls(
+            model, names, about["r"], about["width"], about["seed"],
+            weighting=about["weighting"], discount=about.get("discount", 1.0),
+        )  # fmt: skip
+        sketch._round = Round(about.get("steps", 0), about.get("weight", 0.0))
+        sketch.joint = about.get("joint", False)
         sizes = sketch.sizes
         if list(sizes) != about["names"]:
             raise ValueError(
@@ -263,6 +380,26 @@ class GradientSketch:
             layer.q, layer.z, layer.probed = (tensor.to(layer.device) for tensor in (q, z, probed))
             layer.tokens, layer.updates, layer.skipped = tokens, updates, skipped
         return sketch
+
+
+def check_alike(where: str, sketches: Sequence[GradientSketch]) -> None:
+    """Raises ValueError where sketches are of other layers, or have another r or seed (their random probes differ)."""
+    first = sketches[0]
+    for other in sketches[1:]:
+        for what in ("sizes", "r", "seed"):
+            mine, theirs = getattr(first, what), getattr(other, what)
+            if mine != theirs:
+                raise ValueError(f"{where}: got sketches of {what} {_few(mine)} and {_few(theirs)}, want the same")
+
+
+def _few(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    return some(f"{name} {n}×{m}" for name, (n, m) in value.items())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_integer(value: Any) -> bool:

@@ -92,15 +92,23 @@ class StreamingSketch:
         generator = torch.Generator().manual_seed(self.seed * 1009 + stream)
         return torch.randn(self.m, columns, generator=generator).to(self.device)
 
+    def scale_by(self, factor: float) -> None:
+        """Multiplies the gradient added so far (in a refining pass, in that pass) by a number."""
+        for linear in (self.refined_y, self.refined_z) if self.refining else (self.z, self.probed):
+            linear.mul_(factor)
+
     # Refining: a second pass with fixed bases. It is linear in G, so ranks simply add.
 
     @property
     def refining(self) -> bool:
         return self.row_basis is not None
 
-    def start_refining(self) -> None:
-        """From here on `update` accumulates G P and GᵀQ for the bases found so far."""
-        self.row_basis = orthonormal(self.z)
+    def start_refining(self, bases: StreamingSketch | None = None) -> None:
+        """From here on `update` accumulates G P and GᵀQ for the bases found so far, or for another sketch's."""
+        if bases is not None:
+            self.z = self.z @ (self.q.t() @ bases.q.to(self.device))  # what Q Zᵀ holds of G, in the other's columns
+            self.q, self.width = bases.q.to(self.device, copy=True), bases.width
+        self.row_basis = orthonormal(self.z if bases is None else bases.z.to(self.device))
         self.forget_refined()
 
     def forget_refined(self) -> None:
@@ -135,14 +143,18 @@ class StreamingSketch:
 
     def merge(self, other: StreamingSketch) -> None:
         """Adds another rank's sketch of the same layer: c columns of each, brought back to c by QR and a small SVD."""
-        q = torch.cat((self.q, other.q.to(self.device)), dim=1).double()
-        z = torch.cat((self.z, other.z.to(self.device)), dim=1).double()
-        q_basis, q_core = torch.linalg.qr(q)
-        z_basis, z_core = torch.linalg.qr(z)
-        u, s, vh = torch.linalg.svd(q_core @ z_core.t())
-        self.q = (q_basis @ u[:, : self.width]).float()
-        self.z = (z_basis @ (vh[: self.width].t() * s[: self.width])).float()
+        self.set_product(
+            torch.cat((self.q, other.q.to(self.device)), dim=1), torch.cat((self.z, other.z.to(self.device)), dim=1)
+        )
         self.probed = self.probed + other.probed.to(self.device)
         self.tokens += other.tokens
         self.updates += other.updates
         self.skipped += other.skipped
+
+    def set_product(self, q: Tensor, z: Tensor) -> None:
+        """Sets Q and Z from the c leading singular triplets of q zᵀ, for q (n, k) and z (m, k) of any k."""
+        q_basis, q_core = torch.linalg.qr(q.double())
+        z_basis, z_core = torch.linalg.qr(z.double())
+        u, s, vh = torch.linalg.svd(q_core @ z_core.t())
+        self.q = (q_basis @ u[:, : self.width]).float()
+        self.z = (z_basis @ (vh[: self.width].t() * s[: self.width])).float()
