@@ -81,10 +81,9 @@ def _has_bases_of(first: StreamingSketch, part: StreamingSketch) -> bool:
     """Whether both were refined with the same Q and P, so that their sums add."""
     if not (first.refined_updates and part.refined_updates) or first.q.shape != part.q.shape:
         return False
-    return torch.equal(first.q, part.q.to(first.device)) and torch.equal(
-        first.row_basis,
-        part.row_basis.to(first.device),  # type: ignore[arg-type,union-attr]
-    )
+    mine, theirs = first.row_basis, part.row_basis
+    assert mine is not None and theirs is not None
+    return torch.equal(first.q, part.q.to(first.device)) and torch.equal(mine, theirs.to(first.device))
 
 
 def _total(tensors: list[torch.Tensor], scales: list[float], device: torch.device) -> torch.Tensor:
