@@ -1,9 +1,11 @@
-"""What a gradient sketch holds, as a table."""
+"""What a gradient sketch holds, as a table and as a plot."""
 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,46 @@ class SketchReport:
         ]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Writes a figure (the path's ending says the format: png, pdf, svg) of the captured share and the alignment
+        error by layer, and of every layer's spectrum σᵢ/σ₁, coloured by the layer's place in the model.
+
+        Raises ImportError without matplotlib, ValueError where no layer has a gradient.
+        """
+        lines = [line for line in self.layers if line.sigma]
+        if not lines:
+            raise ValueError("SketchReport.plot: no layer has a gradient; run backward passes inside the sketch first")
+        try:
+            from matplotlib import colormaps
+            from matplotlib.figure import Figure  # not pyplot: no window, no global state
+        except ImportError as error:
+            raise ImportError("SketchReport.plot wants matplotlib: pip install matplotlib") from error
+        figure = Figure(figsize=(10, 3.6 + 0.16 * len(lines)), layout="constrained")
+        shares, spectra = figure.subplots(1, 2, width_ratios=(3, 2))
+        colors = [colormaps["viridis"](i / max(1, len(lines) - 1)) for i in range(len(lines))]
+        _plot_shares(shares, lines, self.r, colors)
+        for line, color in zip(lines, colors):
+            spectra.plot(range(1, len(line.sigma) + 1), _relative(line.sigma), color=color, linewidth=1)
+        spectra.set(xlabel="i", ylabel="σᵢ/σ₁", yscale="log", title="spectra (first layer dark)")
+        spectra.axvline(self.r + 0.5, color="grey", linestyle=":")
+        spectra.grid(alpha=0.3)
+        figure.savefig(path, dpi=150)
+
+
+def _plot_shares(axes: Any, lines: list[LayerReport], r: int, colors: list[Any]) -> None:
+    places = range(len(lines))
+    axes.barh(places, [line.captured for line in lines], color=colors)
+    axes.plot([line.error for line in lines], places, "o", color="crimson", markersize=4, label="‖G − G_2r‖/‖G‖")
+    axes.set_yticks(places, [line.name for line in lines], fontsize=7)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1), xlabel="share, error", title=f"share of ‖G‖² in 2r = {2 * r} triplets (bars), error (dots)")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def _relative(sigma: tuple[float, ...]) -> list[float]:
+    """σᵢ/σ₁, with nan (a gap in the line) for zeros, which a logarithm has no place for."""
+    return [value / sigma[0] if value > 0 else math.nan for value in sigma]
 
 
 def _percent(share: float) -> str:
