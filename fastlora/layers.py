@@ -1,9 +1,10 @@
 """`FusedLoraLinear`: an `nn.Linear` with named low-rank adapters. Parameters and adapter state live here; the maths is
-in functional.py."""
+in functional.py, how an adapter starts in starts.py."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch, functional
+from .starts import AdapterStart, check_init, shifts_weight
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-class FusedLoraLinear(nn.Linear):
+class FusedLoraLinear(AdapterStart):
     """y = x W0ᵀ + b + Σ s·(drop(x) Aᵀ) Bᵀ over the active adapters, with W0 and b frozen.
 
     It is an `nn.Linear`: `weight` (out_features, in_features) and `bias` keep their keys. Adapters are `lora_A[name]`
@@ -28,15 +30,14 @@ class FusedLoraLinear(nn.Linear):
         lora_alpha: alpha, the numerator of the scale.
         lora_dropout: probability, in [0, 1), of dropping an input element on the low-rank path while training.
         use_rslora: scale by alpha/√r (arXiv 2312.03732) rather than alpha/r.
+        init_lora_weights: how the adapter starts: see `reset_adapter`.
 
     Raises:
-        ValueError: r < 1, a probability outside [0, 1), an adapter name that is taken or cannot name a parameter.
+        ValueError: r < 1, a probability outside [0, 1), an adapter name that is taken or cannot name a parameter, an
+            initialisation that does not exist or that the weight cannot give.
 
     Source: Hu et al. 2021, LoRA, arXiv 2106.09685.
     """
-
-    lora_A: nn.ParameterDict
-    lora_B: nn.ParameterDict
 
     def __init__(
         self,
@@ -49,11 +50,12 @@ class FusedLoraLinear(nn.Linear):
         use_rslora: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        init_lora_weights: bool | str = True,
     ) -> None:
         check_adapter_arguments("default", r, lora_alpha, lora_dropout)
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._init_adapter_state(fan_in_fan_out=False, backend="auto")
-        self.add_adapter("default", r, lora_alpha, lora_dropout, use_rslora, dtype=self.weight.dtype)
+        self.add_adapter("default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, dtype=self.weight.dtype)
         self._freeze_base()
 
     @classmethod
@@ -65,10 +67,13 @@ class FusedLoraLinear(nn.Linear):
         lora_dropout: float = 0.0,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        init_lora_weights: bool | str = True,
     ) -> FusedLoraLinear:
         """A layer that shares `linear`'s weight and bias, which are frozen by this; `linear` itself stays usable.
 
-        `adapter_dtype` is float32 by default where the weight is bfloat16 or float16, else the weight's dtype.
+        `adapter_dtype` is float32 by default where the weight is bfloat16 or float16, else the weight's dtype. With an
+        initialisation that changes the weight ("pissa", "olora") the layer gets a copy of it, and `linear` keeps its
+        own.
         """
         if type(linear) is not nn.Linear:
             raise ValueError(
@@ -79,9 +84,11 @@ class FusedLoraLinear(nn.Linear):
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.weight, layer.bias = linear.weight, linear.bias
+        if shifts_weight(init_lora_weights):
+            layer.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
         layer.training = linear.training
         layer._init_adapter_state(fan_in_fan_out=False, backend="auto")
-        layer.add_adapter("default", r, lora_alpha, lora_dropout, use_rslora, dtype=adapter_dtype)
+        layer.add_adapter("default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, dtype=adapter_dtype)
         layer._freeze_base()
         return layer
 
@@ -151,13 +158,21 @@ class FusedLoraLinear(nn.Linear):
         `init_lora_weights`: see `reset_adapter`. `dtype` is float32 by default where the weight is bfloat16 or float16,
             else the weight's.
 
-        Raises ValueError for r < 1, a probability outside [0, 1), a name that is taken or cannot name a parameter.
+        Raises ValueError, with nothing changed, for r < 1, a probability outside [0, 1), a name that is taken or cannot
+        name a parameter, an initialisation that does not exist or that the weight cannot give.
         """
         check_adapter_arguments(name, r, lora_alpha, lora_dropout)
-        check_init(init_lora_weights, "FusedLoraLinear.add_adapter")
+        check_init(init_lora_weights, "FusedLoraLinear.add_adapter", r)
         if name in self.lora_A:
             raise ValueError(
                 f"FusedLoraLinear.add_adapter: name: {name!r} is taken; this layer has {list(self.lora_A)}"
+            )
+        if self._weight_before_shift:
+            warnings.warn(
+                f"fastlora: adapter {self._weight_before_shift[0]!r} has moved a part of the weight into itself; "
+                f"{name!r} will run on what is left",
+                UserWarning,
+                stacklevel=2,
             )
         if dtype is None:
             dtype = torch.float32 if self.weight.dtype in HALF_DTYPES else self.weight.dtype
@@ -172,103 +187,25 @@ class FusedLoraLinear(nn.Linear):
         self.use_rslora[name] = use_rslora
         self.scaling[name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
         self.lora_A[name], self.lora_B[name] = lora_A, lora_B
-        self.reset_adapter(name, init_lora_weights)
+        try:
+            self.reset_adapter(name, init_lora_weights)
+        except BaseException:
+            self._forget_adapter(name)
+            raise
         if active:
             self.active_adapters = [name]
 
-    def reset_adapter(self, name: str, init_lora_weights: bool | str = True) -> None:
-        """Draws A and B anew, by PEFT's names: True, A ~ U(±1/√in) (Kaiming, a = √5) and B = 0; "gaussian", A ~ N(0,
-        1/r²) and B = 0 (the paper's); False, B like A, so that the adapter changes the output at once (for tests and
-        benchmarks)."""
-        self._check_names([name], "reset_adapter")
-        check_init(init_lora_weights, "FusedLoraLinear.reset_adapter")
-        self.forget_initial_factors(name)
-        if init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A[name], std=1.0 / self.r[name])
-        else:
-            nn.init.kaiming_uniform_(self.lora_A[name], a=math.sqrt(5))
-        if init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B[name], a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.lora_B[name])
-
-    def set_initial_factors(self, name: str, a: Tensor, b: Tensor, exact: bool = True) -> None:
-        """Starts an adapter at A₀ = a (r, in), B₀ = b (out, r), leaving the layer's output as it is with B A = 0.
-
-        `exact`: W0 stays, and the adapter runs as s·(B A − B₀A₀), of rank 2r with the second half frozen. Otherwise
-        s·B₀A₀ is subtracted from the weight and rounded to its dtype; `unpatch`, `delete_adapter` and `reset_adapter`
-        restore its bits.
-
-        Raises ValueError for shapes that do not fit, while adapters are merged, or where another adapter has shifted
-        the weight.
-        """
-        self._check_names([name], "set_initial_factors")
-        wanted = (self.lora_A[name].shape, self.lora_B[name].shape)
-        if (a.shape, b.shape) != wanted:
-            raise ValueError(
-                f"FusedLoraLinear.set_initial_factors: a, b: got shapes {tuple(a.shape)} and {tuple(b.shape)}, "
-                f"want {tuple(wanted[0])} and {tuple(wanted[1])}"
-            )
-        self.check_initial_factors(name, exact)
-        self.forget_initial_factors(name)
-        with torch.no_grad():
-            self.lora_A[name].copy_(a)
-            self.lora_B[name].copy_(b)
-            self.lora_A0[name] = nn.Parameter(self.lora_A[name].detach().clone(), requires_grad=False)
-            self.lora_B0[name] = nn.Parameter(self.lora_B[name].detach().neg(), requires_grad=False)
-            if not exact:
-                dtype = torch.promote_types(self.weight.dtype, torch.float32)
-                shifted = (self.weight.to(dtype) + self._product(name, self.lora_A0, self.lora_B0)).to(
-                    self.weight.dtype
-                )
-                self._weight_before_shift = (name, self.weight.detach().to("cpu", copy=True))
-                self.weight.copy_(shifted)
-
-    def check_initial_factors(self, name: str, exact: bool) -> None:
-        """Raises ValueError where `set_initial_factors` cannot work in the layer's present state."""
-        if self.merged_adapters:
-            raise ValueError(
-                f"FusedLoraLinear.set_initial_factors: adapters {self.merged_adapters} are merged; "
-                "call fastlora.unmerge(model) first"
-            )
-        shifted_by = self._weight_before_shift[0] if self._weight_before_shift else name
-        if not exact and shifted_by != name:
-            raise ValueError(
-                f"FusedLoraLinear.set_initial_factors: adapter {shifted_by!r} has shifted this weight already; "
-                "use exact=True for a second one"
-            )
-
-    def _runs_beside(self, name: str) -> bool:
-        """Whether −B₀A₀ is part of the adapter rather than of the weight."""
-        return name in self.lora_A0 and not (self._weight_before_shift and self._weight_before_shift[0] == name)
-
-    def forget_initial_factors(self, name: str) -> None:
-        """Takes back what `set_initial_factors` did beside setting A and B; a shifted weight gets its bits back."""
-        if self._weight_before_shift and self._weight_before_shift[0] == name:
-            with torch.no_grad():
-                self.weight.copy_(self._weight_before_shift[1])
-            self._weight_before_shift = None
-        for factors in (self.lora_A0, self.lora_B0):
-            if name in factors:
-                del factors[name]
-
-    def as_plain_adapter(self, name: str) -> tuple[Tensor, Tensor, int, float]:
-        """(A, B, r, alpha) of an ordinary adapter on the original weight: the adapter's own, or, where it did not start
-        at zero, [A; A₀] and [B, −B₀] of rank 2r, with alpha such that the scale stays what it is."""
-        self._check_names([name], "as_plain_adapter")
-        a, b, r, alpha = self.lora_A[name], self.lora_B[name], self.r[name], self.lora_alpha[name]
-        if name not in self.lora_A0:
-            return a, b, r, alpha
-        factor = math.sqrt(2) if self.use_rslora[name] else 2
-        return torch.cat((a, self.lora_A0[name])), torch.cat((b, self.lora_B0[name]), dim=1), 2 * r, factor * alpha
-
     def reset_parameters(self) -> None:
+        names = list(self.__dict__.get("r", ()))  # nn.Linear.__init__ calls this before there are adapters
+        for name in names:
+            self.forget_initial_factors(name)
         super().reset_parameters()
-        for name in self.__dict__.get("r", ()):  # nn.Linear.__init__ calls this before there are adapters
+        for name in names:
             self.reset_adapter(name)
 
     def delete_adapter(self, name: str) -> None:
-        """Removes an adapter. Raises ValueError for an unknown name, or while it is merged."""
+        """Removes an adapter. Raises ValueError for an unknown name, or while it is merged, or another one is, into a
+        weight that it has shifted."""
         self._check_names([name], "delete_adapter")
         if name in self.merged_adapters:
             raise ValueError(
@@ -309,11 +246,6 @@ class FusedLoraLinear(nn.Linear):
             self.lora_A[name].requires_grad_(name in names)
             self.lora_B[name].requires_grad_(name in names)
 
-    def _check_names(self, names: Iterable[str], method: str) -> None:
-        unknown = [name for name in names if name not in self.lora_A]
-        if unknown:
-            raise ValueError(f"FusedLoraLinear.{method}: name: got {unknown}, want one of {list(self.lora_A)}")
-
     # Merging.
 
     def get_delta_weight(self, name: str) -> Tensor:
@@ -322,14 +254,6 @@ class FusedLoraLinear(nn.Linear):
         self._check_names([name], "get_delta_weight")
         delta = self._product(name, self.lora_A, self.lora_B)
         return delta + self._product(name, self.lora_A0, self.lora_B0) if self._runs_beside(name) else delta
-
-    def _product(self, name: str, lora_A: nn.ParameterDict, lora_B: nn.ParameterDict) -> Tensor:
-        """s·B A in the weight's layout."""
-        dtype = torch.float64 if lora_A[name].dtype == torch.float64 else torch.float32
-        device_type = "cpu" if self.weight.is_meta else self.weight.device.type  # autocast knows no meta device
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):  # which would multiply in its own dtype
-            product = torch.mm(lora_B[name].to(dtype), lora_A[name].to(dtype)).mul_(self.scaling[name])
-        return product.t() if self.fan_in_fan_out else product
 
     def merge(self, untie: bool = False) -> None:
         """Adds the active adapters to the weight: summed in float32, rounded once to the weight's dtype.
@@ -452,12 +376,6 @@ def check_adapter_arguments(
             f"{caller}: adapter_name: got {name!r}, want a non-empty string without dots "
             "that is no attribute of nn.ParameterDict"
         )
-
-
-def check_init(init_lora_weights: bool | str, caller: str) -> None:
-    """Raises ValueError for an initialisation that does not exist."""
-    if init_lora_weights not in (True, False, "gaussian"):
-        raise ValueError(f'{caller}: init_lora_weights: got {init_lora_weights!r}, want True, False or "gaussian"')
 
 
 def check_backend(backend: str, caller: str) -> None:

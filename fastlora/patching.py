@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import nn
 
-from .layers import FusedLoraLinear, check_adapter_arguments, check_backend, check_init
+from .layers import FusedLoraLinear, check_adapter_arguments, check_backend
+from .starts import check_init, check_not_shared, shifts_weight
 from .targets import Selection, candidates, peft_lora_layers, why_not_patchable
 
 _FROZEN = "_fastlora_requires_grad"  # on each module of a patched model: {its own parameter: requires_grad before}
@@ -93,7 +94,9 @@ def patch(
             names or name endings, or
             one regular expression that matches whole names.
         exclude_modules: likewise, names to leave out.
-        init_lora_weights: True (A Kaiming, B zero), "gaussian" (A normal, B zero), or False (both random).
+        init_lora_weights: as in PEFT: True (A Kaiming, B zero), "gaussian" (A normal, B zero), "orthogonal" (neither
+            zero, B A zero; r even), "pissa", "pissa_niter_<iterations>" or "olora" (the adapter takes over the leading
+            part of the weight, which `unpatch` restores bit for bit), or False (both random). docs/initialisation.md.
         adapter_name: the adapter's name.
         backend: "auto", "triton", "cublas" or "torch".
         strict: raise on the first target that would be left alone.
@@ -103,7 +106,7 @@ def patch(
 
     Raises:
         ValueError: no target in the model, a setting out of range, other settings than an earlier `patch` for the same
-            adapter; with `strict`, a
+            adapter; an initialisation that needs data, or that a layer's weight cannot give; with `strict`, a
             target that cannot be patched. The model is then as it was.
 
     Example:
@@ -115,7 +118,7 @@ def patch(
         raise ValueError(f"patch: model: got {type(model).__name__}, want a torch.nn.Module")
     check_adapter_arguments(adapter_name, r, lora_alpha, lora_dropout, caller="patch")
     check_backend(backend, "patch")
-    check_init(init_lora_weights, "patch")
+    check_init(init_lora_weights, "patch", r)
     selection = Selection(model, target_modules, exclude_modules)
     peft_layers = dict(peft_lora_layers(model))
     settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": float(lora_dropout), "use_rslora": use_rslora}
@@ -123,7 +126,7 @@ def patch(
         _warn_of_ignored_settings(settings)
         return _patch_peft(peft_layers, selection, backend, strict)
     report = PatchReport()
-    plan: list[nn.Module] = []
+    plan: dict[str, nn.Module] = {}
     for name, module in candidates(model, selection):
         why_not = selection.why_not(name, module)
         targeted = why_not is None
@@ -136,10 +139,12 @@ def patch(
             continue
         status = _adapter_status(name, module, adapter_name, settings)
         if not status:
-            plan.append(module)
+            plan[name] = module
         reason = status or f"adapter {adapter_name!r}, r={r}"
         report.modules.append(ModuleReport(name, _original_kind(module), True, reason))
     _check_something_matched(model, report, selection, strict)
+    if shifts_weight(init_lora_weights):
+        check_not_shared(model, plan, f"patch: init_lora_weights={init_lora_weights!r}")
     _apply(model, plan, adapter_name, settings, init_lora_weights, backend)
     return report
 
@@ -234,7 +239,7 @@ def _check_something_matched(model: nn.Module, report: PatchReport, selection: S
 
 def _apply(
     model: nn.Module,
-    plan: list[nn.Module],
+    plan: dict[str, nn.Module],
     adapter_name: str,
     settings: dict,
     init_lora_weights: bool | str,
@@ -242,16 +247,19 @@ def _apply(
 ) -> None:
     """Swaps the planned layers and freezes the rest; on any failure (memory, Ctrl-C) the model is put back first."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    records = _flags_to_record(model, plan)
+    records = _flags_to_record(model, plan.values())
     active = {name for m in model.modules() if isinstance(m, FusedLoraLinear) for name in m.active_adapters}
     done: list[nn.Module] = []
     try:
-        for module in plan:
+        for name, module in plan.items():
             done.append(module)
             if not isinstance(module, FusedLoraLinear):
                 _swap_class(module, backend)
             assert isinstance(module, FusedLoraLinear)
-            module.add_adapter(adapter_name, init_lora_weights=init_lora_weights, **settings)
+            try:
+                module.add_adapter(adapter_name, init_lora_weights=init_lora_weights, **settings)
+            except ValueError as error:
+                raise ValueError(f"patch: {name!r}: {error}") from error
             if active and adapter_name not in active and adapter_name in module.active_adapters:
                 module.set_adapter([])  # a second adapter waits for `set_adapter` in the layers that it is the first in
         for module, record in records:
@@ -270,7 +278,7 @@ def _apply(
         module.__dict__[_FROZEN] = record
 
 
-def _flags_to_record(model: nn.Module, plan: list[nn.Module]) -> list[tuple[nn.Module, dict[str, bool]]]:
+def _flags_to_record(model: nn.Module, plan: Iterable[nn.Module]) -> list[tuple[nn.Module, dict[str, bool]]]:
     """`requires_grad` of the parameters that are to be frozen: those of every module that no earlier `patch` has seen,
     or, where one has seen the whole model, of the planned layers among these (a new head stays trainable).
 
