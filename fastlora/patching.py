@@ -7,15 +7,17 @@ search for. No class and no source is touched.
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import nn
 
 from .layers import FusedLoraLinear, check_adapter_arguments, check_backend
+from .peft_format import from_pattern
 from .starts import check_init, check_not_shared, shifts_weight
 from .targets import Selection, candidates, peft_lora_layers, why_not_patchable
 
@@ -79,6 +81,8 @@ def patch(
     adapter_name: str = "default",
     backend: str = "auto",
     strict: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> PatchReport:
     """Swaps fused LoRA layers into a model, in place.
 
@@ -100,6 +104,9 @@ def patch(
         adapter_name: the adapter's name.
         backend: "auto", "triton", "cublas" or "torch".
         strict: raise on the first target that would be left alone.
+        rank_pattern, alpha_pattern: r or lora_alpha of the layers whose names end in a key, from a dot on, instead; a
+            key is a regular expression, the first that matches counts, and "^" makes it match the whole name. As in
+            PEFT, and saved as PEFT saves them.
 
     Returns:
         A `PatchReport`: a line per module, patched or left alone and why.
@@ -119,14 +126,16 @@ def patch(
     check_adapter_arguments(adapter_name, r, lora_alpha, lora_dropout, caller="patch")
     check_backend(backend, "patch")
     check_init(init_lora_weights, "patch", r)
+    _check_patterns(rank_pattern, alpha_pattern)
     selection = Selection(model, target_modules, exclude_modules)
     peft_layers = dict(peft_lora_layers(model))
     settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": float(lora_dropout), "use_rslora": use_rslora}
     if peft_layers:
-        _warn_of_ignored_settings(settings)
+        _warn_of_ignored_settings(settings, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern})
         return _patch_peft(peft_layers, selection, backend, strict)
     report = PatchReport()
     plan: dict[str, nn.Module] = {}
+    settings_of: dict[str, dict] = {}
     for name, module in candidates(model, selection):
         why_not = selection.why_not(name, module)
         targeted = why_not is None
@@ -137,15 +146,20 @@ def patch(
                 raise ValueError(f"patch: strict=True, and {name!r} cannot be patched: {why_not}")
             report.modules.append(ModuleReport(name, _original_kind(module), False, why_not, targeted))
             continue
-        status = _adapter_status(name, module, adapter_name, settings)
+        own = settings_of[name] = settings | {
+            "r": from_pattern(rank_pattern, name, r),
+            "lora_alpha": from_pattern(alpha_pattern, name, lora_alpha),
+        }
+        status = _adapter_status(name, module, adapter_name, own)
         if not status:
             plan[name] = module
-        reason = status or f"adapter {adapter_name!r}, r={r}"
+        reason = status or f"adapter {adapter_name!r}, r={own['r']}"
         report.modules.append(ModuleReport(name, _original_kind(module), True, reason))
     _check_something_matched(model, report, selection, strict)
     if shifts_weight(init_lora_weights):
         check_not_shared(model, plan, f"patch: init_lora_weights={init_lora_weights!r}")
-    _apply(model, plan, adapter_name, settings, init_lora_weights, backend)
+    _check_patterns_used(settings_of, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, strict)
+    _apply(model, plan, adapter_name, settings_of, init_lora_weights, backend)
     return report
 
 
@@ -189,9 +203,34 @@ def is_patched(model: nn.Module) -> bool:
     return any(_ORIGINAL_CLASS in module.__dict__ or is_fused_peft(module) for module in model.modules())
 
 
-def _warn_of_ignored_settings(settings: dict) -> None:
+def _check_patterns(rank_pattern: Any, alpha_pattern: Any) -> None:
+    for argument, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        if pattern is not None and not isinstance(pattern, Mapping):
+            raise ValueError(f"patch: {argument}: got {pattern!r}, want a dict of name patterns and values")
+        for key, value in (pattern or {}).items():
+            try:
+                re.compile(key)
+            except (re.error, TypeError) as error:
+                raise ValueError(f"patch: {argument}: got {key!r}, want a regular expression: {error}") from None
+            r, alpha = (value, 1.0) if argument == "rank_pattern" else (1, value)
+            check_adapter_arguments("x", r, alpha, 0.0, caller=f"patch: {argument}[{key!r}]")
+
+
+def _check_patterns_used(names: Iterable[str], patterns: dict[str, Any], strict: bool) -> None:
+    for argument, pattern in patterns.items():
+        for key in pattern or {}:
+            if any(from_pattern({key: True}, name, False) for name in names):
+                continue
+            message = f"patch: {argument}: no target matches {key!r}"
+            if strict:
+                raise ValueError(f"{message} (strict=True)")
+            warnings.warn(f"fastlora.{message}", UserWarning, stacklevel=3)
+
+
+def _warn_of_ignored_settings(settings: dict, patterns: dict) -> None:
     defaults = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": False}
     ignored = [f"{key}={value!r}" for key, value in settings.items() if value != defaults[key]]
+    ignored += [f"{key}={value!r}" for key, value in patterns.items() if value]
     if ignored:
         warnings.warn(
             f"fastlora.patch: this model carries PEFT's LoRA layers, which keep their own adapters; "
@@ -241,7 +280,7 @@ def _apply(
     model: nn.Module,
     plan: dict[str, nn.Module],
     adapter_name: str,
-    settings: dict,
+    settings_of: dict[str, dict],
     init_lora_weights: bool | str,
     backend: str,
 ) -> None:
@@ -257,7 +296,7 @@ def _apply(
                 _swap_class(module, backend)
             assert isinstance(module, FusedLoraLinear)
             try:
-                module.add_adapter(adapter_name, init_lora_weights=init_lora_weights, **settings)
+                module.add_adapter(adapter_name, init_lora_weights=init_lora_weights, **settings_of[name])
             except ValueError as error:
                 raise ValueError(f"patch: {name!r}: {error}") from error
             if active and adapter_name not in active and adapter_name in module.active_adapters:

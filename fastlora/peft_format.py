@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,8 +68,8 @@ class AdapterFile(NamedTuple):
     def spec(self, name: str) -> Spec:
         """A layer's settings: the configuration's, or its patterns' where one matches the name."""
         config = self.config
-        r = _from_pattern(config.get("rank_pattern"), name, config["r"])
-        alpha = _from_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
+        r = from_pattern(config.get("rank_pattern"), name, config["r"])
+        alpha = from_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
         return Spec(r, alpha, float(config.get("lora_dropout") or 0.0), bool(config.get("use_rslora", False)))
 
 
@@ -103,7 +103,7 @@ def selects(config: dict[str, Any], name: str) -> bool:
     return False
 
 
-def _from_pattern(pattern: dict[str, Any] | None, name: str, default: Any) -> Any:
+def from_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     """PEFT's rule: the first key that matches the end of the name, from a dot or from the start."""
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
