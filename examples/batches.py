@@ -10,6 +10,7 @@ import torch
 from docstrings import Example
 
 BUCKET_BATCHES = 8
+SKETCH_SEED = 2**32  # beyond every seed of a run
 
 
 class Batch(NamedTuple):
@@ -49,6 +50,11 @@ class TokenizedExamples:
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             yield indices, self.batch(indices)
+
+
+def sketch_batches(examples: TokenizedExamples, batch_size: int, count: int, seed: int) -> list[Batch]:
+    """Batches of the training set for a gradient sketch, drawn apart from those that a run of this seed begins with."""
+    return [examples.batch(indices) for indices in training_order(examples, batch_size, count, seed + SKETCH_SEED)]
 
 
 def training_order(examples: TokenizedExamples, batch_size: int, steps: int, seed: int) -> list[list[int]]:

@@ -19,7 +19,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from settings import Settings, UsageError, parse, require_packages, require_writable
+from settings import ORDINARY_INITS, Settings, UsageError, parse, require_packages, require_writable
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,8 @@ def finetune(settings: Settings) -> int:
         for part in ("train", "validation", "test")
     }
     order = training_order(parts["train"], settings.batch_size, settings.steps, settings.seed)
-    runs = [Run(method, classifier, settings) for method, classifier in fresh_models(source, dataset, settings, device)]
+    models = fresh_models(source, dataset, parts["train"], settings, device)
+    runs = [Run(method, classifier, settings) for method, classifier in models]
     print(
         f"Training {', '.join(settings.methods)} on {device}: {settings.steps} steps of {settings.batch_size}",
         flush=True,
@@ -127,15 +128,21 @@ def describe(dataset: Dataset) -> None:
     )
 
 
-def fresh_models(source: str, dataset: Dataset, settings: Settings, device: torch.device) -> list[tuple[str, Any]]:
-    """A classifier per method, the LoRA ones with the same initial adapter weights."""
+def fresh_models(
+    source: str, dataset: Dataset, train: TokenizedExamples, settings: Settings, device: torch.device
+) -> list[tuple[str, Any]]:
+    """A classifier per method, the LoRA ones with the same initial adapter weights where --init is an ordinary one."""
     import methods
+    from batches import sketch_batches
 
+    batches = [
+        batch.to(device) for batch in sketch_batches(train, settings.batch_size, settings.sketch_batches, settings.seed)
+    ]
     models: list[tuple[str, Any]] = []
     first_lora: Any = None
     for method in settings.methods:
-        classifier = methods.build(method, source, len(dataset.labels), settings, device)
-        if method in ("peft", "fastlora"):
+        classifier = methods.build(method, source, len(dataset.labels), settings, device, batches)
+        if method in ("peft", "fastlora") and settings.init in ORDINARY_INITS:
             if first_lora is None:
                 first_lora = classifier
             else:

@@ -1,29 +1,44 @@
 """The four ways to train the classifier, each from the same pretrained weights: head alone, PEFT's LoRA, fastlora's
-LoRA, everything.
+LoRA (from any of its starts), everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from batches import Batch
 from encoder import SentenceClassifier, load_encoder
 from settings import Settings
+from torch import nn
 
 TITLES = {
     "head": "head alone (encoder frozen)",
     "peft": "LoRA, PEFT (eager)",
-    "fastlora": "LoRA, fastlora",
     "full": "all weights",
 }
 ADAPTER = "default"
 
 
-def build(method: str, source: str, classes: int, settings: Settings, device: torch.device) -> SentenceClassifier:
+def title(method: str, settings: Settings) -> str:
+    if method != "fastlora":
+        return TITLES[method]
+    return "LoRA, fastlora" if settings.init == "kaiming" else f"LoRA from {settings.init}, fastlora"
+
+
+def build(
+    method: str,
+    source: str,
+    classes: int,
+    settings: Settings,
+    device: torch.device,
+    sketch_batches: Sequence[Batch] = (),
+) -> SentenceClassifier:
     """A fresh classifier ready to train: what `method` trains requires a gradient, the rest does not.
 
-    The head's initial weights, and an adapter's, come from the seed alone.
+    The head's initial weights, and an adapter's, come from the seed alone; LoRA-GA's adapters from the gradient of
+    `sketch_batches` too.
     """
     encoder = load_encoder(source, getattr(torch, settings.dtype), device)
     hidden_size = encoder.config.hidden_size
@@ -31,6 +46,8 @@ def build(method: str, source: str, classes: int, settings: Settings, device: to
     classifier = SentenceClassifier(encoder, hidden_size, classes).to(device)
     torch.manual_seed(settings.seed)
     classifier.encoder = _PREPARE[method](encoder, settings)
+    if method == "fastlora" and settings.init == "lora_ga":
+        _start_along_the_gradient(classifier, settings, sketch_batches)
     return classifier
 
 
@@ -63,9 +80,24 @@ def _fastlora(encoder: Any, settings: Settings) -> Any:
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.dropout,
         target_modules="all-linear",
+        init_lora_weights=True if settings.init in ("kaiming", "lora_ga") else settings.init,
         strict=True,
     )
     return encoder
+
+
+def _start_along_the_gradient(classifier: SentenceClassifier, settings: Settings, batches: Sequence[Batch]) -> None:
+    """Sets the adapters of a patched encoder by LoRA-GA. The head has learnt nothing yet: it is in its random start."""
+    import fastlora
+
+    set_training(classifier, False)
+    # The loss is a mean over equally many texts in each batch, and the encoder is called without their labels.
+    with fastlora.GradientSketch(classifier.encoder, r=settings.r, seed=settings.seed, weighting="equal") as sketch:
+        for batch in batches:
+            logits = classifier(batch.input_ids, batch.attention_mask)
+            nn.functional.cross_entropy(logits, batch.labels).backward()
+    classifier.zero_grad(set_to_none=True)
+    fastlora.init_lora_ga(classifier.encoder, sketch, gamma=settings.gamma, seed=settings.seed)
 
 
 _PREPARE: dict[str, Callable[[Any, Settings], Any]] = {

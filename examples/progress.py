@@ -11,12 +11,12 @@ LINES = 10
 
 
 class Progress:
-    """tqdm where standard error is a terminal and tqdm is installed; otherwise about ten plain lines over the whole
-    run.
+    """tqdm where standard error is a terminal and tqdm is installed; otherwise about ten plain lines (or `lines`) over
+    the whole run.
     """
 
-    def __init__(self, total: int, title: str):
-        self.total, self.title, self.done = total, title, 0
+    def __init__(self, total: int, title: str, lines: int = LINES):
+        self.total, self.title, self.lines, self.done = total, title, lines, 0
         self.start = time.perf_counter()
         self.bar: Any = None
         if sys.stderr.isatty():
@@ -25,7 +25,7 @@ class Progress:
             except ImportError:
                 return
             columns, rows = shutil.get_terminal_size()  # a pseudo-terminal may claim 0 × 0, and tqdm would believe it
-            self.bar = tqdm(total=total, desc=title, ncols=columns, nrows=rows)
+            self.bar = tqdm(total=total, desc=title, ncols=columns, nrows=rows, leave=lines > 0)
 
     def __enter__(self) -> Progress:
         return self
@@ -40,7 +40,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(status, refresh=False)
             self.bar.update()
-        elif self.done * LINES // self.total > (self.done - 1) * LINES // self.total:
+        elif self.done * self.lines // self.total > (self.done - 1) * self.lines // self.total:
             seconds = time.perf_counter() - self.start
             print(
                 f"{self.title}: {self.done}/{self.total} steps, {seconds:.0f} s; {status}", file=sys.stderr, flush=True

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import TITLES
 from settings import Settings
 from training import Run
 
@@ -26,6 +25,7 @@ class Row:
     """One method's line of the table; None is 'not measured'."""
 
     method: str
+    title: str
     trainable: int
     steps: int
     steps_per_second: float | None
@@ -41,6 +41,7 @@ def summarise(runs: Sequence[Run], test_accuracy: dict[str, float]) -> list[Row]
     return [
         Row(
             method=run.method,
+            title=run.title,
             trainable=run.trainable,
             steps=len(run.losses),
             steps_per_second=1 / statistics.median(run.timed_seconds()) if run.timed_seconds() else None,
@@ -64,7 +65,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     header = ("method", "trainable", "steps/s", "× PEFT", "peak memory", "final loss", "test accuracy")
     body = [
         (
-            TITLES[row.method],
+            row.title,
             f"{row.trainable:,}",
             _text(row.steps_per_second, "{:.2f}"),
             _text(row.speed_beside_peft, "{:.2f}"),
@@ -74,6 +75,11 @@ def markdown_table(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
+    return format_table(header, body)
+
+
+def format_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with its columns lined up, the first to the left, the others to the right."""
     widths = [max(len(line[column]) for line in (header, *body)) for column in range(len(header))]
     lines = [
         _line(header, widths),
@@ -173,8 +179,8 @@ def plot_losses(runs: Sequence[Run], path: Path) -> Path:
         losses = _running_mean(run.losses)
         typical = statistics.median(run.timed_seconds() or [0.0])
         seconds = torch.tensor([typical if math.isnan(s) else s for s in run.step_seconds]).cumsum(0).tolist()
-        by_step.plot(range(1, len(losses) + 1), losses, style, label=TITLES[run.method])
-        by_time.plot(seconds, losses, style, label=TITLES[run.method])
+        by_step.plot(range(1, len(losses) + 1), losses, style, label=run.title)
+        by_time.plot(seconds, losses, style, label=run.title)
     by_step.set(xlabel="step", ylabel=f"training loss (mean of {SMOOTHING} steps)")
     by_time.set(xlabel="seconds spent in this method's steps")
     by_step.legend()

@@ -13,7 +13,7 @@ import torch
 from batches import Batch, TokenizedExamples
 from encoder import SentenceClassifier
 from memory import peak_growth, tensor_bytes
-from methods import set_training
+from methods import set_training, title
 from progress import Progress
 from settings import Settings
 from torch import nn
@@ -27,7 +27,7 @@ class Run:
     """One method's model, optimizer and history."""
 
     def __init__(self, method: str, classifier: SentenceClassifier, settings: Settings):
-        self.method = method
+        self.method, self.title = method, title(method, settings)
         self.classifier = classifier
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
