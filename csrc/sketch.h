@@ -55,14 +55,15 @@ void apply(Engine& engine, const Buffers& buffers, const Matrix& x, const Matrix
   engine.multiply_two(dy.transposed(), buffers.tokens, &q, buffers.core, c, out);
 }
 
-// start (m, c): what V's columns span at first; null for Z. q (n, c) and z (m, c), zeros before the first micro-batch, are
+// start (m, c): what V's columns span at first; null for G⁺ᵀQ, which costs a fifth product. q (n, c) and z (m, c), zeros before the first micro-batch, are
 // read here and written by engine.commit(), unless something was not finite.
 template <class Engine>
 void update_sketch(Engine& engine, const Buffers& buffers, float* q, float* z, const float* start, const Matrix& x,
                    const Matrix& dy, double weight, int c) {
   const int64_t n = dy.columns, m = x.columns;
   const Bases forward = {q, z}, backward = {z, q};
-  engine.orthonormal(start ? start : z, m, c, buffers.right);
+  if (start == nullptr) apply(engine, buffers, dy, x, weight, backward, q, c, buffers.product);
+  engine.orthonormal(start == nullptr ? buffers.product : start, m, c, buffers.right);
   apply(engine, buffers, x, dy, weight, forward, buffers.right, c, buffers.product);
   engine.orthonormal(buffers.product, n, c, buffers.left);
   apply(engine, buffers, dy, x, weight, backward, buffers.left, c, buffers.product);

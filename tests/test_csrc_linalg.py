@@ -270,7 +270,7 @@ class TestSketchUpdate:
         for index, tokens in enumerate(rows):
             x = normal(tokens, 50, seed=index) * 0.8 ** torch.arange(50)
             dy = normal(tokens, 60, seed=10 + index)
-            assert not int(loaded.sketch_update(q, z, sketch._start().contiguous(), x, dy, 0.5)) & 2
+            assert not int(loaded.sketch_update(q, z, sketch._start(), x, dy, 0.5)) & 2
             sketch.update(x, dy, 0.5)
         expected = sketch.q.double() @ sketch.z.double().t()
         assert (q.double() @ z.double().t() - expected).norm() < 1e-4 * expected.norm()

@@ -426,8 +426,11 @@ def test_a_saved_sketch_comes_back(tmp_path, refined):
     back = GradientSketch.load(tmp_path / "sketch.safetensors", Odd())
     assert (back.names, back.r, back.width) == (sketch.names, 2, 6)
     for name, layer in sketch.layers.items():
-        for mine, theirs in zip(layer.svd(4), back.layers[name].svd(4)):
-            assert torch.equal(mine, theirs)
+        mine, theirs = layer.svd(4), back.layers[name].svd(4)
+        if refined:  # the factors are written in float32
+            mine, theirs = ((torch.linalg.multi_dot((u, s.diag(), vh)),) for u, s, vh in (mine, theirs))
+        for one, other in zip(mine, theirs):
+            assert torch.allclose(one, other, rtol=0, atol=1e-6 * float(one.abs().max()) if refined else 0)
         assert back.layers[name].tokens == layer.tokens
         assert back.layers[name].squared_norm() == pytest.approx(layer.squared_norm(), rel=1e-2 if refined else 1e-5)
     assert back.has_gradient("block.experts.1")

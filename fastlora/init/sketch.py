@@ -9,7 +9,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -23,7 +23,7 @@ from .. import targets
 from ..peft_format import some
 from . import taps
 from .report import LayerReport, SketchReport
-from .streaming import StreamingSketch
+from .streaming import StreamingSketch, svd_of_each
 
 WEIGHTINGS = ("tokens", "equal")
 FORMAT = "fastlora-gradient-sketch-1"
@@ -289,16 +289,21 @@ class GradientSketch:
         """Σ of the passes' weights, discounted: what the sketched sum is divided by for a mean."""
         return self._counted_round.weight
 
+    def triplets(self, names: Iterable[str], rank: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """U (n, rank), S (rank,), Vh (rank, m) of these layers in turn; their small SVDs in one launch."""
+        return svd_of_each([self.layers[name] for name in names], rank)
+
     def report(self) -> SketchReport:
         """What the sketch holds, a line per layer; `str` of it is a table."""
         lines = []
+        triplets = self.triplets([name for name in self.names if self.has_gradient(name)], 2 * self.r)
         for name, (n, m) in self.sizes.items():
             layer = self.layers.get(name)
             if layer is None or not layer.has_gradient:
                 skipped = layer.skipped if layer else 0
                 lines.append(LayerReport(name, n, m, 0, 0, skipped, 0.0, math.nan, math.nan, ()))
                 continue
-            sigma = layer.svd(2 * self.r)[1].double()
+            sigma = next(triplets)[1].double()
             squared = layer.squared_norm()
             captured = min(1.0, float(sigma.square().sum()) / squared)
             lines.append(

@@ -1,22 +1,24 @@
 """Streaming subspace iteration: the leading singular triplets of G = Σ wᵢ dYᵢᵀ Xᵢ from one pass over the micro-batches,
 G never formed.
 
-State: Q (n, c) orthonormal and Z = GᵀQ (m, c), so that G ≈ Q Zᵀ. A micro-batch multiplies four times with the running
+State: Q (n, c) orthonormal and Z = GᵀQ (m, c), so that G ≈ Q Zᵀ. A micro-batch multiplies five times with the running
 sum
 
     G⁺ V = Q (Zᵀ V) + w dYᵀ (X V)        G⁺ᵀ U = Z (Qᵀ U) + w Xᵀ (dY U)
 
-starting from the row space that Z already has. docs/lora_ga.md has the measurements. Ideas: Halko, Martinsson and Tropp
+starting from G⁺ᵀ Q. docs/lora_ga.md has the measurements. Ideas: Halko, Martinsson and Tropp
 2011 (subspace iteration); the sum is compressed again after each micro-batch, as frequent directions does with rows
 (Ghashami et al. 2016).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
-from ..linalg import native, orthonormal
+from ..linalg import native
 
 PROBES = 8  # random directions that measure what the sketch misses
 # Columns of Z smaller than this beside the largest are rounding: random directions take their place.
@@ -78,12 +80,13 @@ class StreamingSketch:
         self.tokens += x.shape[0]
         self.updates += 1
 
-    def _start(self) -> Tensor:
-        """Z, with random directions where it has none: at first, and while it holds fewer tokens than columns."""
+    def _start(self) -> Tensor | None:
+        """None where Q is full, else Z with random directions where it has none: at first, and while it holds fewer
+        tokens than columns."""
         sizes = self.z.abs().amax(dim=0)
         largest = sizes.max()
         if bool(sizes.min() > NEGLIGIBLE * largest):
-            return self.z
+            return None
         random = self._random(self.width, stream=2 + self.updates)
         return self.z / torch.where(largest > 0, largest, 1.0) + NEGLIGIBLE * random
 
@@ -108,7 +111,9 @@ class StreamingSketch:
         if bases is not None:
             self.z = self.z @ (self.q.t() @ bases.q.to(self.device))  # what Q Zᵀ holds of G, in the other's columns
             self.q, self.width = bases.q.to(self.device, copy=True), bases.width
-        self.row_basis = orthonormal(self.z if bases is None else bases.z.to(self.device))
+        elif self.refined_updates:  # a further round starts from what the last one found
+            self.q, self.z = self.factors()
+        self.row_basis = native.orthonormal(self.z if bases is None else bases.z.to(self.device))
         self.forget_refined()
 
     def forget_refined(self) -> None:
@@ -120,20 +125,22 @@ class StreamingSketch:
 
     def svd(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """U (n, rank), S (rank,) descending, Vh (rank, m) of the sketched gradient, float32."""
-        q, z = self.factors()
-        u, s, vh = torch.linalg.svd(z.t().double(), full_matrices=False)
-        return (q.double() @ u[:, :rank]).float(), s[:rank].float(), vh[:rank].float()
+        return next(svd_of_each([self], rank))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Q (n, c) orthonormal and Z (m, c) with G ≈ Q Zᵀ. After a refining pass the bases are one power iteration
         better, with the core between them from least squares (Tropp et al. 2017, algorithm 7)."""
         if not self.refined_updates:
             return self.q, self.z
-        u, v = orthonormal(self.refined_y).double(), orthonormal(self.refined_z).double()
-        # The pseudo-inverse leaves out the directions of Q in which G has nothing.
-        inverse = torch.linalg.pinv(self.q.double().t() @ u, rtol=1e-4)
-        core = inverse @ (self.refined_z.double().t() @ v)
-        return u.float(), (v @ core.t()).float()
+        (core,) = _cores([self])
+        left, right = self.bases()
+        return left, (right.double() @ core.t()).float()
+
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """Orthonormal bases (n, c) and (m, c) between which the sketch of G lies, float32."""
+        if self.refined_updates:
+            return native.orthonormal(self.refined_y), native.orthonormal(self.refined_z)
+        return self.q, native.orthonormal(self.z)
 
     def squared_norm(self) -> float:
         """An estimate of ‖G‖_F²: what Q holds, exactly, and what it misses, from the probes."""
@@ -158,3 +165,39 @@ class StreamingSketch:
         u, s, vh = torch.linalg.svd(q_core @ z_core.t())
         self.q = (q_basis @ u[:, : self.width]).float()
         self.z = (z_basis @ (vh[: self.width].t() * s[: self.width])).float()
+
+
+def svd_of_each(sketches: Sequence[StreamingSketch], rank: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each sketch's U (n, rank), S (rank,) descending, Vh (rank, m), in the order of the sketches.
+
+    The SVDs proper are of c×c cores, whatever n and m: all layers in one launch. U and Vh are made when asked for.
+    """
+    alike: dict[tuple[int, bool, torch.device], list[int]] = {}
+    for index, sketch in enumerate(sketches):
+        alike.setdefault((sketch.width, bool(sketch.refined_updates), sketch.device), []).append(index)
+    small: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for indices in alike.values():
+        u, s, vh = native.svd(_cores([sketches[index] for index in indices]))
+        for place, index in enumerate(indices):
+            small[index] = u[place, :, :rank], s[place, :rank], vh[place, :rank]
+    for index, sketch in enumerate(sketches):
+        left, right = sketch.bases()
+        u, s, vh = small.pop(index)
+        yield (left.double() @ u).float(), s.float(), (vh @ right.t().double()).float()
+
+
+def _cores(sketches: Sequence[StreamingSketch]) -> Tensor:
+    """C (batch, c, c) float64 with G ≈ left C rightᵀ between each sketch's bases. All refined, or none of them."""
+    products, projections = [], []
+    for sketch in sketches:
+        left, right = sketch.bases()
+        held = sketch.refined_z if sketch.refined_updates else sketch.z
+        products.append(held.t().double() @ right.double())
+        projections.append(sketch.q.t().double() @ left.double())
+    core = torch.stack(products)  # Qᵀ G right
+    if not sketches[0].refined_updates:
+        return core  # left is Q
+    # QᵀG = (Qᵀ left) C rightᵀ. The pseudo-inverse leaves out the directions of Q in which G has nothing.
+    u, s, vh = native.svd(torch.stack(projections))
+    inverse = torch.where(s > 1e-4 * s[:, :1], 1.0 / s, 0.0)
+    return vh.mT @ (inverse.unsqueeze(-1) * (u.mT @ core))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _build, env, ops
 from .operators import Factored
-from .orthogonal import orthonormal
+from .orthogonal import orthonormal as orthonormal_by_torch
 
 MAX_COLUMNS = 128  # csrc/skinny_gemm.h: kMaxColumns
 NON_FINITE = 2  # csrc/sketch.h: kNonFinite
@@ -55,12 +55,14 @@ def _built() -> bool:
 def sketch_update(q: Tensor, z: Tensor, start: Tensor | None, x: Tensor, dy: Tensor, weight: float) -> bool:
     """Adds weight·dYᵀX to the rank-c sketch Q Zᵀ, in place; False, and nothing changed, where something is not finite.
 
-    Four products with the running sum G⁺ = Q Zᵀ + w dYᵀX, each followed by an orthonormal basis; G is never formed.
+    Five products with the running sum G⁺ = Q Zᵀ + w dYᵀX, with an orthonormal basis between two of them, beginning with
+    G⁺ᵀQ; G is never formed.
 
     Args:
         q: (n, c) float32, orthonormal columns; c <= min(n, m). Overwritten. Zeros before the first micro-batch.
         z: (m, c) float32, GᵀQ. Overwritten. Zeros before the first micro-batch.
-        start: (m, c) float32, columns that span the subspace of rows to begin with; None for Z itself.
+        start: (m, c) float32, columns that span the subspace of rows to begin with, instead of the first product:
+            needed where Q has no columns yet. None for G⁺ᵀQ.
         x, dy: (T, m) and (T, n), float32, float16 or bfloat16, any strides; no copy of them is made by the compiled op.
         weight: w.
 
@@ -95,10 +97,13 @@ def sketch_update_by_torch(q: Tensor, z: Tensor, start: Tensor | None, x: Tensor
     def backward(u: Tensor) -> Tensor:
         return (batch.rmatmul(u) * weight).addmm_(z, q.t() @ u)
 
-    product = forward(orthonormal(z if start is None else start))
+    product = backward(q) if start is None else start
     if not bool(torch.isfinite(product).all()):  # before LAPACK sees it
         return False
-    left = orthonormal(forward(orthonormal(backward(orthonormal(product)))))
+    product = forward(orthonormal_by_torch(product))
+    if not bool(torch.isfinite(product).all()):
+        return False
+    left = orthonormal_by_torch(forward(orthonormal_by_torch(backward(orthonormal_by_torch(product)))))
     product = backward(left)
     if not bool(torch.isfinite(product).all()):
         return False
@@ -113,6 +118,14 @@ def factored_product(x: Tensor, dy: Tensor, v: Tensor, weight: float) -> Tensor:
     if _takes(v, x, dy) and why_not(v.device) is None:
         return torch.ops.fastlora.factored_product(x, dy, v, weight)
     return Factored(x, dy).matmul(v) * weight
+
+
+def orthonormal(matrix: Tensor) -> Tensor:
+    """`linalg.orthonormal` (n, c), by the compiled op where it takes it."""
+    takes = matrix.dim() == 2 and matrix.dtype == torch.float32 and 1 <= matrix.shape[1] <= MAX_COLUMNS
+    if takes and why_not(matrix.device) is None:
+        return torch.ops.fastlora.orthonormal(matrix.contiguous())[0]
+    return orthonormal_by_torch(matrix)
 
 
 class SVD(NamedTuple):
