@@ -24,8 +24,10 @@ from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from . import functional
+from .peft_starts import StartedLinear
 
 BASE_CLASSES = (nn.Linear, Conv1D)
+FACTORS = (nn.Linear, StartedLinear)
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -346,7 +348,7 @@ def _plan(layer: PeftLinear, x: Tensor | None) -> _Plan | str:
 def _add_adapter(
     plan: _Plan, layer: PeftLinear, down: Any, up: Any, dropout: Any, scaling: Any, x: Tensor | None
 ) -> str | None:
-    if type(down) is not nn.Linear or type(up) is not nn.Linear:
+    if type(down) not in FACTORS or type(up) not in FACTORS:
         return f"lora_A or lora_B is a {type(down).__name__}, {type(up).__name__}"
     if type(dropout) is nn.Identity:
         dropout_p = 0.0
@@ -391,7 +393,7 @@ def _parameters(base: nn.Module) -> tuple[Tensor, Tensor | None]:
     """(weight, bias). Straight from the dict where they are there, which takes a third of the time of `base.weight`."""
     found = base._parameters
     weight = found.get("weight")
-    if weight is None:  # replicas made by DataParallel hold plain tensors as attributes
+    if weight is None:  # DataParallel's replicas hold plain tensors as attributes, a `StartedLinear` puts it together
         return cast(Tensor, base.weight), cast("Tensor | None", base.bias)
     return weight, found.get("bias")
 

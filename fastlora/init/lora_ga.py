@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 
 from .. import linalg, patching, targets
 from ..layers import FusedLoraLinear
+from .peft_start import PeftConfiguration, PeftStart, has_start
+from .plain_start import PlainStart
 from .sketch import GradientSketch
 
 SPLITS = ("ArB2r", "A2rBr", "ArBr", "random")
@@ -45,8 +49,9 @@ def init_lora_ga(
     """Sets the adapters of a model from a gradient sketch. The output is then that of the model without the adapter.
 
     Args:
-        model: a plain model, whose sketched layers are patched with adapters of the sketch's r; or a patched one, whose
-            adapters named `adapter_name` are set in the sketched layers.
+        model: a plain model, whose sketched layers are patched with adapters of the sketch's r; or a patched or PEFT
+            model (4-bit and 8-bit bitsandbytes layers too), whose adapters named `adapter_name` are set in the sketched
+            layers. In a PEFT model they may have ranks below the sketch's.
         sketch: a `GradientSketch` that has seen backward passes.
         split: which of the leading 2r triplets go to A and which to B (U (n, 2r), Vh (2r, m)): "ArB2r", A = Vh[:r] and
             B = U[:, r:], the original code's default; "A2rBr", the other way round; "ArBr", alternating; "random".
@@ -55,7 +60,7 @@ def init_lora_ga(
         gamma: γ of "stable". 16 suits wide models; narrow ones (n < 1024) want more: see norm_clip.
         base: "exact" leaves W0 untouched and runs −B₀A₀ as frozen second half of the adapter (rank 2r); "offset"
             subtracts s·B₀A₀ from W0, rounded once to its dtype, for parity with the paper.
-        lora_alpha, use_rslora, lora_dropout: as in `fastlora.patch`, for a plain model; a patched one keeps its own.
+        lora_alpha, use_rslora, lora_dropout: as in `fastlora.patch`, for a plain model; others keep their own.
         adapter_name: the adapter to set.
         norm_clip: upper bound of ‖s·B₀A₀‖_F as a fraction of ‖W0‖_F; larger factors are scaled down to it.
         missing: "error", or "kaiming" to give layers without a gradient LoRA's ordinary start.
@@ -66,8 +71,9 @@ def init_lora_ga(
 
     Raises:
         ValueError: an unknown split, scale, base or missing; γ <= 0; layers without a gradient; adapters whose r or
-            shape does not match the sketch, or that are merged; a layer with fewer than 2r singular triplets; a model
-            with PEFT's layers. The model is then as it was.
+            shape does not match the sketch, or that are merged; a layer with fewer than 2r singular triplets;
+            "offset" for a quantised weight, or one that several modules use; DoRA and PEFT's other variants of LoRA,
+            and its layers other than linear ones. The model is then as it was, as after any other error.
 
     Example:
         >>> with fastlora.GradientSketch(model, r=8) as sketch:
@@ -98,24 +104,54 @@ def init_lora_ga(
             adapter_name=adapter_name,
             strict=True,
         )
+    undo: list[Callable[[], None]] = []
     try:
-        layers = _layers_to_set(model, sketch, adapter_name, base)
+        places = _places(model, sketch, adapter_name, base)
+        peft = PeftConfiguration(model, adapter_name) if _is_peft(model) else None
         starts: dict[str, _Start | None] = {}
-        for name, layer in layers.items():
-            starts[name] = None
-            if sketch.has_gradient(name):
-                a, b = _halves(layer, sketch, name, split, seed)
-                starts[name] = _scaled(layer, name, a, b, layer.scaling[adapter_name], scale, gamma, norm_clip)
+        starts.update(dict.fromkeys(places))
+        seen = [name for name in places if sketch.has_gradient(name)]
+        for name, (u, _, vh) in zip(seen, sketch.triplets(seen, 2 * sketch.r)):
+            a, b = _halves(places[name], u, vh, split, seed)
+            starts[name] = _scaled(places[name], a, b, scale, gamma, norm_clip)
+        for name, start in starts.items():
+            if not plain:
+                undo.append(places[name].remember())
+            if start is None:
+                places[name].reset()
+            else:
+                places[name].set(start.a, start.b, exact=base == "exact")
+        if peft is not None:
+            undo.append(peft.remember())
+            peft.update()
     except BaseException:
+        while undo:
+            undo.pop()()
         if plain:
             patching.unpatch(model)
         raise
-    for name, start in starts.items():
-        if start is None:
-            layers[name].reset_adapter(adapter_name)
-        else:
-            layers[name].set_initial_factors(adapter_name, start.a, start.b, exact=base == "exact")
     return {name: 0.0 if start is None else start.relative_size for name, start in starts.items()}
+
+
+def undo_lora_ga(model: nn.Module, adapter_name: str = "default") -> None:
+    """Takes `init_lora_ga` back: adapters with a start become ordinary LoRA again (A random, B zero), at their trained
+    rank, and weights that base="offset" has shifted get their bits back.
+
+    Raises ValueError while adapters are merged. The model is then as it was.
+    """
+    places = []
+    for name, layer in targets.lora_layers(model):
+        if isinstance(layer, FusedLoraLinear):
+            if adapter_name in layer.lora_A0:
+                places.append(PlainStart(name, layer, adapter_name))
+        elif has_start(layer, adapter_name):
+            places.append(PeftStart(name, layer, adapter_name))
+    for place in places:
+        place.check(exact=True)
+    for place in places:
+        place.reset()
+    if _is_peft(model) and places:
+        PeftConfiguration(model, adapter_name).update()
 
 
 def split_factors(u: Tensor, vh: Tensor, r: int, split: str, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -145,82 +181,102 @@ def _check_models(model: nn.Module, sketch: GradientSketch) -> None:
         raise ValueError(f"init_lora_ga: model: got {type(model).__name__}, want a torch.nn.Module")
     if not isinstance(sketch, GradientSketch):
         raise ValueError(f"init_lora_ga: sketch: got {type(sketch).__name__}, want a GradientSketch")
-    if any(True for _ in targets.peft_lora_layers(model)):
-        raise ValueError(
-            f"init_lora_ga: model: got a {type(model).__name__} with PEFT's LoRA layers, which have no place for the "
-            "frozen −B₀A₀; want the plain model (get_peft_model's argument): sketch and initialise that, and "
-            "fastlora.save_adapter writes what PEFT loads"
-        )
     modules = dict(model.named_modules())
+    lora_layers = dict(targets.lora_layers(model))
     for name, size in sketch.sizes.items():
         layer = modules.get(name)
         wanted = f"{size[0]}×{size[1]}"
-        if not isinstance(layer, nn.Linear) and not targets.is_conv1d(layer):  # type: ignore[arg-type]
+        linear = isinstance(layer, nn.Linear) or targets.is_conv1d(layer)  # type: ignore[arg-type]
+        if not linear and name not in lora_layers:
             found = "no such module" if layer is None else type(layer).__name__
         elif targets.layer_sizes(layer) != size:
             found = "{}×{}".format(*targets.layer_sizes(layer))
-        elif 2 * sketch.r > min(size):
+        elif not lora_layers and type(layer).__module__.startswith("bitsandbytes."):  # type: ignore[arg-type]
             raise ValueError(
-                f"init_lora_ga: r: {name!r} is {wanted} and has fewer than 2r = {2 * sketch.r} singular triplets; "
-                "sketch with a smaller r, or leave it out with exclude_modules"
+                f"init_lora_ga: model: {name!r} is a {type(layer).__name__}, quantised, which patch leaves alone; put "
+                "PEFT's LoRA layers around it (peft.get_peft_model) and pass that model"
             )
         else:
             continue
         raise ValueError(
             f"init_lora_ga: model: {name!r} was sketched as a linear layer {wanted} and is {found} in this "
-            f"{type(model).__name__}; want the model that was sketched, plain or patched by fastlora.patch"
+            f"{type(model).__name__}; want the model that was sketched: plain, patched by fastlora.patch, or PEFT's"
         )
 
 
-def _layers_to_set(
+def _places(
     model: nn.Module, sketch: GradientSketch, adapter_name: str, base: str
-) -> dict[str, FusedLoraLinear]:
-    modules = dict(model.named_modules())
-    layers: dict[str, FusedLoraLinear] = {}
-    for name in sketch.names:
-        layer = modules[name]
-        if not isinstance(layer, FusedLoraLinear):
+) -> dict[str, PlainStart | PeftStart]:
+    """Where the starts go. Raises ValueError where one cannot."""
+    lora_layers = dict(targets.lora_layers(model))
+    places: dict[str, PlainStart | PeftStart] = {}
+    for name, size in sketch.sizes.items():
+        layer = lora_layers.get(name)
+        if layer is None:
             raise ValueError(
                 f"init_lora_ga: model: {name!r} was sketched and is not patched, as others here are; patch it too, or "
                 "sketch again with target_modules"
             )
-        if adapter_name not in layer.lora_A:
-            raise ValueError(f"init_lora_ga: adapter_name: got {adapter_name!r}, but {name!r} has {list(layer.lora_A)}")
-        if layer.r[adapter_name] != sketch.r:
+        kind = PlainStart if isinstance(layer, FusedLoraLinear) else PeftStart
+        place = kind(name, layer, adapter_name)
+        if place.r > sketch.r or (place.r != sketch.r and kind is PlainStart):
             raise ValueError(
                 f"init_lora_ga: r: the sketch has r={sketch.r}, but the adapter {adapter_name!r} of {name!r} has "
-                f"r={layer.r[adapter_name]}; sketch with that r"
+                f"r={place.r}; sketch with that r"
             )
-        layer.check_initial_factors(adapter_name, exact=base == "exact")
-        layers[name] = layer
-    return layers
+        if 2 * place.r > min(size):
+            raise ValueError(
+                f"init_lora_ga: r: {name!r} is {size[0]}×{size[1]} and has fewer than 2r = {2 * place.r} singular "
+                "triplets; sketch with a smaller r, or leave it out with exclude_modules"
+            )
+        place.check(exact=base == "exact")
+        places[name] = place
+    if base == "offset":
+        _check_untied(model, places)
+    return places
 
 
-def _halves(layer: FusedLoraLinear, sketch: GradientSketch, name: str, split: str, seed: int) -> tuple[Tensor, Tensor]:
-    u, _, vh = sketch.layers[name].svd(2 * sketch.r)
-    return split_factors(u.to(layer.weight.device), vh.to(layer.weight.device), sketch.r, split, seed)
+def _check_untied(model: nn.Module, places: dict[str, PlainStart | PeftStart]) -> None:
+    """Raises ValueError where other modules use a weight that is to be shifted: they would be shifted too."""
+    uses = Counter(
+        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
+    )  # a module under two names is one module
+    for name, place in places.items():
+        if uses[id(place.base_parameter)] > 1:
+            raise ValueError(
+                f'init_lora_ga: base: got "offset", but other modules use the weight of {name!r} too; want base="exact"'
+            )
+
+
+def _is_peft(model: nn.Module) -> bool:
+    return any(True for _ in targets.peft_lora_layers(model))
+
+
+def _halves(place: PlainStart | PeftStart, u: Tensor, vh: Tensor, split: str, seed: int) -> tuple[Tensor, Tensor]:
+    u, vh = u[:, : 2 * place.r], vh[: 2 * place.r]
+    return split_factors(u.to(place.device), vh.to(place.device), place.r, split, seed)
 
 
 def _scaled(
-    layer: FusedLoraLinear,
-    name: str,
+    place: PlainStart | PeftStart,
     a: Tensor,
     b: Tensor,
-    s: float,
     scale: str,
     gamma: float,
     norm_clip: float | None,
 ) -> _Start:
-    r = len(a)
+    r, s, weight = len(a), place.scaling, place.weight()
     if s == 0:
-        raise ValueError(f"init_lora_ga: lora_alpha: the adapter of {name!r} has scale 0, so it could never learn")
+        raise ValueError(
+            f"init_lora_ga: lora_alpha: the adapter of {place.name!r} has scale 0, so it could never learn"
+        )
     size = {
-        "stable": lambda: layer.out_features**0.25 / math.sqrt(gamma),
+        "stable": lambda: place.out_features**0.25 / math.sqrt(gamma),
         "unit": lambda: 1.0,
         "gd": lambda: 1.0 / abs(s),
-        "weight_svd": lambda: float(linalg.truncated_svd(layer.weight.detach(), r).S.div(abs(s)).sqrt().mean()),
+        "weight_svd": lambda: float(linalg.truncated_svd(weight, r).S.div(abs(s)).sqrt().mean()),
     }[scale]()
-    relative = abs(s) * size**2 * _norm_of_product(a, b) / max(_norm(layer.weight), torch.finfo(torch.float32).tiny)
+    relative = abs(s) * size**2 * _norm_of_product(a, b) / max(_norm(weight), torch.finfo(torch.float32).tiny)
     if norm_clip is not None and relative > norm_clip:
         size *= math.sqrt(norm_clip / relative)
         relative = norm_clip
@@ -234,7 +290,7 @@ def _norm_of_product(a: Tensor, b: Tensor) -> float:
 
 
 def _norm(weight: Tensor) -> float:
-    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float64))
 
 
 def _check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
