@@ -6,6 +6,7 @@ into it; everything read is checked before the model is touched. No pickle, ever
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -17,14 +18,14 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import patching, peft_format, targets
-from .layers import FusedLoraLinear, check_adapter_arguments
+from . import patching, peft_format, starts, targets
+from .layers import FusedLoraLinear, check_adapter_arguments, scale_of
 from .peft_format import AdapterFile, Spec, some
 from .targets import lora_layers
 
@@ -76,7 +77,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
 
     A plain model is patched as the adapter's configuration says, and the adapter is active. A patched model gets one
     more adapter, inactive until `set_adapter`, or has the one of that name overwritten. A `PeftModel` loads it itself.
-    Weights take the dtype of the layer's adapters: float32 on half-precision bases.
+    Weights take the dtype of the layer's adapters: float32 on half-precision bases. An adapter that PEFT started with
+    "pissa" or "olora" and did not convert runs on a changed base weight, as in PEFT: the change is computed again from
+    the model's own weight (the one that the adapter was trained on), and `unpatch` takes it back.
 
     Raises:
         FileNotFoundError: the directory or one of its two files is not there.
@@ -95,15 +98,16 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     file = peft_format.parse(root, config, tensors)
     layers = dict(_modules_outside_adapters(model))
     _check_against_model(model, layers, file, adapter_name)
+    shifts = _shifts(model, {name: layers[name] for name in file.lora_A}, file, adapter_name)
     new = [name for name in file.lora_A if not _has_adapter(layers[name], adapter_name)]
-    if new:
-        _add(model, layers, file, adapter_name, new)
-    with torch.no_grad():
+    with _added(model, layers, file, adapter_name, new), torch.no_grad():
         for name in file.lora_A:
             layer = layers[name]
             assert isinstance(layer, FusedLoraLinear)
             layer.forget_initial_factors(adapter_name)
             _set_scale(layer, adapter_name, file.spec(name))
+            if name in shifts:
+                layer.set_initial_factors(adapter_name, *shifts[name], exact=False)
             layer.lora_A[adapter_name].copy_(file.lora_A[name])
             layer.lora_B[adapter_name].copy_(file.lora_B[name])
 
@@ -275,9 +279,12 @@ def _check_against_model(model: nn.Module, layers: dict[str, nn.Module], file: A
             "weights"
         )
     for name, layer in layers.items():
-        if isinstance(layer, FusedLoraLinear) and adapter_name in layer.merged_adapters:
+        if not isinstance(layer, FusedLoraLinear):
+            continue
+        shifted = layer.shifted_by == adapter_name
+        if adapter_name in layer.merged_adapters or (shifted and layer.merged_adapters):
             raise ValueError(
-                f"load_adapter: {adapter_name!r} is merged into {name!r}; call fastlora.unmerge(model) first"
+                f"load_adapter: {layer.merged_adapters} merged into {name!r}; call fastlora.unmerge(model) first"
             )
     if existing and given - existing:
         raise ValueError(
@@ -293,8 +300,7 @@ def _check_shapes(name: str, layer: nn.Module, file: AdapterFile, adapter_name: 
     if why_not is not None:
         raise ValueError(f"load_adapter: {name!r} cannot carry an adapter: {why_not}")
     weight_shape = tuple(layer.weight.shape)  # type: ignore[arg-type]
-    stored_as_in_out = layer.fan_in_fan_out if isinstance(layer, FusedLoraLinear) else not isinstance(layer, nn.Linear)
-    n, k = weight_shape[::-1] if stored_as_in_out else weight_shape
+    n, k = weight_shape[::-1] if _is_stored_in_out(layer) else weight_shape
     r = file.spec(name).r
     if isinstance(layer, FusedLoraLinear) and adapter_name in layer.r:
         r = layer.r[adapter_name]
@@ -303,13 +309,53 @@ def _check_shapes(name: str, layer: nn.Module, file: AdapterFile, adapter_name: 
             raise ValueError(f"load_adapter: lora_{side} of {name!r}: got shape {tuple(tensor.shape)}, want {wanted}")
 
 
+def _is_stored_in_out(layer: nn.Module) -> bool:
+    """True where the weight is (in, out): a Conv1D, patched or not."""
+    return layer.fan_in_fan_out if isinstance(layer, FusedLoraLinear) else not isinstance(layer, nn.Linear)
+
+
+def _shifts(
+    model: nn.Module, layers: dict[str, nn.Module], file: AdapterFile, adapter_name: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A₀, B₀) by module name, where the adapter runs on weights from which s·B₀A₀ was taken; the model is only read.
+
+    PEFT finds them again at each load, by the full decomposition of the weight in float32; so does this.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    if file.shift is None:
+        return found
+    caller = f"load_adapter: init_lora_weights={file.shift!r}"
+    starts.check_not_shared(model, layers, caller)
+    for name, layer in layers.items():
+        spec = file.spec(name)
+        if file.shift == "olora" and _is_stored_in_out(layer):
+            raise ValueError(
+                f"{caller}: {name!r} is a Conv1D, of whose weight PEFT decomposes the transpose, so that the adapter "
+                "does not fit it; load it with PEFT"
+            )
+        if isinstance(layer, FusedLoraLinear):
+            layer.check_initial_factors(adapter_name, exact=False)
+            weight = layer.unshifted_weight(adapter_name)
+        else:
+            weight = cast(Tensor, layer.weight).detach()
+            weight = weight.t() if _is_stored_in_out(layer) else weight
+        scaling = scale_of(spec.lora_alpha, spec.r, spec.use_rslora)
+        where = f"load_adapter: {name!r}"
+        found[name] = starts.from_weight(weight, spec.r, scaling, file.shift, whole=True, caller=where)
+    return found
+
+
 # Loading.
 
 
-def _add(
+@contextlib.contextmanager
+def _added(
     model: nn.Module, layers: dict[str, nn.Module], file: AdapterFile, adapter_name: str, names: list[str]
-) -> None:
-    """Adds the adapter (weights still to come) to these modules, patching those that are plain; all or nothing."""
+) -> Iterator[None]:
+    """Adds the adapter to these modules, patching those that are plain; the body sets its weights. All or nothing."""
+    if not names:
+        yield
+        return
     was_patched = patching.is_patched(model)
     fused = [layer for layer in layers.values() if isinstance(layer, FusedLoraLinear)]
     common = _most_common(file.spec(name) for name in names)
@@ -330,11 +376,13 @@ def _add(
                 layer.add_adapter(adapter_name, **spec._asdict())
             if was_patched and layer not in fused:
                 layer.set_adapter([])  # the model's active adapters stay the same
+        yield
     except BaseException:
         if not was_patched:
             patching.unpatch(model)
         for layer in (layers[name] for name in names):
             if isinstance(layer, FusedLoraLinear) and layer not in fused:
+                layer.forget_initial_factors(adapter_name)
                 patching.restore_layer(layer)
             elif isinstance(layer, FusedLoraLinear) and adapter_name in layer.lora_A:
                 layer.delete_adapter(adapter_name)
@@ -345,7 +393,7 @@ def _set_scale(layer: FusedLoraLinear, adapter_name: str, spec: Spec) -> None:
     layer.lora_alpha[adapter_name] = spec.lora_alpha
     layer.lora_dropout[adapter_name] = spec.lora_dropout
     layer.use_rslora[adapter_name] = spec.use_rslora
-    layer.scaling[adapter_name] = spec.lora_alpha / (math.sqrt(spec.r) if spec.use_rslora else spec.r)
+    layer.scaling[adapter_name] = scale_of(spec.lora_alpha, spec.r, spec.use_rslora)
 
 
 def _load_into_peft(model: Any, root: Path, adapter_name: str) -> None:

@@ -167,9 +167,9 @@ class FusedLoraLinear(AdapterStart):
             raise ValueError(
                 f"FusedLoraLinear.add_adapter: name: {name!r} is taken; this layer has {list(self.lora_A)}"
             )
-        if self._weight_before_shift:
+        if self.shifted_by is not None:
             warnings.warn(
-                f"fastlora: adapter {self._weight_before_shift[0]!r} has moved a part of the weight into itself; "
+                f"fastlora: adapter {self.shifted_by!r} has moved a part of the weight into itself; "
                 f"{name!r} will run on what is left",
                 UserWarning,
                 stacklevel=2,
@@ -185,7 +185,7 @@ class FusedLoraLinear(AdapterStart):
         self.lora_alpha[name] = lora_alpha
         self.lora_dropout[name] = float(lora_dropout)
         self.use_rslora[name] = use_rslora
-        self.scaling[name] = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.scaling[name] = scale_of(lora_alpha, r, use_rslora)
         self.lora_A[name], self.lora_B[name] = lora_A, lora_B
         try:
             self.reset_adapter(name, init_lora_weights)
@@ -359,6 +359,11 @@ def _tensors(adapters: Any) -> Any:
 
 def _keep_off_the_fast_path(*_: Any) -> None:
     """A hook that never runs."""
+
+
+def scale_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """alpha/r, or alpha/√r with rsLoRA."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 def check_adapter_arguments(

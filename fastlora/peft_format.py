@@ -46,6 +46,9 @@ _UNSUPPORTED = (
 )
 # Initialisations that leave the base weights alone; the others' adapters are right on the changed weights only.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Those among the others whose change of the base weights can be found again from the original ones, as PEFT does when
+# it loads them. Not "pissa_niter_N" (PEFT draws it at random, anew at each load), nor what depends on data.
+_REPEATABLE_INITS = ("pissa", "olora")
 _KEY = re.compile(r"(?:base_model\.model\.)?(?:(?P<name>.+)\.)?lora_(?P<side>[AB])\.weight")
 
 
@@ -65,12 +68,21 @@ class AdapterFile(NamedTuple):
     lora_A: dict[str, Tensor]
     lora_B: dict[str, Tensor]
 
+    @property
+    def shift(self) -> str | None:
+        """ "pissa" or "olora" where the adapter runs on base weights from which its start was taken, else None."""
+        return _repeatable(self.config.get("init_lora_weights"))
+
     def spec(self, name: str) -> Spec:
         """A layer's settings: the configuration's, or its patterns' where one matches the name."""
         config = self.config
         r = from_pattern(config.get("rank_pattern"), name, config["r"])
         alpha = from_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
         return Spec(r, alpha, float(config.get("lora_dropout") or 0.0), bool(config.get("use_rslora", False)))
+
+
+def _repeatable(init: Any) -> str | None:
+    return init.lower() if isinstance(init, str) and init.lower() in _REPEATABLE_INITS else None
 
 
 # Names.
@@ -207,8 +219,12 @@ def _check_config(where: Path, config: dict[str, Any]) -> None:
     if config.get("bias", "none") not in ("none", None):
         features.append(f"bias={config['bias']!r}")
     init = config.get("init_lora_weights", True)
-    if not any(init is plain or (isinstance(plain, str) and init == plain) for plain in _PLAIN_INITS):
-        features.append(f"init_lora_weights={init!r} (it changed the base weights: convert the adapter to plain LoRA)")
+    plain = any(init is known or (isinstance(known, str) and init == known) for known in _PLAIN_INITS)
+    if not plain and _repeatable(init) is None:
+        features.append(
+            f"init_lora_weights={init!r} (it changed the base weights, in a way that the files do not tell: where the "
+            "adapter was trained, convert it with save_pretrained(path_initial_model_for_weight_conversion=...))"
+        )
     if features:
         raise ValueError(f"load_adapter: {where}: not supported: {', '.join(features)}; load it with PEFT")
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}

@@ -232,7 +232,7 @@ class AdapterStart(nn.Linear):
             self.lora_B[name].copy_(b)
             if not exact:
                 self._weight_before_shift = (name, self.weight.detach().to("cpu", copy=True))
-            self.set_frozen_factors(name, self.lora_A[name].detach().clone(), self.lora_B[name].detach().neg())
+            self.set_frozen_factors(name, self.lora_A[name].detach(), self.lora_B[name].detach().neg())
 
     def set_frozen_factors(self, name: str, a0: Tensor | None, b0: Tensor | None) -> None:
         """Sets the frozen part of an adapter, s·b0 a0 with a0 (k, in) and b0 (out, k) for any k; None for none.
@@ -257,11 +257,10 @@ class AdapterStart(nn.Linear):
     def check_initial_factors(self, name: str, exact: bool) -> None:
         """Raises ValueError where `set_initial_factors` cannot work in the layer's present state."""
         self._check_not_merged("set_initial_factors")
-        shifted_by = self._weight_before_shift[0] if self._weight_before_shift else name
-        if not exact and shifted_by != name:
+        if not exact and self.shifted_by not in (None, name):
             raise ValueError(
-                f"FusedLoraLinear.set_initial_factors: adapter {shifted_by!r} has shifted this weight already; delete "
-                "it first (LoRA-GA: or use exact=True for a second one)"
+                f"FusedLoraLinear.set_initial_factors: adapter {self.shifted_by!r} has shifted this weight already; "
+                "delete it first (LoRA-GA: or use exact=True for a second one)"
             )
         others = [other for other in self.lora_B if other != name]
         if not exact and others:
@@ -271,10 +270,15 @@ class AdapterStart(nn.Linear):
                 stacklevel=4,
             )
 
+    @property
+    def shifted_by(self) -> str | None:
+        """The adapter whose start was subtracted from the weight, if any."""
+        return self._weight_before_shift[0] if self._weight_before_shift else None
+
     def unshifted_weight(self, name: str) -> Tensor:
         """The weight (out, in) as it is without this adapter's shift."""
         weight = self.weight.detach()
-        if self._weight_before_shift and self._weight_before_shift[0] == name:
+        if self._weight_before_shift and self.shifted_by == name:
             weight = self._weight_before_shift[1].to(weight)
         return weight.t() if self.fan_in_fan_out else weight
 
@@ -283,7 +287,7 @@ class AdapterStart(nn.Linear):
 
         Raises ValueError while adapters are merged into a weight that this one has shifted.
         """
-        if self._weight_before_shift and self._weight_before_shift[0] == name:
+        if self._weight_before_shift and self.shifted_by == name:
             self._check_not_merged("forget_initial_factors")
             with torch.no_grad():
                 self.weight.copy_(self._weight_before_shift[1])
@@ -315,7 +319,7 @@ class AdapterStart(nn.Linear):
 
     def _runs_beside(self, name: str) -> bool:
         """Whether −B₀A₀ is part of the adapter rather than of the weight."""
-        return name in self.lora_A0 and not (self._weight_before_shift and self._weight_before_shift[0] == name)
+        return name in self.lora_A0 and self.shifted_by != name
 
     def _product(self, name: str, lora_A: nn.ParameterDict, lora_B: nn.ParameterDict) -> Tensor:
         """s·B A in the weight's layout."""
