@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -177,16 +176,18 @@ def triton_with(s_inside: bool) -> Callable[[Tensors], Contender]:
     name = "triton_s_inside" if s_inside else "triton"
 
     def build(t: Tensors) -> Contender:
-        p = t.problem
         contender = fastlora_backend("triton")(t)
-        from fastlora.kernels import configs
+        from fastlora import dispatch
+        from fastlora.autograd import LoraLinearFunction
 
-        if s_inside and (p.dropout or p.r > configs.MAX_RANK_INSIDE):
-            raise Unavailable(f"S inside the GEMM: not with dropout, nor with a rank above {configs.MAX_RANK_INSIDE}")
+        p, module = t.problem, dispatch.load(name)
+        x = t.lora_a.new_empty(p.m, p.k, dtype=t.weight.dtype)
+        reason = module.unsupported(x, t.weight, t.bias, t.lora_a, t.lora_b, p.dropout)
+        if reason is not None:
+            raise Unavailable(reason)
 
         def forward(x: Tensor) -> Tensor:
-            with mock.patch.object(configs, "s_inside", return_value=s_inside):
-                return contender.forward(x)
+            return LoraLinearFunction.apply(x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, p.dropout, module)  # type: ignore[return-value]
 
         return Contender(name, forward, contender.leaves)
 

@@ -21,6 +21,7 @@ from typing import Any
 PREFIX = "FASTLORA_"
 BACKENDS = ("auto", "torch", "cublas", "triton")
 LINALG = ("auto", "torch", "native")
+MEASURE = ("auto", "off", "always")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ VARIABLES: dict[str, Variable] = {
         ),
         Variable(
             "FASTLORA_CACHE_DIR",
-            "where what is made once per machine is kept: the compiled csrc/",
+            "where what is made once per machine is kept: the compiled csrc/, and measured times",
             "$XDG_CACHE_HOME/fastlora, or ~/.cache/fastlora",
             _default_cache_dir,
             _directory,
@@ -117,6 +118,13 @@ VARIABLES: dict[str, Variable] = {
             "auto",
             lambda: "auto",
             _choice(*LINALG),
+        ),
+        Variable(
+            "FASTLORA_MEASURE",
+            "whether a GPU's backends are timed at first use: auto, off, always (profilers, distributed runs too)",
+            "auto",
+            lambda: "auto",
+            _choice(*MEASURE),
         ),
     )
 }
@@ -152,6 +160,12 @@ def backend() -> str:
     return get("FASTLORA_BACKEND")
 
 
+def backend_text() -> str:
+    """What ``FASTLORA_BACKEND`` says, unparsed and quickly: what is kept from call to call is kept under this."""
+    # Not `get`, which raises and catches KeyError inside where the variable is unset: twice the time.
+    return os.environ["FASTLORA_BACKEND"] if "FASTLORA_BACKEND" in os.environ else ""  # noqa: SIM401
+
+
 def build_cuda() -> bool:
     """Whether installing the package compiles ``csrc/``."""
     return get("FASTLORA_BUILD_CUDA")
@@ -170,3 +184,8 @@ def cuda_archs() -> tuple[str, ...]:
 def linalg() -> str:
     """Which implementation :mod:`fastlora.linalg.native` takes; ``"auto"`` lets it choose."""
     return get("FASTLORA_LINALG")
+
+
+def measure() -> str:
+    """Whether the dispatcher may time backends at first use."""
+    return get("FASTLORA_MEASURE")

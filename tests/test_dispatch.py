@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import types
+import sys
 import warnings
 from typing import Any, cast
 
 import pytest
 import torch
+from pretended_gpu import PretendedGpu, backend_with
 from torch import Tensor
 
 from fastlora import dispatch, env
@@ -20,6 +21,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
     monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
+    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(dispatch, "_provisional", {})
 
 
 def arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -93,24 +96,6 @@ def test_a_backend_that_cannot_be_imported_falls_down(monkeypatch, error):
 
 
 # The self-check: every kind of wrong result is seen.
-
-
-def backend_with(forward=None, backward=None, unsupported=None) -> types.ModuleType:
-    """The torch backend, with another function put around its own: it gets the right results and may change them."""
-    module = types.ModuleType("pretended_backend")
-
-    def changed_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state=None):
-        results = torch_backend.forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state)
-        return forward(*results) if forward else results
-
-    def changed_backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs):
-        grads = torch_backend.backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs)
-        return backward(grads, (dy, x, weight, lora_A, lora_B, s, state, scaling)) if backward else grads
-
-    vars(module).update(
-        unsupported=unsupported or torch_backend.unsupported, forward=changed_forward, backward=changed_backward
-    )
-    return module
 
 
 def with_nan(tensor: Tensor) -> Tensor:
@@ -195,49 +180,30 @@ def test_the_self_check_leaves_the_generators_alone(dropout, monkeypatch):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# On a pretended GPU: tensors that say "cuda", and self-checks that run on the CPU.
+def test_a_first_call_in_inference_mode_is_checked_like_any_other():
+    with torch.inference_mode():
+        assert dispatch.self_check(torch_backend, CPU, torch.float32, torch.float32, False) is None
+        assert "gradient of x" in (
+            dispatch.self_check(backend_with(*WRONG["sign of dx"][:2]), CPU, torch.float32, torch.float32, False) or ""
+        )
 
 
-class PretendedGpu:
-    """Backends put in place of the real ones, and a count of the self-checks."""
-
-    def __init__(self, monkeypatch) -> None:
-        self.monkeypatch = monkeypatch
-        self.checks = 0
-        self.capturing = False
-        self.capability = (8, 0)
-        self_check = dispatch.self_check
-
-        def check_on_the_cpu(module, device, *rest):
-            self.checks += 1
-            return self_check(module, CPU, *rest)
-
-        monkeypatch.setattr(dispatch, "self_check", check_on_the_cpu)
-        monkeypatch.setattr(dispatch, "_self_checks", {})
-        monkeypatch.setattr(dispatch, "_modules", {"torch": torch_backend, "triton": "no", "cublas": "no"})
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: self.capability)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-
-    def put(self, name: str, module: types.ModuleType) -> types.ModuleType:
-        dispatch._modules[name] = module
-        return module
-
-    def select(self, backend="auto", device="cuda:0", dtype=torch.float32, adapter_dtype=torch.float32, dropout_p=0.0):
-        tensor: Any = types.SimpleNamespace(device=torch.device(device), dtype=dtype)
-        adapter: Any = types.SimpleNamespace(device=torch.device(device), dtype=adapter_dtype)
-        return dispatch.select(tensor, tensor, None, adapter, adapter, dropout_p, backend)
+# On a pretended GPU: tensors that say "cuda", and self-checks that run on the CPU. Nothing is measured here:
+# test_dispatch_measuring.py.
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    return PretendedGpu(monkeypatch)
+def gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("FASTLORA_MEASURE", "off")
+    return PretendedGpu(monkeypatch, tmp_path)
 
 
 def test_a_gpu_takes_cublas_once_it_has_passed(gpu):
     module = gpu.put("cublas", backend_with())
     gpu.put("triton", backend_with())
     choice = gpu.select()
-    assert (choice.name, choice.module, choice.reason) == ("cublas", module, "default on a GPU")
+    assert (choice.name, choice.module) == ("cublas", module)
+    assert choice.reason == "default on a GPU: measuring is off" and choice.passes == ("cublas", "cublas")
     assert gpu.checks == 1
     gpu.select()
     assert gpu.checks == 1, "checked again"
@@ -304,3 +270,46 @@ def test_the_environment_chooses_on_a_gpu(gpu, monkeypatch):
         monkeypatch.setenv("FASTLORA_BACKEND", name)
         assert gpu.select()[::2] == (name, "asked for")
         assert gpu.select("triton").name == "triton", "an argument comes before the environment"
+
+
+def test_a_request_for_triton_takes_the_form_that_the_rule_says_where_that_is_right(gpu):
+    """S is made inside the GEMM for a narrow output; the form that makes it there is a kernel of its own, checked
+    apart."""
+    half = {"dtype": torch.bfloat16, "adapter_dtype": torch.bfloat16}
+    triton, inside = gpu.put("triton", backend_with()), gpu.put("triton_s_inside", backend_with())
+    choice = gpu.select("triton", **half)
+    assert choice[::2] == ("triton", "asked for") and choice.passes == ("triton_s_inside", "triton")
+    assert (choice.module.forward, choice.module.backward) == (inside.forward, triton.backward) and gpu.checks == 2
+    for how in ({"dropout_p": 0.5}, {"N": 1600}, {"r": 33}, {"adapter_dtype": torch.float32}):
+        choice = gpu.select("triton", **(half | how))
+        assert choice.module is triton and choice.passes == ("triton", "triton"), how
+
+
+def test_s_inside_that_fails_leaves_the_rest_of_triton(gpu):
+    triton = gpu.put("triton", backend_with())
+    gpu.put("triton_s_inside", backend_with(*WRONG["output with a NaN"][:2]))
+    with pytest.warns(RuntimeWarning, match="'triton_s_inside' failed its self-check"):
+        choice = gpu.select("triton", dtype=torch.bfloat16, adapter_dtype=torch.bfloat16)
+    assert choice.module is triton and "S inside the GEMM: output differs" in choice.reason
+
+
+def test_a_warm_choice_is_a_look_up(gpu, monkeypatch):
+    """Nothing is resolved again, no backend is asked, the environment is not parsed."""
+    gpu.put("cublas", backend_with())
+    first = gpu.select()
+
+    def refuse(*_):
+        raise AssertionError("asked again")
+
+    for place, name in ((dispatch, "_resolve"), (dispatch, "_import"), (env, "get"), (dispatch.measure, "key_of")):
+        monkeypatch.setattr(place, name, refuse)
+    assert gpu.select() is first
+    call = gpu.call()
+    events = []
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    try:
+        dispatch.select(*call)
+    finally:
+        sys.setprofile(None)
+    # Counted, not timed: select itself, the environment, shapes, layout and the dictionary. `unsupported` alone is 20.
+    assert len([event for event in events if event in ("call", "c_call")]) <= 16, events

@@ -20,6 +20,7 @@ def test_defaults():
     assert env.backend() == "auto"
     assert env.build_cuda() is False
     assert env.linalg() == "auto"
+    assert env.measure() == "auto"
     assert env.cuda_archs() == ("80", "90a", "100")
 
 
@@ -56,6 +57,7 @@ def test_values(monkeypatch, name, text, value):
         ("FASTLORA_CUDA_ARCHS", ",", "without the dot"),
         ("FASTLORA_CACHE_DIR", "relative/path", "absolute"),
         ("FASTLORA_LINALG", "cusolver", "auto, torch, native"),
+        ("FASTLORA_MEASURE", "yes", "auto, off, always"),
     ],
 )
 def test_bad_values_name_the_variable_what_came_and_what_is_wanted(monkeypatch, name, text, wanted):

@@ -1,6 +1,6 @@
 """Triton throughout: the low-rank term is one more step of the frozen layer's own matrix product, in both directions.
 
-    forward     S = drop(x) Aᵀ · y = x W0ᵀ + b + s·S Bᵀ in one kernel (which makes S too where that is predicted to pay)
+    forward     S = drop(x) Aᵀ · y = x W0ᵀ + b + s·S Bᵀ in one kernel (triton_s_inside.py: which makes S too)
     backward    dS = s·dY B and dB = s·dYᵀ S in one pass over dY · dA = dSᵀ drop(x)
                 dX = dY W0 + drop′(dS A) in one kernel
 
@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..kernels import configs
 from ..kernels.dropout import new_seed
-from ..kernels.gemm import forward_gemm, forward_gemm_with_s, input_grad_gemm
+from ..kernels.gemm import forward_gemm, input_grad_gemm
 from ..kernels.shrink import shrink, shrink_workspace
 from .cublas import device_of, low_rank_gradients, new_workspace, unsupported
 
@@ -43,11 +42,8 @@ def forward(
         seed = dropout_state if dropout_p > 0.0 else None
         s = x.new_empty(x.shape[0], rank)
         y = x.new_empty(x.shape[0], N)
-        if configs.s_inside(N, rank, x.dtype, lora_A.dtype, dropout_p):
-            forward_gemm_with_s(x, weight, bias, lora_A, lora_B, y, s, scaling)
-        else:
-            shrink(x, lora_A, s, new_workspace(x, shrink_workspace(x, lora_A)), seed=seed, dropout_p=dropout_p)
-            forward_gemm(x, weight, bias, s, lora_B, y, scaling)
+        shrink(x, lora_A, s, new_workspace(x, shrink_workspace(x, lora_A)), seed=seed, dropout_p=dropout_p)
+        forward_gemm(x, weight, bias, s, lora_B, y, scaling)
         return y, s, dropout_state
 
 

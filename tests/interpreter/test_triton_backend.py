@@ -5,12 +5,8 @@ import pytest
 import torch
 from test_cublas_backend import ALL, BF16, FP16, FP32, check, problem
 
-from fastlora.backends import cublas
+from fastlora.backends import cublas, triton_s_inside
 from fastlora.backends import triton as backend
-from fastlora.kernels import configs
-
-# With 64 columns of output S is computed inside the GEMM wherever dtypes and dropout allow it; with 1600 it never is.
-NARROW, WIDE = 64, 1600
 
 
 @pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32)])
@@ -19,10 +15,26 @@ def test_output_and_gradients(dtype, adapter_dtype, p):
     check(37, 53, 45, 5, dtype, adapter_dtype, p=p, backend=backend)
 
 
-@pytest.mark.parametrize("n", [NARROW, WIDE])
-def test_s_inside_the_gemm_and_before_it(n):
-    assert configs.s_inside(n, 8, BF16, BF16, 0.0) == (n == NARROW)
-    check(10, n, 24, 8, backend=backend)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("m, n, k, r", [(37, 53, 45, 5), (10, 300, 24, 32), (1, 1, 1, 1)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_s_inside_the_gemm(dtype, m, n, k, r, bias):
+    check(m, n, k, r, dtype, bias=bias, backend=triton_s_inside)
+
+
+@pytest.mark.parametrize(
+    "dtype, adapter_dtype, r, p, reason",
+    [
+        (BF16, BF16, 8, 0.1, "no dropout"),
+        (BF16, BF16, 33, 0.0, "rank of at most 32, got 33"),
+        (BF16, FP32, 8, 0.0, "one half-precision dtype, got torch.bfloat16 and torch.float32"),
+        (FP32, FP32, 8, 0.0, "one half-precision dtype, got torch.float32"),
+        (torch.float64, torch.float64, 8, 0.0, "needs bfloat16, float16 or float32"),
+    ],
+)
+def test_what_s_inside_does_not_take(dtype, adapter_dtype, r, p, reason):
+    x, weight, bias, a, b, _ = problem(4, 6, 8, r, dtype, adapter_dtype, True, "contiguous")
+    assert reason in (triton_s_inside.unsupported(x, weight, bias, a, b, p) or "")
 
 
 @pytest.mark.parametrize("m, n, k, r", [(1, 33, 40, 16), (1, 1, 1, 1), (20, 40, 17, 60)])

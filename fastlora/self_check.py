@@ -1,0 +1,63 @@
+"""One small problem through a hand-written backend, beside the reference: what `dispatch` asks before it trusts one."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from . import reference
+
+
+def self_check(
+    module: ModuleType, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout: bool
+) -> str | None:
+    """Compares a backend's forward and gradients with the fp64 reference on a small problem that divides nothing.
+
+    None where they agree, else what differs. With dropout the mask is read off the backend itself: with A = I, S is
+    drop(x). The generators' states are left as they were.
+    """
+    devices = [device] if device.type == "cuda" else []
+    # A first call in inference mode is no reason to fail: the reference is differentiated here.
+    with torch.inference_mode(False), torch.random.fork_rng(devices=devices), torch.no_grad():
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reach every GPU's generator
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        return _compare_with_reference(module, device, dtype, adapter_dtype, 0.25 if dropout else 0.0)
+
+
+def _compare_with_reference(
+    module: ModuleType, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout_p: float
+) -> str | None:
+    m, n, k = 203, 152, 72
+    r = k if dropout_p else 10  # small enough for S inside the GEMM, which takes no dropout
+    x = torch.randn(m, k, device=device).to(dtype)
+    weight = (torch.randn(n, k, device=device) * k**-0.5).to(dtype)
+    bias = torch.randn(n, device=device).to(dtype)
+    a = torch.eye(k, device=device) if dropout_p else torch.randn(r, k, device=device) * k**-0.5
+    a, b = a.to(adapter_dtype), (torch.randn(n, r, device=device) * r**-0.5).to(adapter_dtype)
+    dy = torch.randn(m, n, device=device).to(dtype)
+    scaling = 1.5
+
+    y, s, state = module.forward(x, weight, bias, a, b, scaling, dropout_p)
+    grads = module.backward(dy, x, weight, a, b, s, state, scaling, dropout_p, (True, True, True))
+
+    keep = (s != 0) if dropout_p else None
+    if keep is not None and not 0.6 < keep.double().mean().item() < 0.9:
+        return f"the kept fraction is {keep.double().mean().item():.2f}, expected about {1 - dropout_p}"
+    leaves = [t.double().requires_grad_() for t in (x, a, b)]
+    with torch.enable_grad():
+        expected = reference.lora_linear(
+            leaves[0], weight.double(), leaves[1], leaves[2], scaling, bias.double(), dropout_p, keep
+        )
+    expected_grads = torch.autograd.grad(expected, leaves, dy.double())
+    tolerance = (
+        4e-2 if dtype in (torch.bfloat16, torch.float16) else 2e-3
+    )  # a wrong kernel is wrong by 1, not by a rounding
+    names = ("output", "gradient of x", "gradient of lora_A", "gradient of lora_B")
+    for name, got, want in zip(names, (y, *grads), (expected, *expected_grads), strict=True):
+        error = ((got.double() - want).norm() / want.norm()).item()
+        if not error <= tolerance:
+            return f"{name} differs from the reference by {error:.1e} (relative), allowed {tolerance:.0e}"
+    return None
