@@ -269,7 +269,10 @@ def dequantised(base: Any) -> Tensor:
         return weight.detach()
     functional: Any = sys.modules["bitsandbytes.functional"]
     if kind.endswith("Params4bit"):
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
+        data, state = weight.data, weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):  # after inference on a CPU with AVX512-BF16
+            data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
+        return functional.dequantize_4bit(data, state)
     scales = base.state.SCB if base.state.SCB is not None else weight.SCB  # moved to the state by the first forward
     return functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
 
