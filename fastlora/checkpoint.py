@@ -93,7 +93,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     root = Path(directory)
     config, tensors = peft_format.read(root)
     if _is_peft_model(model):
-        _load_into_peft(model, root, adapter_name)
+        _load_into_peft(model, root, adapter_name, peft_format.changes_base(config))
         return
     file = peft_format.parse(root, config, tensors)
     layers = dict(_modules_outside_adapters(model))
@@ -396,8 +396,11 @@ def _set_scale(layer: FusedLoraLinear, adapter_name: str, spec: Spec) -> None:
     layer.scaling[adapter_name] = scale_of(spec.lora_alpha, spec.r, spec.use_rslora)
 
 
-def _load_into_peft(model: Any, root: Path, adapter_name: str) -> None:
-    """PEFT's own `load_adapter`. It adds first and checks later: where the file does not fit, it is all taken back."""
+def _load_into_peft(model: Any, root: Path, adapter_name: str, changes_base: bool) -> None:
+    """PEFT's own `load_adapter`. It adds first and checks later: where the file does not fit, it is all taken back, the
+    base weights too where PEFT changes them (they are kept on the host meanwhile)."""
+    bases = [module for module in model.modules() if isinstance(module, nn.Linear) or targets.is_conv1d(module)]
+    weights = [(b.weight, b.weight.detach().to("cpu", copy=True)) for b in bases] if changes_base else []
     existed = adapter_name in model.peft_config
     marker = f".{adapter_name}."
     before = {k: v.detach().clone() for k, v in model.state_dict().items() if marker in k} if existed else {}
@@ -413,6 +416,9 @@ def _load_into_peft(model: Any, root: Path, adapter_name: str) -> None:
             model.load_state_dict(before, strict=False)
         elif adapter_name in model.peft_config:
             model.delete_adapter(adapter_name)
+        with torch.no_grad():
+            for weight, bits in weights:
+                weight.copy_(bits)
         for name, module in list(model.named_modules()):
             if module not in modules_before and getattr(module, "base_layer", None) in modules_before:
                 parent, _, child = name.rpartition(".")

@@ -85,6 +85,12 @@ def _repeatable(init: Any) -> str | None:
     return init.lower() if isinstance(init, str) and init.lower() in _REPEATABLE_INITS else None
 
 
+def changes_base(config: dict[str, Any]) -> bool:
+    """Whether PEFT changes the base weights when it makes an adapter of this configuration."""
+    init = config.get("init_lora_weights", True)
+    return not any(init is plain or (isinstance(plain, str) and init == plain) for plain in _PLAIN_INITS)
+
+
 # Names.
 
 
@@ -219,8 +225,7 @@ def _check_config(where: Path, config: dict[str, Any]) -> None:
     if config.get("bias", "none") not in ("none", None):
         features.append(f"bias={config['bias']!r}")
     init = config.get("init_lora_weights", True)
-    plain = any(init is known or (isinstance(known, str) and init == known) for known in _PLAIN_INITS)
-    if not plain and _repeatable(init) is None:
+    if changes_base(config) and _repeatable(init) is None:
         features.append(
             f"init_lora_weights={init!r} (it changed the base weights, in a way that the files do not tell: where the "
             "adapter was trained, convert it with save_pretrained(path_initial_model_for_weight_conversion=...))"

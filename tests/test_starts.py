@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from model_state import ModelState
 from plain_models import LINEARS, Net, Tied
@@ -454,8 +455,9 @@ def test_what_peft_converted_loads_as_any_adapter(tmp_path, init, use_rslora):
 def test_what_peft_did_not_convert_loads_as_peft_loads_it(tmp_path, init, conv, dtype, use_rslora):
     base = two_linears(conv).to(dtype)
     trained = saved_by_peft(tmp_path, copy.deepcopy(base), init, r=R, lora_alpha=6, use_rslora=use_rslora)
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "plain")  # type: ignore[arg-type]
-    ours, bits = copy.deepcopy(base), ModelState(base)
+    theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "plain")  # type: ignore[arg-type]
+    ours = copy.deepcopy(base)
+    bits = ModelState(base)
     fastlora.load_adapter(ours, tmp_path / "plain")
     other: Any = theirs.base_model.model[0]
     eps = torch.finfo(dtype).eps
@@ -545,3 +547,51 @@ def test_loading_over_a_shifted_adapter_takes_the_shift_back(tmp_path):
     assert torch.equal(outputs(model), wanted)
     fastlora.unpatch(model)
     state.assert_unchanged()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_state_dict_goes_on_where_training_stopped(init):
+    base = two_linears()
+    first, second = copy.deepcopy(base), copy.deepcopy(base)
+    for model in (first, second):
+        fastlora.patch(model, r=R, init_lora_weights=init)
+    move(first)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(outputs(first), outputs(second))
+    plain = [layer.as_plain_adapter("default")[:2] for layer in (first[0], second[0])]
+    assert all(torch.equal(mine, other) for mine, other in zip(*plain, strict=True))
+    fastlora.unpatch(second)
+    ModelState(base).assert_same_tensors(second)
+
+
+def test_merging_deepcopies_and_keeping_what_is_merged():
+    base = two_linears()
+    model = copy.deepcopy(base)
+    fastlora.patch(model, r=R, init_lora_weights="pissa")
+    move(model)
+    wanted = outputs(model)
+    clone = copy.deepcopy(model)
+    fastlora.merge(model)
+    torch.testing.assert_close(outputs(model), wanted, rtol=1e-5, atol=1e-5)
+    fastlora.unmerge(model)
+    assert torch.equal(outputs(model), wanted) and torch.equal(outputs(clone), wanted)
+    fastlora.unpatch(clone)
+    ModelState(base).assert_same_tensors(clone)
+    fastlora.merge(model)
+    fastlora.unpatch(model, keep_merged=True)
+    torch.testing.assert_close(outputs(model), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_peft_model_gets_its_weights_back_where_the_file_does_not_fit(tmp_path, init):
+    saved_by_peft(tmp_path, two_linears(), init, r=R)
+    file = tmp_path / "plain" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    del tensors["base_model.model.2.lora_A.weight"]
+    safetensors.torch.save_file(tensors, file)
+    model = peft.get_peft_model(two_linears(), peft.LoraConfig(r=2, target_modules=["0"]))
+    state = ModelState(model)
+    with pytest.raises(ValueError, match="does not fit this PeftModel: keys missing"):
+        fastlora.load_adapter(model, tmp_path / "plain", adapter_name="second")
+    state.assert_same_tensors(model)
