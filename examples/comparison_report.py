@@ -211,7 +211,8 @@ def plot(rates: Mapping[str, Rates], finals: Mapping[str, Sequence[Trial]], path
     training.set(xlabel="step", ylabel=f"training loss (mean of {WINDOW} steps)")
     validation.set(xlabel="step", ylabel="validation loss")
     search.set(xlabel="learning rate", ylabel="validation loss after the last step (search)")
-    training.legend()
+    if training.lines:
+        training.legend()
     for axes in (training, validation, search):
         axes.grid(alpha=0.3)
     figure.tight_layout()

@@ -16,11 +16,13 @@ pytest.importorskip("peft")
 import docstrings
 import finetune
 import memory
+import methods
 import settings
 import training
-from batches import TokenizedExamples, training_order
+from batches import TokenizedExamples, sketch_batches, training_order
 from docstrings import Example
-from encoder import SentenceClassifier, find_model, load_encoder
+from encoder import SentenceClassifier, find_model, load_encoder, load_tokenizer
+from tiny_examples import save_tiny_encoder, write_library
 
 import fastlora
 
@@ -38,39 +40,9 @@ class CharacterTokenizer:
         return {"input_ids": [[1 + ord(c) % 90 for c in text][:max_length] for text in texts]}
 
 
-def write_library(root: Path, modules: int = 3, functions: int = 40) -> Path:
-    """A small 'standard library' whose docstrings give their module away."""
-    for module in range(modules):
-        body = [f'"""Module number {module} of the library."""']
-        body += [f'def f{i}():\n    """Topic {"abc"[module] * 4} case {i} of it."""' for i in range(functions)]
-        (root / f"module{module}.py").write_text("\n".join(body))
-    return root
-
-
 @pytest.fixture(scope="module")
 def tiny_encoder(tmp_path_factory):
-    """The directory of a BERT of two small layers, with a WordPiece vocabulary of characters."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    directory = tmp_path_factory.mktemp("tiny_encoder")
-    characters = "abcdefghijklmnopqrstuvwxyz0123456789."
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters)]
-    tokenizer = Tokenizer(models.WordPiece({token: i for i, token in enumerate(vocabulary)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(directory)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(directory)
-    return directory
+    return save_tiny_encoder(tmp_path_factory.mktemp("tiny_encoder"))
 
 
 @pytest.fixture
@@ -210,6 +182,11 @@ def test_tensors_that_share_a_storage_are_counted_once():
         (["--dropout", "1"], "--dropout: want a number from 0 up to, not including, 1, got 1"),
         (["--seed", "-3"], "--seed: want an integer from 0 to 2**32 - 1, got -3"),
         (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
+        (
+            ["--init", "lora-ga"],
+            "--init: want one of kaiming, gaussian, orthogonal, pissa, olora, lora_ga, pissa_niter_<N>, got",
+        ),
+        (["--gamma", "0"], "--gamma: want a positive number, got 0"),
         (["--methods", "qlora"], "argument --methods: invalid choice: 'qlora'"),
     ],
 )
@@ -307,6 +284,39 @@ def test_every_method_trains_and_the_adapter_survives_peft(tiny_encoder, small_l
     assert files >= {"results.md", "results.json", "loss.png", *(f"adapter/{name}" for name in adapter)}
     table = (tmp_path / "results.md").read_text().split("\n\n")[0]
     assert table in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "lora_ga"])
+def test_every_start_leaves_the_function_and_survives_peft(tiny_encoder, small_library, tmp_path, init):
+    """The head alone and the encoder with new adapters have one first loss; from then on the start matters."""
+    options = ["--steps", "5", "--methods", "head", "fastlora", "--eval-every", "0", "--no-plot", "--init", init]
+    status, results = run_tiny(tiny_encoder, tmp_path, *options, "--lr", "1e-2", "--sketch-batches", "2")
+    assert status == 0
+    losses = {method: history["loss"] for method, history in results["history"].items()}
+    assert losses["fastlora"][0] == pytest.approx(losses["head"][0], rel=1e-5)
+    assert abs(losses["fastlora"][-1] - losses["head"][-1]) > 1e-3
+    assert results["table"][1]["title"] == f"LoRA from {init}, fastlora"
+    assert results["adapter_in_peft"]["same_class"] == 1.0
+    assert results["adapter_in_peft"]["max_logit_difference"] < 1e-4
+
+
+def test_lora_ga_starts_along_the_gradient_of_the_sketched_batches(tiny_encoder, small_library):
+    """B₀ spans left singular vectors of the gradient, taken here by autograd; γ sets its size."""
+    source = str(tiny_encoder)
+    chosen = settings.parse(["--init", "lora_ga", "--r", "4", "--gamma", "9", "--model", source])
+    train = TokenizedExamples(small_library.train, load_tokenizer(source), 16)
+    batches = sketch_batches(train, 8, 3, seed=0)
+    started = methods.build("fastlora", source, 3, chosen, CPU, batches)
+    assert all(parameter.grad is None for parameter in started.parameters())
+    full = methods.build("full", source, 3, chosen, CPU)
+    for batch in batches:
+        torch.nn.functional.cross_entropy(full(batch.input_ids, batch.attention_mask), batch.labels).backward()
+    name = "encoder.layer.1.output.dense"
+    u = torch.linalg.svd(full.encoder.get_submodule(name).weight.grad).U[:, 4:8]
+    b = started.encoder.get_submodule(name).lora_B["default"].detach()
+    size = 32**0.25 / 3
+    torch.testing.assert_close(b.norm(dim=0), torch.full((4,), size), rtol=1e-4, atol=0)
+    assert (u.T @ b).norm() > 0.98 * b.norm()
 
 
 def test_the_same_seed_gives_the_same_run_in_either_order(tiny_encoder, small_library, tmp_path):

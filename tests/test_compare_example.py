@@ -1,0 +1,322 @@
+"""The comparison: its curves, its search for learning rates, the file of trials, whole runs on a small encoder."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import compare
+import comparison_report
+import contestants
+import curves
+import docstrings
+import trials
+from contestants import CONTESTANTS
+from settings import UsageError
+from tiny_examples import save_tiny_encoder, write_library
+from trials import Store, Trial, Validation
+
+SMALL = [
+    "--steps",
+    "4",
+    "--batch-size",
+    "8",
+    "--max-length",
+    "16",
+    "--r",
+    "4",
+    "--sketch-batches",
+    "1",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def tiny_encoder(tmp_path_factory):
+    return save_tiny_encoder(tmp_path_factory.mktemp("tiny_encoder"))
+
+
+@pytest.fixture
+def run(tiny_encoder, tmp_path, monkeypatch):
+    """Runs compare.py on a small library and the small encoder; returns its exit status."""
+    root = tmp_path / "library"
+    root.mkdir()
+    dataset = docstrings.load(write_library(root))
+    monkeypatch.setattr(docstrings, "load", lambda: dataset)
+    return lambda out, *options: compare.main([*SMALL, "--model", str(tiny_encoder), "--out", str(out), *options])
+
+
+def a_trial(name="lora", lr=1e-3, seed=0, losses=(3.0, 2.0), **changes):
+    values = {
+        "contestant": name,
+        "lr": lr,
+        "seed": seed,
+        "overrides": dict(CONTESTANTS[name].overrides),
+        "trainable": 7,
+        "losses": list(losses),
+        "validation": [Validation(2, 1.5, 0.25)],
+        "test_accuracy": 0.5,
+        "diverged": False,
+    }
+    return Trial(**(values | changes))
+
+
+# Curves
+
+
+def test_running_mean_has_full_windows_only():
+    assert curves.running_mean([1, 2, 3, 6], 3) == [2, pytest.approx(11 / 3)]
+    assert curves.running_mean([1, 3], 20) == [2]
+    assert curves.running_mean([], 20) == []
+
+
+def test_band_is_mean_smallest_and_largest_at_each_point():
+    assert curves.band([[1, 5], [3, 5], [2, 8]]) == ([2, 6], [1, 5], [3, 8])
+    with pytest.raises(ValueError):
+        curves.band([[1, 2], [1]])
+
+
+@pytest.mark.parametrize(
+    "losses, target, window, steps",
+    [
+        ([4, 3, 2, 1], 2.5, 2, 3),  # means 3.5, 2.5, 1.5
+        ([4, 3, 2, 1], 2.4, 2, 4),
+        ([4, 3, 2, 1], 1.4, 2, None),
+        ([4, 3, 2, 1], 4, 1, 1),
+        ([1, 9, 9, 1], 5, 2, 2),  # the first time, though not the last
+        ([4, 2], 3, 20, 2),
+        ([4, 2], 2.9, 20, None),
+    ],
+)
+def test_steps_to_counts_the_steps_behind_the_mean(losses, target, window, steps):
+    assert curves.steps_to(losses, target, window) == steps
+
+
+def test_the_series_of_rates():
+    assert [curves.rung(k) for k in (-4, -3, -2, -1, 0, 1, 2, 3)] == [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
+
+
+@pytest.mark.parametrize(
+    "minimum, tried",
+    [
+        (2e-3, [1e-3, 2e-3, 5e-3]),
+        (2e-2, [1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2]),
+        (1e-4, [5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3]),
+    ],
+)
+def test_the_grid_grows_until_the_best_lies_inside(minimum, tried):
+    best, scores, inside = curves.best_rate(2e-3, lambda lr: abs(math.log(lr / minimum)))
+    assert (best, list(scores), inside) == (minimum, tried, True)
+
+
+@pytest.mark.parametrize("start", [1e-3, 2e-3, 5e-3, 2e-4, 1.0])
+def test_a_search_starts_at_the_given_rate(start):
+    tried = []
+    curves.best_rate(start, lambda lr: (tried.append(lr), abs(math.log(lr / start)))[1])
+    assert tried[1] == start
+    assert tried[0] < start < tried[2]
+    assert len(tried) == 3
+
+
+def test_a_search_without_an_inner_best_ends_and_says_so():
+    best, scores, inside = curves.best_rate(1e-3, lambda lr: -lr)
+    assert (best, len(scores), inside) == (max(scores), curves.MOST_RATES, False)
+
+
+def test_a_rate_that_diverges_is_never_the_best():
+    best, scores, inside = curves.best_rate(1e-2, lambda lr: math.nan if lr > 1e-3 else abs(math.log(lr / 5e-4)))
+    assert (best, inside) == (5e-4, True)
+    assert scores[1e-2] == math.inf
+
+
+# The file of trials
+
+
+def test_trials_survive_the_file(tmp_path):
+    store = Store(tmp_path / "trials.json", {"steps": 2})
+    kept = [
+        a_trial(),
+        a_trial(lr=2e-3, test_accuracy=None),
+        a_trial("full", diverged=True, validation=[], test_accuracy=None),
+    ]
+    for trial in kept:
+        store.add(trial)
+    again = Store(tmp_path / "trials.json", {"steps": 2})
+    assert [again.get(t.contestant, t.lr, t.seed, tested=False) for t in kept] == kept
+    assert again.get("lora", 1e-3, 0, tested=True) == kept[0]
+    assert again.get("lora", 2e-3, 0, tested=True) is None  # it was not tested
+    assert again.get("full", 1e-3, 0, tested=True) == kept[2]  # there is nothing to test
+    assert again.get("lora", 1e-3, 1, tested=False) is None
+
+
+def test_a_contestant_defined_otherwise_since_is_trained_again(tmp_path, monkeypatch):
+    store = Store(tmp_path / "trials.json", {})
+    store.add(a_trial("lora_ga"))
+    changed = replace(CONTESTANTS["lora_ga"], overrides={"init": "lora_ga", "gamma": 99.0})
+    monkeypatch.setitem(CONTESTANTS, "lora_ga", changed)
+    assert store.get("lora_ga", 1e-3, 0, tested=False) is None
+
+
+def test_trials_of_other_settings_are_refused(tmp_path):
+    path = tmp_path / "trials.json"
+    Store(path, {"steps": 2, "r": 8}).add(a_trial())
+    with pytest.raises(UsageError, match="holds trials made with steps 2, not 3: give those settings, another --out"):
+        Store(path, {"steps": 3, "r": 8})
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"facts": {}, "trials": [{"lr": 1}]}', "[1]"])
+def test_a_file_of_something_else_is_refused(tmp_path, text):
+    path = tmp_path / "trials.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="not a file of trials"):
+        Store(path, {})
+    assert path.read_text() == text
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    store = Store(tmp_path / "trials.json", {})
+    store.add(a_trial())
+    monkeypatch.setattr("pathlib.Path.write_text", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        store.add(a_trial(seed=1))
+    monkeypatch.undo()
+    assert len(Store(tmp_path / "trials.json", {})) == 1
+
+
+# The report
+
+
+def rates(best=1e-3, inside=True):
+    return compare.Rates(best, {best / 2: 2.0, best: 1.0, best * 2: math.inf}, inside)
+
+
+def test_rows_count_steps_to_the_baselines_loss_with_the_same_seed(monkeypatch):
+    monkeypatch.setattr(comparison_report, "WINDOW", 2)
+    finals = {
+        "lora": [a_trial(losses=[4, 4, 3, 3]), a_trial(seed=1, losses=[4, 4, 2, 2], test_accuracy=0.7)],
+        "lora_ga": [a_trial("lora_ga", losses=[4, 2, 2, 2]), a_trial("lora_ga", seed=1, losses=[4, 4, 3, 2])],
+        "full": [
+            a_trial("full", diverged=True, validation=[], test_accuracy=None),
+            a_trial("full", seed=1, losses=[1] * 4),
+        ],
+    }
+    rows = {row.contestant: row for row in comparison_report.summarise(dict.fromkeys(finals, rates()), finals)}
+    assert rows["lora"].final_loss == (2.5, 2, 3)
+    assert rows["lora"].test_accuracy == (pytest.approx(0.6), 0.5, 0.7)
+    assert rows["lora"].steps_to_baseline == [4, 4]
+    assert rows["lora_ga"].steps_to_baseline == [2, None]
+    assert (rows["full"].steps_to_baseline, rows["full"].diverged) == ([2], 1)
+    lines = comparison_report.table(list(rows.values())).splitlines()
+    assert "2.500 (2.000 to 3.000)" in lines[2]
+    assert "60.0 % (50.0 to 70.0)" in lines[2]
+    assert "2, not reached" in lines[3]
+    assert "full fine-tuning (1 diverged)" in lines[4]
+
+
+def test_without_the_baseline_no_steps_are_claimed():
+    rows = comparison_report.summarise({"full": rates()}, {"full": [a_trial("full")]})
+    assert rows[0].steps_to_baseline == []
+    assert "not measured" in comparison_report.table(rows)
+
+
+def test_the_search_table_marks_the_best_and_what_diverged():
+    table = comparison_report.search_table({"lora": rates(1e-3), "full": rates(2e-3)})
+    lora = [cell.strip() for cell in table.splitlines()[2].split("|")[1:-1]]
+    assert lora == ["LoRA", "2.000", "**1.000**", "diverged", ""]
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--contestants", "lora", "qlora"], "argument --contestants: invalid choice: 'qlora'"),
+        (["--seeds", "0"], "--seeds: want a positive integer, got 0"),
+        (["--search-seeds", "none"], "--search-seeds: want a positive integer, got 'none'"),
+        (["--steps", "0"], "--steps: want a positive integer, got 0"),
+        (["--dropout", "1"], "--dropout: want a number from 0 up to, not including, 1, got 1"),
+        (["--lr", "1"], "unrecognized arguments: --lr 1"),
+    ],
+)
+def test_a_wrong_argument_is_explained(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_:
+        compare.parse(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_contestant_gets_through_the_quick_run(run, tmp_path):
+    assert run(tmp_path / "out", "--quick") == 0
+    results = json.loads((tmp_path / "out" / "quick" / "results.json").read_text())
+    assert [row["contestant"] for row in results["table"]] == list(CONTESTANTS)
+    for name, runs in results["trials"].items():
+        assert [trial["seed"] for trial in runs] == [0, 1]
+        assert all(len(trial["losses"]) == compare.QUICK["steps"] for trial in runs)
+        assert [trial["losses"][0] for trial in runs] == pytest.approx(
+            [trial["losses"][0] for trial in results["trials"]["full"]], rel=1e-4
+        ), f"{name} starts elsewhere"
+    assert len({tuple(runs[0]["losses"]) for runs in results["trials"].values()}) == len(CONTESTANTS)
+    assert (tmp_path / "out" / "quick" / "loss.png").stat().st_size > 10_000
+
+
+def test_an_interrupted_comparison_goes_on_to_the_same_result(run, tmp_path, monkeypatch, capsys):
+    options = ["--contestants", "lora", "lora_ga", "--seeds", "2", "--eval-every", "2", "--no-plot"]
+    monkeypatch.setattr(curves, "MOST_RATES", 3)
+    assert run(tmp_path / "whole", *options) == 0
+    real, made = trials.run_trial, []
+
+    def run_trial(task, name, lr, seed, **rest):
+        made.append((name, lr, seed))
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        return real(task, name, lr, seed, **rest)
+
+    monkeypatch.setattr(trials, "run_trial", run_trial)
+    assert run(tmp_path / "parts", *options) == compare.INTERRUPTED
+    assert f"the finished trials are in {tmp_path / 'parts' / 'trials.json'}" in capsys.readouterr().err
+    assert not (tmp_path / "parts" / "results.json").exists()
+    assert run(tmp_path / "parts", *options) == 0
+    assert made.count(made[4]) == 2  # the one under way
+    assert len(made) == 2 * (3 + 2) + 1  # and no other
+    whole, parts = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("whole", "parts"))
+    assert whole["trials"] == parts["trials"]
+    assert whole["search"] == parts["search"]
+    # The rate comes from one seed's validation loss, the results from others'.
+    for row in whole["table"]:
+        search = {float(lr): loss for lr, loss in whole["search"][row["contestant"]].items()}
+        assert row["lr"] == min(search, key=search.__getitem__)
+    kept = json.loads((tmp_path / "whole" / "trials.json").read_text())["trials"]
+    assert {trial["seed"] for trial in kept if trial["test_accuracy"] is None} == {compare.SEARCH_SEED}
+    assert {trial["seed"] for trial in kept if trial["test_accuracy"] is not None} == {0, 1}
+    assert [found["step"] for found in whole["trials"]["lora"][0]["validation"]] == [2, 4]
+
+
+def test_another_comparison_does_not_mix_with_the_trials_there(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(out, "--quick", "--contestants", "lora", "--no-plot") == 0
+    assert run(out, "--quick", "--contestants", "lora", "--no-plot", "--head-lr", "0.5") == 1
+    assert "holds trials made with head_lr 0.03, not 0.5" in capsys.readouterr().err
+
+
+def test_a_rate_that_is_far_too_large_is_recorded_as_diverged(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(CONTESTANTS, "full", replace(CONTESTANTS["full"], lr=1e30))
+    assert run(tmp_path / "out", "--quick", "--contestants", "full") == 0
+    results = json.loads((tmp_path / "out" / "quick" / "results.json").read_text())
+    assert results["table"][0]["diverged"] == 2
+    assert results["table"][0]["final_loss"] is None
+    assert all(math.isfinite(loss) for loss in results["trials"]["full"][0]["losses"])
+
+
+def test_a_new_entry_is_all_that_a_new_contestant_needs(run, tmp_path, monkeypatch):
+    added = contestants.Contestant("LoRA, r = 2", "fastlora", 2e-3, {"r": 2})
+    monkeypatch.setitem(CONTESTANTS, "lora_2", added)
+    assert run(tmp_path / "out", "--quick", "--contestants", "lora", "lora_2", "--no-plot") == 0
+    table = json.loads((tmp_path / "out" / "quick" / "results.json").read_text())["table"]
+    adapters = [row["trainable"] - (32 * 3 + 3) for row in table]
+    assert adapters[0] == 2 * adapters[1]
+    assert "LoRA, r = 2" in (tmp_path / "out" / "quick" / "results.md").read_text()
