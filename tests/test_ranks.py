@@ -6,12 +6,15 @@ import itertools
 import random
 from typing import Any
 
+import peft
 import pytest
 import torch
+from model_state import ModelState
 from torch import nn
 
-from fastlora import GradientSketch
-from fastlora.init.ranks import allocate_ranks, fill
+import fastlora
+from fastlora import FusedLoraLinear, GradientSketch, allocate_ranks
+from fastlora.init.ranks import fill
 
 
 def problem(seed: int, alike: bool) -> tuple[dict[str, list[float]], dict[str, int], int]:
@@ -107,3 +110,100 @@ def test_ranks_follow_the_exact_singular_values():
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=f"allocate_ranks: {message}"):
         allocate_ranks(sketch_of(make_model()), **options)
+
+
+def scaled_layers(model: nn.Module) -> dict[str, FusedLoraLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FusedLoraLinear)}
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("base", ["exact", "offset"])
+def test_a_plain_model_is_patched_with_the_ranks(tmp_path, base, use_rslora):
+    model, x = make_model(), torch.randn(5, 24)
+    before = model(x)
+    sketch = sketch_of(model)
+    ranks = {"0": 1, "1": 4}  # and r=2 in the last
+    fastlora.init_lora_ga(model, sketch, ranks=ranks, base=base, use_rslora=use_rslora, gamma=64)
+    layers = scaled_layers(model)
+    assert {name: layer.r["default"] for name, layer in layers.items()} == ranks | {"2": 2}
+    s = 16 / (2**0.5 if use_rslora else 2)
+    assert [layer.scaling["default"] for layer in layers.values()] == pytest.approx([s] * 3)
+    assert torch.allclose(model(x), before, atol=1e-5)
+    for name, layer in layers.items():  # orthonormal, from disjoint halves of the 2r leading triplets
+        rank, a, b = layer.r["default"], layer.lora_A["default"], layer.lora_B["default"]
+        u, _, vh = sketch.layers[name].svd(2 * rank)
+        size = layer.out_features**0.25 / 64**0.5
+        assert torch.allclose((a @ vh[:rank].t()).abs() / size, torch.eye(rank), atol=1e-4)
+        assert torch.allclose((b.t() @ u[:, rank:]).abs() / size, torch.eye(rank), atol=1e-4)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.lora_B["default"] += 0.1
+    expected = model(x)
+    fastlora.save_adapter(model, tmp_path)
+    back = make_model()
+    fastlora.load_adapter(back, tmp_path)
+    assert torch.allclose(back(x), expected, atol=1e-4)
+    theirs = peft.PeftModel.from_pretrained(make_model(), str(tmp_path))
+    assert torch.allclose(theirs(x), expected, atol=1e-4)
+
+
+def test_more_of_the_gradient_is_captured_than_with_one_rank():
+    """By the first step of SGD, at the same number of parameters."""
+    left = {}
+    for kind in ("uniform", "allocated"):
+        model = make_model()
+        sketch = sketch_of(model, width=24)
+        ranks = allocate_ranks(sketch) if kind == "allocated" else None
+        fastlora.init_lora_ga(model, sketch, ranks=ranks, scale="gd")
+        left[kind] = parameters = 0
+        for name, layer in scaled_layers(model).items():
+            q, z = sketch.layers[name].factors()
+            g, s = q @ z.t(), layer.scaling["default"]
+            a, b = layer.lora_A["default"].detach(), layer.lora_B["default"].detach()
+            left[kind] += (g - s * s * (b @ (b.t() @ g) + (g @ a.t()) @ a)).square().sum().item()
+            parameters += a.numel() + b.numel()
+        assert parameters <= sum(2 * (n + m) for n, m in SIZES.values())
+    assert left["allocated"] < 0.25 * left["uniform"]
+
+
+def test_patched_and_peft_models_must_have_the_ranks():
+    for ranks, message in [({"0": 1}, "r: ranks say r=1, but the adapter 'default' of '0' has r=2"), (None, "")]:
+        model = make_model()
+        fastlora.patch(model, r=2)
+        if message:
+            state = ModelState(model)
+            with pytest.raises(ValueError, match=message):
+                fastlora.init_lora_ga(model, sketch_of(make_model()), ranks=ranks)
+            state.assert_unchanged()
+        else:
+            fastlora.init_lora_ga(model, sketch_of(make_model()), ranks=ranks)
+    model = make_model()
+    fastlora.patch(model, r=2, rank_pattern={"0": 3})
+    fastlora.init_lora_ga(model, sketch_of(make_model()), ranks={"0": 3, "1": 2})
+    names = ["0", "1", "2"]
+    config = peft.LoraConfig(r=2, target_modules=names, rank_pattern={"0": 4, "1": 1}, lora_alpha=4)
+    adapted: Any = peft.get_peft_model(make_model(), config)
+    x = torch.randn(5, 24)
+    before = adapted(x)
+    sketch = GradientSketch(adapted, r=2, width=16)
+    plain = sketch_of(make_model())
+    sketch.layers = {f"base_model.model.{name}": plain.layers[name] for name in names}
+    fastlora.init_lora_ga(adapted, sketch, ranks={"base_model.model.0": 4, "base_model.model.1": 1})
+    assert torch.allclose(adapted(x), before, atol=1e-5)
+    assert adapted.base_model.model[0].lora_B["default"].weight.any()
+
+
+@pytest.mark.parametrize(
+    "ranks, message",
+    [
+        ({"3": 1}, "ranks: got 3, which the sketch has not seen"),
+        ({"0": 0}, r"ranks: got 0 for '0', want an integer in \[1, 8\]"),
+        ({"0": 9}, r"ranks: got 9 for '0', want an integer in \[1, 8\] \(half of the sketch's width\)"),
+    ],
+)
+def test_wrong_ranks(ranks, message):
+    model = make_model()
+    state = ModelState(model)
+    with pytest.raises(ValueError, match=f"init_lora_ga: {message}"):
+        fastlora.init_lora_ga(model, sketch_of(model), ranks=ranks)
+    state.assert_unchanged()

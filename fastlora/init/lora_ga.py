@@ -11,17 +11,18 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import linalg, patching, targets
+from .. import linalg, patching, peft_format, targets
 from ..layers import FusedLoraLinear
 from .peft_start import PeftConfiguration, PeftStart, has_start
 from .plain_start import PlainStart
+from .sign import SignFactors
 from .sketch import GradientSketch
 
 SPLITS = ("ArB2r", "A2rBr", "ArBr", "random")
@@ -32,7 +33,7 @@ MISSING = ("error", "kaiming")
 
 def init_lora_ga(
     model: nn.Module,
-    sketch: GradientSketch,
+    sketch: GradientSketch | SignFactors,
     split: str = "ArB2r",
     scale: str = "stable",
     gamma: float = 16,
@@ -45,6 +46,7 @@ def init_lora_ga(
     norm_clip: float | None = None,
     missing: str = "error",
     seed: int = 0,
+    ranks: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """Sets the adapters of a model from a gradient sketch. The output is then that of the model without the adapter.
 
@@ -52,7 +54,7 @@ def init_lora_ga(
         model: a plain model, whose sketched layers are patched with adapters of the sketch's r; or a patched or PEFT
             model (4-bit and 8-bit bitsandbytes layers too), whose adapters named `adapter_name` are set in the sketched
             layers. In a PEFT model they may have ranks below the sketch's.
-        sketch: a `GradientSketch` that has seen backward passes.
+        sketch: a `GradientSketch` that has seen backward passes, or what `sign_factors` found (and has split already).
         split: which of the leading 2r triplets go to A and which to B (U (n, 2r), Vh (2r, m)): "ArB2r", A = Vh[:r] and
             B = U[:, r:], the original code's default; "A2rBr", the other way round; "ArBr", alternating; "random".
         scale: of both factors: "stable", n^¼/√γ; "unit", 1; "gd", 1/s, so that one step of SGD moves the weight as full
@@ -65,13 +67,17 @@ def init_lora_ga(
         norm_clip: upper bound of ‖s·B₀A₀‖_F as a fraction of ‖W0‖_F; larger factors are scaled down to it.
         missing: "error", or "kaiming" to give layers without a gradient LoRA's ordinary start.
         seed: of the "random" split.
+        ranks: layer -> rank where it is not the sketch's r, as from `allocate_ranks`; 2·rank <= the sketch's width. A
+            plain model is patched with them, and with such alphas that every layer has the s that it has at r; other
+            models' adapters must have them.
 
     Returns:
         Per layer ‖s·B₀A₀‖_F/‖W0‖_F, how large the start is beside the weight (0 for a layer without a gradient).
 
     Raises:
         ValueError: an unknown split, scale, base or missing; γ <= 0; layers without a gradient; adapters whose r or
-            shape does not match the sketch, or that are merged; a layer with fewer than 2r singular triplets;
+            shape does not match the sketch, or that are merged; a layer with fewer than 2r singular triplets; ranks of
+            layers that are not in the sketch, or out of range;
             "offset" for a quantised weight, or one that several modules use; DoRA and PEFT's other variants of LoRA,
             and its layers other than linear ones. The model is then as it was, as after any other error.
 
@@ -90,6 +96,7 @@ def init_lora_ga(
     if norm_clip is not None:
         _check_positive("norm_clip", norm_clip)
     _check_models(model, sketch)
+    ranks = _checked_ranks(ranks, sketch)
     if missing == "error":
         sketch.check_complete()
     plain = not any(True for _ in targets.lora_layers(model))
@@ -103,16 +110,19 @@ def init_lora_ga(
             target_modules="|".join(re.escape(name) for name in sketch.names),
             adapter_name=adapter_name,
             strict=True,
+            rank_pattern={peft_format.pattern(name): rank for name, rank in ranks.items()},
+            alpha_pattern={
+                peft_format.pattern(name): lora_alpha * (math.sqrt(rank / sketch.r) if use_rslora else rank / sketch.r)
+                for name, rank in ranks.items()
+            },
         )
     undo: list[Callable[[], None]] = []
     try:
-        places = _places(model, sketch, adapter_name, base)
+        places = _places(model, sketch, adapter_name, base, ranks)
         peft = PeftConfiguration(model, adapter_name) if _is_peft(model) else None
         starts: dict[str, _Start | None] = {}
         starts.update(dict.fromkeys(places))
-        seen = [name for name in places if sketch.has_gradient(name)]
-        for name, (u, _, vh) in zip(seen, sketch.triplets(seen, 2 * sketch.r)):
-            a, b = _halves(places[name], u, vh, split, seed)
+        for name, a, b in _factors(places, sketch, split, seed):
             starts[name] = _scaled(places[name], a, b, scale, gamma, norm_clip)
         for name, start in starts.items():
             if not plain:
@@ -176,10 +186,10 @@ class _Start:
     relative_size: float
 
 
-def _check_models(model: nn.Module, sketch: GradientSketch) -> None:
+def _check_models(model: nn.Module, sketch: GradientSketch | SignFactors) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"init_lora_ga: model: got {type(model).__name__}, want a torch.nn.Module")
-    if not isinstance(sketch, GradientSketch):
+    if not isinstance(sketch, (GradientSketch, SignFactors)):
         raise ValueError(f"init_lora_ga: sketch: got {type(sketch).__name__}, want a GradientSketch")
     modules = dict(model.named_modules())
     lora_layers = dict(targets.lora_layers(model))
@@ -204,8 +214,25 @@ def _check_models(model: nn.Module, sketch: GradientSketch) -> None:
         )
 
 
+def _checked_ranks(ranks: Mapping[str, int] | None, sketch: GradientSketch | SignFactors) -> dict[str, int]:
+    ranks = dict(ranks or {})
+    if ranks and isinstance(sketch, SignFactors):
+        raise ValueError("init_lora_ga: ranks: got some with SignFactors, whose ranks are what they are; want None")
+    unknown = [name for name in ranks if name not in sketch.names]
+    if unknown:
+        raise ValueError(f"init_lora_ga: ranks: got {peft_format.some(unknown)}, which the sketch has not seen")
+    for name, rank in ranks.items():
+        most = sketch.width // 2 if isinstance(sketch, GradientSketch) else sketch.r
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
+            raise ValueError(
+                f"init_lora_ga: ranks: got {rank!r} for {name!r}, want an integer in [1, {most}] (half of the sketch's "
+                "width)"
+            )
+    return ranks
+
+
 def _places(
-    model: nn.Module, sketch: GradientSketch, adapter_name: str, base: str
+    model: nn.Module, sketch: GradientSketch | SignFactors, adapter_name: str, base: str, ranks: dict[str, int]
 ) -> dict[str, PlainStart | PeftStart]:
     """Where the starts go. Raises ValueError where one cannot."""
     lora_layers = dict(targets.lora_layers(model))
@@ -219,9 +246,12 @@ def _places(
             )
         kind = PlainStart if isinstance(layer, FusedLoraLinear) else PeftStart
         place = kind(name, layer, adapter_name)
-        if place.r > sketch.r or (place.r != sketch.r and kind is PlainStart):
+        r = ranks.get(name, sketch.r)
+        may_be_lower = kind is PeftStart and name not in ranks and isinstance(sketch, GradientSketch)
+        if place.r > r or (place.r != r and not may_be_lower):
+            what = "ranks say" if name in ranks else "the sketch has"
             raise ValueError(
-                f"init_lora_ga: r: the sketch has r={sketch.r}, but the adapter {adapter_name!r} of {name!r} has "
+                f"init_lora_ga: r: {what} r={r}, but the adapter {adapter_name!r} of {name!r} has "
                 f"r={place.r}; sketch with that r"
             )
         if 2 * place.r > min(size):
@@ -250,6 +280,21 @@ def _check_untied(model: nn.Module, places: dict[str, PlainStart | PeftStart]) -
 
 def _is_peft(model: nn.Module) -> bool:
     return any(True for _ in targets.peft_lora_layers(model))
+
+
+def _factors(
+    places: dict[str, PlainStart | PeftStart], sketch: GradientSketch | SignFactors, split: str, seed: int
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(layer, A, B) before scaling, of the layers that have a gradient."""
+    seen = [name for name in places if sketch.has_gradient(name)]
+    if isinstance(sketch, SignFactors):
+        for name in seen:
+            device = places[name].device
+            yield name, sketch.layers[name].a.to(device), sketch.layers[name].b.to(device)
+        return
+    most = max((places[name].r for name in seen), default=1)
+    for name, (u, _, vh) in zip(seen, sketch.triplets(seen, 2 * most)):
+        yield name, *_halves(places[name], u, vh, split, seed)
 
 
 def _halves(place: PlainStart | PeftStart, u: Tensor, vh: Tensor, split: str, seed: int) -> tuple[Tensor, Tensor]:
