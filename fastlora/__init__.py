@@ -8,6 +8,8 @@ from . import functional, linalg
 from .adapters import disable_adapter, merge, set_adapter, unmerge
 from .checkpoint import load_adapter, save_adapter
 from .init import GradientSketch, init_lora_ga
+from .init.ranks import allocate_ranks
+from .init.sign_passes import sign_factors
 from .layers import FusedLoraLinear
 from .patching import ModuleReport, PatchReport, is_patched, patch, unpatch
 
@@ -17,6 +19,7 @@ __all__ = [
     "GradientSketch",
     "ModuleReport",
     "PatchReport",
+    "allocate_ranks",
     "disable_adapter",
     "functional",
     "init_lora_ga",
@@ -27,6 +30,7 @@ __all__ = [
     "patch",
     "save_adapter",
     "set_adapter",
+    "sign_factors",
     "unmerge",
     "unpatch",
 ]
