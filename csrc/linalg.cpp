@@ -1,4 +1,5 @@
-// The schemas of fastlora::orthonormal, factored_product and sketch_update, their checks, and the CPU implementations.
+// The schemas of fastlora::orthonormal, factored_product, sketch_update and lanczos_step, their checks, and the CPU
+// implementations.
 // The CUDA ones are in linalg.cu.
 #include <memory>
 #include <optional>
@@ -6,6 +7,7 @@
 
 #include "cholesky.h"
 #include "householder.h"
+#include "lanczos.h"
 #include "sketch.h"
 
 namespace fastlora {
@@ -82,6 +84,32 @@ void check_sketch(const Tensor& q, const Tensor& z, const std::optional<Tensor>&
                   "; wanted z's ", m, " x ", c);
 }
 
+void check_lanczos(const std::optional<Tensor>& x, const Tensor& y, const Tensor& us, const Tensor& zs, const Tensor& vs,
+                   const Tensor& v, int64_t step) {
+  constexpr const char* op = "fastlora::lanczos_step";
+  if (x.has_value()) {
+    check_factors(op, *x, y);
+  } else {
+    STD_TORCH_CHECK(y.dim() == 2 && y.numel() > 0 && is_readable(y.scalar_type()), op,
+                    ": y: wanted a matrix (n, m) of float32, float16 or bfloat16 that is not empty");
+  }
+  check_dense(op, "v", v);
+  const int64_t n = x.has_value() ? y.size(1) : y.size(0), m = x.has_value() ? x->size(1) : y.size(1), b = v.size(1);
+  STD_TORCH_CHECK(v.size(0) == m && b <= std::min(n, m), op, ": v is ", v.size(0), " x ", b, "; wanted ", m,
+                  " rows and at most ", std::min(n, m), " columns");
+  const int64_t columns = us.dim() == 2 ? us.size(1) : 0;
+  for (const auto& [name, tensor, rows] :
+       {std::tuple{"us", &us, n}, std::tuple{"zs", &zs, m}, std::tuple{"vs", &vs, m}}) {
+    STD_TORCH_CHECK(tensor->dim() == 2 && tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() &&
+                        tensor->size(0) == rows && tensor->size(1) == columns,
+                    op, ": ", name, ": wanted a contiguous float32 matrix of ", rows, " rows and us's columns");
+    check_device(op, v, *tensor);
+  }
+  STD_TORCH_CHECK(step >= 0 && (step + 1) * b <= columns, op, ": step ", step, " of ", b, " columns does not fit in us's ",
+                  columns);
+  check_device(op, v, y);
+}
+
 namespace {
 
 class CpuEngine {
@@ -105,6 +133,17 @@ class CpuEngine {
     std::unique_ptr<float[]> second(new float[a2->rows * columns]);
     multiply(*a2, b2, columns, 1.0, second.get());
     for (int64_t e = 0; e < a2->rows * columns; ++e) out[e] += second[e];
+  }
+
+  // out = addend + a b
+  void multiply_add(const Matrix& a, const float* b, int columns, const float* addend, float* out) {
+    multiply(a, b, columns, 1.0, out);
+    for (int64_t e = 0; e < a.rows * columns; ++e) out[e] += addend[e];
+  }
+
+  // From (rows, columns) into columns of a wider matrix.
+  void copy_columns(const float* from, int64_t rows, int columns, float* to, int64_t stride) {
+    for (int64_t i = 0; i < rows; ++i) std::copy_n(from + i * columns, columns, to + i * stride);
   }
 
   void orthonormal(const float* a, int64_t n, int c, float* q) {
@@ -153,10 +192,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastlora, m) {
   m.def("orthonormal(Tensor matrix) -> (Tensor, Tensor)");
   m.def("factored_product(Tensor x, Tensor dy, Tensor v, float weight) -> Tensor");
   m.def("sketch_update(Tensor(a!) q, Tensor(b!) z, Tensor? start, Tensor x, Tensor dy, float weight) -> Tensor");
+  m.def(
+      "lanczos_step(Tensor? x, Tensor y, Tensor(a!) us, Tensor(b!) zs, Tensor(c!) vs, Tensor(d!) v, int step) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("orthonormal", TORCH_BOX(&fastlora::orthonormal<fastlora::CpuEngine>));
   m.impl("factored_product", TORCH_BOX(&fastlora::factored_product<fastlora::CpuEngine>));
   m.impl("sketch_update", TORCH_BOX(&fastlora::sketch_update<fastlora::CpuEngine>));
+  m.impl("lanczos_step", TORCH_BOX(&fastlora::lanczos_step_op<fastlora::CpuEngine>));
 }

@@ -1,8 +1,9 @@
-// fastlora::orthonormal, factored_product and sketch_update on CUDA. Compiled for sm_80, sm_90a and sm_100; never run on
-// a GPU.
+// fastlora::orthonormal, factored_product, sketch_update and lanczos_step on CUDA. Compiled for sm_80, sm_90a and
+// sm_100; never run on a GPU.
 #include "cholesky.h"
 #include "cuda_stream.h"
 #include "householder.h"
+#include "lanczos.h"
 #include "sketch.h"
 
 namespace fastlora {
@@ -110,6 +111,23 @@ class CudaEngine {
     sum_parts(parts.count + 1, a.rows * columns, out);
   }
 
+  // out = addend + a b: the addend is one more part.
+  void multiply_add(const Matrix& a, const float* b, int columns, const float* addend, float* out) {
+    const Parts parts = split_depth(a.rows, columns, a.columns);
+    const int64_t size = a.rows * columns;
+    float* target = parts_.mutable_data_ptr<float>();
+    product_of(a, b, columns, 1.0, target, parts);
+    copy_columns(addend, a.rows, columns, target + parts.count * size, columns);
+    sum_parts(parts.count + 1, size, out);
+  }
+
+  // From (rows, columns) into columns of a wider matrix.
+  void copy_columns(const float* from, int64_t rows, int columns, float* to, int64_t stride) {
+    const cudaError_t error = cudaMemcpy2DAsync(to, stride * sizeof(float), from, columns * sizeof(float),
+                                                columns * sizeof(float), rows, cudaMemcpyDeviceToDevice, stream_);
+    STD_TORCH_CHECK(error == cudaSuccess, kOp, ": a copy failed: ", cudaGetErrorString(error));
+  }
+
   void orthonormal(const float* a, int64_t n, int c, float* q) {
     const Parts parts = split_depth(c, c, n);
     double *gram_parts = gram_parts_.mutable_data_ptr<double>(), *inverse = inverse_.mutable_data_ptr<double>();
@@ -184,4 +202,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora, CUDA, m) {
   m.impl("orthonormal", TORCH_BOX(&fastlora::orthonormal<fastlora::CudaEngine>));
   m.impl("factored_product", TORCH_BOX(&fastlora::factored_product<fastlora::CudaEngine>));
   m.impl("sketch_update", TORCH_BOX(&fastlora::sketch_update<fastlora::CudaEngine>));
+  m.impl("lanczos_step", TORCH_BOX(&fastlora::lanczos_step_op<fastlora::CudaEngine>));
 }

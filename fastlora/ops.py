@@ -22,6 +22,7 @@ def load() -> Path:
     torch.library.register_fake("fastlora::orthonormal", _orthonormal_fake)
     torch.library.register_fake("fastlora::factored_product", _factored_product_fake)
     torch.library.register_fake("fastlora::sketch_update", _sketch_update_fake)
+    torch.library.register_fake("fastlora::lanczos_step", _lanczos_step_fake)
     torch.library.register_fake("fastlora::jacobi_svd", _jacobi_svd_fake)
     return path
 
@@ -42,6 +43,18 @@ def _sketch_update_fake(
     q: torch.Tensor, z: torch.Tensor, start: torch.Tensor | None, x: torch.Tensor, dy: torch.Tensor, weight: float
 ) -> torch.Tensor:
     return q.new_empty(1, dtype=torch.int32)
+
+
+def _lanczos_step_fake(
+    x: torch.Tensor | None,
+    y: torch.Tensor,
+    us: torch.Tensor,
+    zs: torch.Tensor,
+    vs: torch.Tensor,
+    v: torch.Tensor,
+    step: int,
+) -> torch.Tensor:
+    return v.new_empty(1, dtype=torch.int32)
 
 
 def _jacobi_svd_fake(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

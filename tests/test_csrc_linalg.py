@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_linalg
 import torch
 from torch import Tensor
 
 from fastlora import _build, ops
-from fastlora.init.streaming import StreamingSketch
-from fastlora.linalg import native, orthonormal
+from fastlora.init.streaming import StreamingSketch, svd_of_each
+from fastlora.linalg import Factored, lanczos, native, orthonormal, truncated_svd
 
+lanczos_by_torch = lanczos.by_torch
 TESTS = Path(__file__).resolve().parent
 CSRC = TESTS.parent / "csrc"
 TEAMS = [(1, 1), (4, 2)]  # groups × lanes: a CPU's one thread, and warps (of two)
@@ -379,6 +381,133 @@ class TestJacobiSvd:
             a[..., 0, 0] = float("nan")
             with pytest.raises(ValueError, match="NaN"):
                 native.svd(a)
+
+
+class TestLanczos:
+    @pytest.fixture
+    def compiled(self, loaded, monkeypatch):
+        """truncated_svd and what it calls, through the compiled ops only (TestChoice has their self-check)."""
+        monkeypatch.setattr(native, "_failures", {torch.device("cpu"): None})
+        monkeypatch.setenv("FASTLORA_LINALG", "native")
+        monkeypatch.setattr(lanczos, "by_torch", lambda *_: pytest.fail("torch was taken"))
+        return loaded
+
+    @pytest.mark.parametrize("shape", [(90, 70), (64, 200), (200, 61)], ids=str)
+    @pytest.mark.parametrize("name", test_linalg.SPECTRA)
+    def test_spectra(self, compiled, name, shape):
+        g = test_linalg.matrix_with(test_linalg.SPECTRA[name], torch.float32, *shape)
+        test_linalg.check_against_lapack(g, test_linalg.RANK, method="lanczos")
+
+    @pytest.mark.parametrize("name", test_linalg.SPECTRA)
+    def test_randomized_with_compiled_small_svds(self, compiled, name):
+        g = test_linalg.matrix_with(test_linalg.SPECTRA[name], torch.float32, 90, 70)
+        test_linalg.check_against_lapack(g, test_linalg.RANK, method="randomized")
+
+    @pytest.mark.parametrize("shape", [(1, 50), (50, 1), (1, 1), (7, 5)], ids=str)
+    def test_small_and_thin(self, compiled, shape):
+        test_linalg.check_against_lapack(normal(*shape), min(2, *shape), method="lanczos")
+
+    @pytest.mark.parametrize("x_dtype, dy_dtype", DTYPES)
+    def test_factors(self, compiled, x_dtype, dy_dtype):
+        x = (normal(80, 90) * 0.9 ** torch.arange(90)).to(x_dtype)
+        dy = normal(100, 80, seed=1).t().to(dy_dtype)  # not contiguous
+        expected = torch.linalg.svdvals(dy.double().t() @ x.double())[:6]
+        u, s, vh, _ = truncated_svd((x, dy), 6, "lanczos")
+        assert torch.allclose(s.double(), expected, rtol=1e-4)
+        core = torch.linalg.multi_dot((u.double().t(), dy.double().t(), x.double(), vh.double().t()))
+        assert torch.allclose(core, torch.diag(expected), atol=1e-3 * expected[0].item())
+
+    def test_every_matrix_of_a_batch_as_alone(self, compiled):
+        g, pairs = normal(2, 3, 80, 60), (normal(2, 50, 60), normal(2, 50, 80, seed=1))
+        whole, both = truncated_svd(g, 4, "lanczos"), truncated_svd(pairs, 4, "lanczos")
+        assert whole.S.shape == (2, 3, 4) and both.U.shape == (2, 80, 4)
+        for index in range(2):
+            expected = torch.linalg.svdvals(g[index, 2].double())[:4].float()
+            assert torch.allclose(whole.S[index, 2], expected, rtol=5e-3)
+            product = pairs[1][index].t() @ pairs[0][index]
+            assert torch.allclose(both.S[index], torch.linalg.svdvals(product)[:4], rtol=5e-3)
+
+    def test_a_step_as_torch_makes_it(self, compiled):
+        x, dy, start = normal(70, 50), normal(70, 60, seed=1), normal(50, 6, seed=2)
+        found = native.lanczos(x, dy, start, 4)
+        assert found is not None
+        us, zs = found
+        expected, products = lanczos_by_torch(Factored(x, dy), start, 4)
+        assert skew(us) < 1e-5
+        for block in range(0, 24, 6):  # a block's basis may be turned; its span may not
+            mine, theirs = us[:, block : block + 6], expected[:, block : block + 6]
+            assert torch.allclose(mine @ mine.t(), theirs @ theirs.t(), atol=1e-4)
+        assert torch.allclose(zs, x.t() @ (dy @ us), atol=1e-3)
+        assert torch.allclose(products.norm(), zs.norm(), rtol=1e-4)
+
+    def test_more_steps_than_the_rank_has_room_for(self, compiled):
+        x, dy = normal(9, 120), normal(9, 100, seed=1)  # rank 9: the second block is rounding, and the third
+        basis, product = lanczos.block_lanczos(Factored(x, dy), normal(120, 8, seed=2), 6)
+        assert skew(basis) < 1e-4
+        assert torch.allclose(basis @ product.t(), dy.t() @ x, atol=1e-3)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("method", ["lanczos", "randomized"])
+    def test_non_finite(self, compiled, method, value):
+        x, dy = normal(90, 70), normal(90, 80)
+        x[3, 3] = value
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            truncated_svd((x, dy), 4, method)
+
+    def test_opcheck(self, loaded):
+        us, zs, vs, v = torch.zeros(30, 12), torch.zeros(20, 12), torch.zeros(20, 12), orthonormal(normal(20, 4))
+        v = v.contiguous()
+        torch.library.opcheck(loaded.lanczos_step.default, (normal(9, 20), normal(9, 30), us, zs, vs, v, 0))
+        torch.library.opcheck(loaded.lanczos_step.default, (None, normal(30, 20), us, zs, vs, v, 0))
+
+    @pytest.mark.parametrize(
+        "change, what",
+        [
+            ({"y": torch.zeros(9, 31)}, "us: wanted a contiguous float32 matrix of 31 rows"),
+            ({"x": torch.zeros(8, 20)}, "one T"),
+            ({"x": None}, "v is 20 x 4; wanted 30 rows"),
+            ({"x": None, "y": torch.zeros(30, 20, dtype=torch.float64)}, "float32, float16 or bfloat16"),
+            ({"zs": torch.zeros(20, 13)}, "zs: wanted"),
+            ({"step": 3}, "step 3 of 4 columns does not fit in us's 12"),
+            ({"v": torch.zeros(20, 21)}, "at most 20 columns"),
+        ],
+    )
+    def test_bad_arguments(self, loaded, change, what):
+        arguments = {"x": torch.zeros(9, 20), "y": torch.zeros(9, 30), "us": torch.zeros(30, 12)}
+        arguments |= {
+            "zs": torch.zeros(20, 12),
+            "vs": torch.zeros(20, 12),
+            "v": torch.zeros(20, 4),
+            "step": 0,
+            **change,
+        }
+        with pytest.raises(RuntimeError, match=what):
+            loaded.lanczos_step(**arguments)
+
+
+@pytest.mark.parametrize("refined", [False, True])
+def test_the_svds_of_all_sketches_at_once(loaded, monkeypatch, refined):
+    """Several sizes, one of them narrower than the width, and one without a gradient: as torch gives them one by one."""
+    sketches = [StreamingSketch(n, m, 12, seed) for seed, (n, m) in enumerate([(60, 50), (40, 70), (60, 50), (9, 30)])]
+    for sketch in sketches[: 4 if refined else 3]:
+        for again in range(1 + refined):
+            sketch.update(normal(40, sketch.m) * 0.8 ** torch.arange(sketch.m), normal(40, sketch.n, seed=1), 0.5)
+            if refined and not again:
+                sketch.start_refining()
+    expected = [next(svd_of_each([sketch], 6)) for sketch in sketches]
+    launches = []
+    monkeypatch.setattr(native, "_failures", {torch.device("cpu"): None})
+    monkeypatch.setenv("FASTLORA_LINALG", "native")
+    monkeypatch.setattr(native, "svd", lambda a, svd=native.svd: launches.append(a.shape[0]) or svd(a))
+    for sketch, mine, theirs in zip(sketches, svd_of_each(sketches, 6), expected):
+        (u, s, vh), size = mine, float(theirs[1][0])
+        assert torch.allclose(s, theirs[1], rtol=1e-4, atol=1e-5 * size)
+        assert torch.allclose((u * s) @ vh, (theirs[0] * theirs[1]) @ theirs[2], atol=1e-4 * size)
+        exact = 0.5 * normal(40, sketch.n, seed=1).t() @ (normal(40, sketch.m) * 0.8 ** torch.arange(sketch.m))
+        if size > 0:
+            assert skew(u) < 2e-6 and skew(vh.t()) < 2e-6
+            assert torch.allclose(s, torch.linalg.svdvals(exact)[:6], rtol=1e-3)
+    assert sorted(set(launches)) == [1, 3]  # the narrow one has a core of its own size
 
 
 class TestChoice:

@@ -74,6 +74,16 @@ def test_batched_equals_each_alone(method):
         assert torch.allclose(s[i], torch.linalg.svdvals(g[i].double())[:4].float(), rtol=5e-3)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_batched_factors_equal_each_pair_alone(method):
+    generator = torch.Generator().manual_seed(2)
+    x, dy = (torch.randn(3, 50, size, generator=generator) for size in (80, 60))
+    u, s, vh, error = truncated_svd((x, dy), 4, method, iterations=8)
+    assert (u.shape, s.shape, vh.shape, error.shape) == ((3, 60, 4), (3, 4), (3, 4, 80), (3,))
+    for i in range(3):
+        assert torch.allclose(s[i], torch.linalg.svdvals(dy[i].double().T @ x[i].double())[:4].float(), rtol=5e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_factors_stand_for_their_product(dtype):
     generator = torch.Generator().manual_seed(3)
@@ -126,6 +136,10 @@ def test_any_object_that_multiplies():
         ),
         (lambda: Factored(torch.zeros(3, 4), torch.zeros(2, 4)), "with one T"),
         (lambda: truncated_svd((torch.full((3, 4), float("nan")), torch.ones(3, 4)), 1), "NaN or infinite"),
+        (
+            lambda: truncated_svd((torch.full((3, 99), float("nan")), torch.ones(3, 99)), 1, "lanczos"),
+            "NaN or infinite",
+        ),
     ],
 )
 def test_wrong_calls(call, words):

@@ -128,6 +128,27 @@ def orthonormal(matrix: Tensor) -> Tensor:
     return orthonormal_by_torch(matrix)
 
 
+def lanczos(x: Tensor | None, y: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor] | None:
+    """U (n, s·b) and Z = GᵀU (m, s·b) of `steps` steps of block Lanczos from start (m, b), or None where the compiled
+    op cannot take them. G = yᵀx for x (T, m) and y (T, n), or y (n, m) itself.
+
+    Raises ValueError where a product is not finite.
+    """
+    factors = [y] if x is None else [x, y]
+    if start.dtype != torch.float32 or not 1 <= start.shape[1] <= MAX_COLUMNS:
+        return None
+    if any(factor.dtype not in _READABLE or factor.numel() == 0 for factor in factors) or why_not(y.device):
+        return None
+    n, m, b = y.shape[0 if x is None else 1], start.shape[0], start.shape[1]
+    us, zs, vs = (start.new_zeros(rows, steps * b) for rows in (n, m, m))
+    v = torch.ops.fastlora.orthonormal(start.contiguous())[0]
+    vs[:, :b] = v
+    status = [torch.ops.fastlora.lanczos_step(x, y, us, zs, vs, v, step) for step in range(steps)]
+    if bool((torch.cat(status) & NON_FINITE).any()):
+        raise ValueError("truncated_svd: operator: its products are NaN or infinite, want finite ones")
+    return us, zs
+
+
 class SVD(NamedTuple):
     """A = U diag(S) Vh, thin, S descending."""
 
@@ -166,7 +187,7 @@ def check(device: torch.device) -> str | None:
     """None, or what is wrong with the compiled ops on this device."""
     try:
         ops.load()
-        return _sketch_differs(device) or _svd_differs(device)
+        return _sketch_differs(device) or _svd_differs(device) or _lanczos_differs(device)
     except (RuntimeError, NotImplementedError) as error:  # Unavailable is a RuntimeError
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
 
@@ -207,6 +228,33 @@ def _sketch_differs(device: torch.device) -> str | None:
     status = torch.ops.fastlora.sketch_update(q, z, None, x, normal(4, n).to(device), 1.0)
     if not int(status) & NON_FINITE:
         return "NaN goes unnoticed"
+    return None
+
+
+def _lanczos_differs(device: torch.device) -> str | None:
+    """Three steps on a matrix and on factors: orthonormal blocks, Z = GᵀU, the leading singular values found."""
+    generator = torch.Generator().manual_seed(2)
+    n, m, b = 300, 170, 24
+    x, dy = (torch.randn(m, size, generator=generator) * 0.9 ** torch.arange(m)[:, None] for size in (m, n))
+    x, dy, start = x.to(device), dy.to(device), torch.randn(m, b, generator=generator).to(device)
+    g = dy.t().double() @ x.double()
+    for factor, y in ((x, dy), (None, g.float())):
+        v = torch.ops.fastlora.orthonormal(start)[0]
+        us, zs, vs = (v.new_zeros(rows, 3 * b) for rows in (n, m, m))
+        vs[:, :b] = v
+        for step in range(3):
+            torch.ops.fastlora.lanczos_step(factor, y, us, zs, vs, v, step)
+        identity, size = torch.eye(3 * b, device=device), torch.linalg.matrix_norm(g, 2)
+        leading = torch.linalg.svdvals(zs.double())[:b]
+        differences = (
+            (us.t() @ us - identity).abs().max(),
+            (vs.t() @ vs - identity).abs().max(),
+            (zs - g.t() @ us.double()).abs().max() / size,
+            (leading - torch.linalg.svdvals(g)[:b]).abs().max() / size,
+        )
+        worst = max(float(difference) for difference in differences)
+        if not worst < 1e-4:
+            return f"block Lanczos on {'a matrix' if factor is None else 'factors'} is {worst:.1e} off"
     return None
 
 

@@ -43,32 +43,33 @@ class Explicit:
                 f"truncated_svd: matrix {tuple(matrix.shape)}: it has NaN or infinite entries, want finite ones"
             )
         self.scale = torch.where(largest > 0, largest, 1.0)
-        self._matrix = (matrix.to(torch.float64) / self.scale).to(dtype)
+        self.matrix = (matrix.to(torch.float64) / self.scale).to(dtype)
         self.shape, self.dtype, self.device = tuple(matrix.shape), dtype, matrix.device
 
     def matmul(self, v: Tensor) -> Tensor:
-        return self._matrix @ v
+        return self.matrix @ v
 
     def rmatmul(self, u: Tensor) -> Tensor:
-        return self._matrix.mT @ u
+        return self.matrix.mT @ u
 
 
 class Factored:
-    """G = dYᵀ X for dY (T, n) and X (T, m), the gradient of a linear layer's weight, never formed.
+    """G = dYᵀ X for dY (..., T, n) and X (..., T, m), the gradient of a linear layer's weight, never formed.
 
     Works in float32 (float64 for float64 factors), casting CHUNK tokens at a time. Raises ValueError where the factors
     do not fit together.
     """
 
     def __init__(self, x: Tensor, dy: Tensor) -> None:
-        if x.dim() != 2 or dy.dim() != 2 or x.shape[0] != dy.shape[0]:
+        if x.dim() < 2 or x.dim() != dy.dim() or x.shape[:-1] != dy.shape[:-1]:
             raise ValueError(
-                f"Factored: x, dy: got shapes {tuple(x.shape)} and {tuple(dy.shape)}, want (T, m) and (T, n) with one T"
+                f"Factored: x, dy: got shapes {tuple(x.shape)} and {tuple(dy.shape)}, "
+                "want (..., T, m) and (..., T, n) with one T"
             )
         if x.device != dy.device:
             raise ValueError(f"Factored: x, dy: got devices {x.device} and {dy.device}, want one")
         self.x, self.dy = x, dy
-        self.shape = (dy.shape[1], x.shape[1])
+        self.shape = (*x.shape[:-2], dy.shape[-1], x.shape[-1])
         self.dtype = working_dtype(torch.promote_types(x.dtype, dy.dtype))
         self.device = x.device
 
@@ -80,10 +81,14 @@ class Factored:
 
     def _through(self, first: Tensor, second: Tensor, v: Tensor) -> Tensor:
         """secondᵀ (first v)."""
-        out = v.new_zeros(second.shape[1], v.shape[1])
-        for start in range(0, first.shape[0], CHUNK):
+        out = v.new_zeros(*second.shape[:-2], second.shape[-1], v.shape[-1])
+        for start in range(0, first.shape[-2], CHUNK):
             rows = slice(start, start + CHUNK)
-            out.addmm_(second[rows].to(v.dtype).t(), first[rows].to(v.dtype) @ v)
+            left, right = second[..., rows, :].to(v.dtype).mT, first[..., rows, :].to(v.dtype) @ v
+            if out.dim() == 2:
+                out.addmm_(left, right)
+            else:
+                out += left @ right
         return out
 
 

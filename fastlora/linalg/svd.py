@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import native
+from .lanczos import block_lanczos
 from .operators import Explicit, Factored, LinearOperator
 from .orthogonal import orthonormal
 
@@ -39,8 +41,8 @@ def truncated_svd(
     """The `rank` leading singular triplets of a matrix, of a product of factors, or of anything that multiplies.
 
     Args:
-        operator: a matrix (..., n, m), batched over the leading dimensions; factors (X (T, m), dY (T, n)) that stand
-            for dYᵀ X; or an object with
+        operator: a matrix (..., n, m) or factors (X (..., T, m), dY (..., T, n)) that stand for dYᵀ X, batched over the
+            leading dimensions; or an object with
             `shape`, `dtype`, `device`, `matmul` and `rmatmul` (`LinearOperator`). float16 and bfloat16 are computed
             with in float32.
         rank: k >= 1; at most min(n, m).
@@ -78,7 +80,7 @@ def truncated_svd(
     elif method == "randomized":
         u, s, vh = _subspace_iteration(op, width, 4 if iterations is None else iterations, draw)
     else:
-        u, s, vh = _block_lanczos(op, width, 6 if iterations is None else iterations, draw)
+        u, s, vh = _from_left_basis(*block_lanczos(op, draw(width), 6 if iterations is None else iterations))
     u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
     probes = draw(PROBES)
     residual = op.matmul(probes) - u @ (s.unsqueeze(-1) * (vh @ probes))
@@ -144,33 +146,5 @@ def _from_left_basis(q: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Triplets of Q Qᵀ G from Q (n, c) and Z = Gᵀ Q (m, c)."""
     if not bool(torch.isfinite(z).all()):
         raise ValueError("truncated_svd: operator: its products are NaN or infinite, want finite ones")
-    u, s, vh = torch.linalg.svd(z.mT.double(), full_matrices=False)
+    u, s, vh = native.svd(z.mT.double())
     return q @ u.to(q.dtype), s.to(q.dtype), vh.to(q.dtype)
-
-
-def _block_lanczos(op: LinearOperator, block: int, steps: int, draw: _Gaussian) -> tuple[Tensor, Tensor, Tensor]:
-    """Golub and Van Loan §10.4: bases of the Krylov spaces of GᵀG and GGᵀ, block by block, each against all blocks
-    before."""
-    n, m = op.shape[-2:]
-    steps = min(steps, min(n, m) // block)
-    v = orthonormal(draw(block))
-    us, vs = [], [v]
-    for step in range(steps):
-        us.append(_against(op.matmul(vs[-1]), us))
-        if step + 1 < steps:
-            vs.append(_against(op.rmatmul(us[-1]), vs))
-    basis = torch.cat(us, dim=-1)
-    return _from_left_basis(basis, op.rmatmul(basis))
-
-
-def _against(new: Tensor, basis: list[Tensor]) -> Tensor:
-    """An orthonormal block of new's columns, orthogonal to every block of the basis; twice, which is enough (Kahan,
-    Parlett)."""
-    if not basis:
-        return orthonormal(new)
-    previous = torch.cat(basis, dim=-1)
-    for _ in range(2):
-        norms = new.norm(dim=-2, keepdim=True)
-        new = new / torch.where(norms > 0, norms, 1.0)
-        new = orthonormal(new - previous @ (previous.mT @ new))
-    return new
