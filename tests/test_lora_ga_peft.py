@@ -408,6 +408,24 @@ def test_modules_to_save_train_beside_it(tmp_path):
     assert_close(loaded(inputs()), model(inputs()))
 
 
+def test_an_adapted_embedding_keeps_its_ordinary_start(tmp_path):
+    batch: Any = tiny_batch("llama")
+    before = (base := tiny_model("llama"))(**batch).logits
+    config = peft.LoraConfig(r=R, target_modules=["embed_tokens", "q_proj"], alpha_pattern={"embed_tokens": 3})
+    model: Any = peft.get_peft_model(base, config)  # type: ignore[arg-type]
+    with fastlora.GradientSketch(model, r=R) as sketch:
+        model(**batch).loss.backward()
+    fastlora.init_lora_ga(model, sketch)
+    embedding = model.base_model.model.model.embed_tokens
+    assert (embedding.r["default"], embedding.lora_alpha["default"]) == (R, 3)
+    assert_close(model(**batch).logits, before)
+    torch.nn.init.normal_(embedding.lora_embedding_A["default"])
+    torch.nn.init.normal_(embedding.lora_embedding_B["default"])
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded: Any = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path)  # type: ignore[arg-type]
+    assert_close(loaded(**batch).logits, model(**batch).logits)
+
+
 # What is refused, and that nothing is left half done.
 
 
@@ -438,6 +456,13 @@ def test_refusals(config, options, message):
         fastlora.init_lora_ga(model.base_model.model, sketch, **options)
     state.assert_unchanged()
     assert model.peft_config["default"] is configuration
+
+
+def test_other_tuners_are_refused():
+    config = peft.AdaLoraConfig(init_r=R, target_r=1, total_step=10, target_modules=["up", "conv", "down"])
+    model: Any = peft.get_peft_model(Net(), config)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"'blocks\.0\.up' is a peft\.tuners\.adalora\.layer\.SVDLinear, want one of"):
+        fastlora.init_lora_ga(model.base_model.model, plain_sketch())
 
 
 @either
