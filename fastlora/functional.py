@@ -3,14 +3,14 @@ down."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, reference
+from . import autograd, group_autograd, group_dispatch, reference
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -23,6 +23,14 @@ class Adapter(NamedTuple):
     lora_B: Tensor
     scaling: float
     dropout_p: float = 0.0
+
+
+class GroupLayer(NamedTuple):
+    """One layer of `lora_group`: weight (N, K), its adapters (any number), bias (N,) or None."""
+
+    weight: Tensor
+    adapters: Sequence[Adapter]
+    bias: Tensor | None = None
 
 
 def lora_linear(
@@ -107,6 +115,118 @@ def multi_lora_linear(
     for adapter in dropped:
         y = y + _low_rank_term(x, adapter, y.dtype)
     return y
+
+
+def lora_group(
+    x: Tensor,
+    layers: Sequence[GroupLayer],
+    training: bool = True,
+    backend: str = "auto",
+    shared_mask: bool = False,
+) -> tuple[Tensor, ...]:
+    """Several LoRA layers on the same x, as q, k and v or gate and up are: x is read once for the S of all of them and
+    once for every dA, and dX is accumulated instead of made once a layer and added.
+
+    Equivalent to:
+
+        tuple(multi_lora_linear(x, layer.weight, layer.adapters, layer.bias, training) for layer in layers)
+
+    Args:
+        x: (..., K). layers: `GroupLayer`s with weight (Nᵢ, K) and adapters as in `lora_linear`; ranks, scales, dropout
+            probabilities and the adapters' dtypes may differ.
+        training, backend: as in `lora_linear`.
+        shared_mask: one dropout mask for all adapters, which then need one probability; otherwise each has its own, as
+            in PEFT.
+
+    Returns:
+        A tuple of (..., Nᵢ). One whose gradient is not asked for costs nothing in the backward pass.
+
+    Layers without adapters, or with several that drop something, run alone; so do all of them where sharing cannot help
+    or be right: small x on a CPU, inside torch.compile and torch.func, tensor subclasses, layers that run on different
+    backends.
+
+    Raises:
+        ValueError: as `lora_linear`; with `shared_mask`, probabilities that differ.
+    """
+    layers = [
+        layer if training else layer._replace(adapters=[a._replace(dropout_p=0.0) for a in layer.adapters])
+        for layer in layers
+    ]
+    for layer in layers:
+        for adapter in layer.adapters:
+            _check(x, layer.weight, adapter, layer.bias)
+    probabilities = {adapter.dropout_p for layer in layers for adapter in layer.adapters}
+    if shared_mask and len(probabilities) > 1:
+        raise ValueError(
+            f"lora_group: shared_mask: got dropout probabilities {sorted(probabilities)}, want one for all"
+        )
+    shared_mask = shared_mask and probabilities != {0.0}
+    merged = [as_one_adapter(layer.adapters) for layer in layers]
+    members = {
+        i: group_dispatch.Member(layer.weight, layer.bias, *adapter[:2], adapter.dropout_p, backend)
+        for i, (layer, adapter) in enumerate(zip(layers, merged, strict=True))
+        if adapter is not None
+    }
+    whole = len(members) == len(layers) or not shared_mask
+    shared = open_group(x, list(members.values()), shared_mask) if whole else None
+    if shared is None and shared_mask:
+        return tuple(_with_one_mask(x, layers, probabilities.pop()))
+    outputs = []
+    seats = {i: seat for seat, i in enumerate(members)}
+    for i, (layer, adapter) in enumerate(zip(layers, merged, strict=True)):
+        if shared is None or adapter is None:
+            outputs.append(multi_lora_linear(x, layer.weight, layer.adapters, layer.bias, backend=backend))
+        else:
+            outputs.append(shared.call(seats[i], layer.weight, layer.bias, adapter.lora_B, adapter.scaling))
+    return tuple(outputs)
+
+
+def open_group(
+    x: Tensor, members: Sequence[group_dispatch.Member], shared_mask: bool = False
+) -> group_autograd.SharedInput | None:
+    """The shared part of a group, ready for its members to be called; None where they should run one by one (or where
+    running one of them will say what is wrong)."""
+    if len(members) < 2 or torch.compiler.is_compiling() or x.is_nested or x.dim() < 1:
+        return None
+    if x.device.type == "cpu" and x.numel() < autograd.SMALL:
+        return None
+    tensors = [tensor for member in members for tensor in member[:4]]
+    if not _takes_fused_path(x, *tensors):
+        return None
+    dtypes = {tensor.dtype for member in members for tensor in member[:2] if tensor is not None}
+    dtype = x.dtype
+    if autograd.autocast_enabled(x):
+        if torch.float64 in dtypes or dtype == torch.float64:
+            return None
+        dtype = torch.get_autocast_dtype(x.device.type)
+    elif dtypes != {dtype}:
+        return None
+    if any(member.weight.numel() == 0 or member.weight.shape[1] != x.shape[-1] for member in members):
+        return None
+    cast = x.to(dtype)
+    choice = group_dispatch.select(cast.reshape(-1, cast.shape[-1]), members)
+    if isinstance(choice, str):
+        return None
+    terms = [group_autograd.Term(member.lora_A, member.dropout_p) for member in members]
+    return group_autograd.SharedInput(cast, terms, choice, shared_mask)
+
+
+def as_one_adapter(adapters: Sequence[Adapter]) -> Adapter | None:
+    """A layer's adapters as a single one, where its term is one product: not without adapters, nor where one of several
+    drops something."""
+    if not adapters or (len(adapters) > 1 and any(adapter.dropout_p > 0.0 for adapter in adapters)):
+        return None
+    return _concatenate(adapters)
+
+
+def _with_one_mask(x: Tensor, layers: Sequence[GroupLayer], dropout_p: float) -> Iterator[Tensor]:
+    dropped = F.dropout(x, dropout_p)
+    for layer in layers:
+        y = F.linear(x, layer.weight, layer.bias)
+        for a, b, scaling, _ in layer.adapters:
+            s = F.linear(dropped.to(y.dtype), a.to(y.dtype))
+            y = y + F.linear(s, b.to(y.dtype)) * scaling
+        yield y
 
 
 def _fused(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, backend: str) -> Tensor:

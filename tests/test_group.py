@@ -1,0 +1,319 @@
+# pyright: reportOptionalMemberAccess=false
+
+"""`functional.lora_group` on the CPU: values against fp64, and what a group may and may not change."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from numerics import assert_close_to_fp64
+from problems import path
+from torch.utils.checkpoint import checkpoint
+
+from fastlora import reference
+from fastlora.functional import Adapter, GroupLayer, lora_group, lora_linear, multi_lora_linear
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def groups_of_every_size():
+    with path("function"):
+        yield
+
+
+def make_layers(
+    k=33, sizes=(24, 7, 7), ranks=(5, 2, 8), dtype=FP32, adapter_dtypes=None, ps=(0.0, 0.0, 0.0), bias=True, seed=0
+):
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape, scale=1.0, to=dtype):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(to)
+
+    layers = []
+    for i, (n, r, p) in enumerate(zip(sizes, ranks, ps, strict=False)):
+        adapter = (adapter_dtypes or [dtype] * 3)[i]
+        lora_A = randn(r, k, scale=k**-0.5, to=adapter).requires_grad_()
+        lora_B = randn(n, r, scale=r**-0.5, to=adapter).requires_grad_()
+        layers.append(
+            GroupLayer(randn(n, k, scale=k**-0.5), [Adapter(lora_A, lora_B, 0.5 + i, p)], randn(n) if bias else None)
+        )
+    return layers
+
+
+def make_x(*shape, dtype=FP32, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def leaves_of(x, layers):
+    return [x, *(t for layer in layers for adapter in layer.adapters for t in adapter[:2])]
+
+
+def gradients(outputs, leaves, used=None, **options):
+    used = range(len(outputs)) if used is None else used
+    dys = [make_x(*outputs[i].shape, dtype=outputs[i].dtype, seed=10 + i) for i in used]
+    return torch.autograd.grad([outputs[i] for i in used], leaves, dys, allow_unused=True, **options)
+
+
+def one_by_one(x, layers):
+    return tuple(multi_lora_linear(x, layer.weight, layer.adapters, layer.bias) for layer in layers)
+
+
+def by_reference(x, layers, masks, double):
+    """(outputs, gradients) of the specification, in fp64 or in the problem's dtypes."""
+    change = (
+        (lambda t: None if t is None else t.detach().double())
+        if double
+        else (lambda t: None if t is None else t.detach())
+    )
+    x = change(x).requires_grad_()
+    leaves, outputs = [x], []
+    for layer, mask in zip(layers, masks, strict=True):
+        ((a, b, scaling, p),) = layer.adapters
+        a, b = change(a).requires_grad_(), change(b).requires_grad_()
+        leaves += [a, b]
+        outputs.append(reference.lora_linear(x, change(layer.weight), a, b, scaling, change(layer.bias), p, mask))
+    dys = [make_x(*y.shape, dtype=layers[0].weight.dtype, seed=10 + i).to(y.dtype) for i, y in enumerate(outputs)]
+    return outputs, torch.autograd.grad(outputs, leaves, dys)
+
+
+@pytest.mark.parametrize("dtype, adapter_dtypes", [(FP32, None), (BF16, None), (BF16, (FP32, BF16, torch.float16))])
+@pytest.mark.parametrize("ps", [(0.0, 0.0, 0.0), (0.3, 0.0, 0.6)], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("shape", [(37, 33), (2, 3, 33)])
+def test_outputs_and_gradients(dtype, adapter_dtypes, ps, shape):
+    layers = make_layers(dtype=dtype, adapter_dtypes=adapter_dtypes, ps=ps)
+    x = make_x(*shape, dtype=dtype).requires_grad_()
+    torch.manual_seed(3)
+    outputs = lora_group(x, layers)
+    got = gradients(outputs, leaves_of(x, layers))
+    torch.manual_seed(3)
+    masks = [torch.nn.functional.dropout(torch.ones(shape, dtype=dtype), p) != 0 if p else None for p in ps]
+    exact_y, exact = by_reference(x, layers, masks, double=True)
+    eager_y, eager = by_reference(x, layers, masks, double=False)
+    for i, y in enumerate(outputs):
+        assert type(y.grad_fn).__name__ == "GroupMemberBackward"
+        assert_close_to_fp64(y.detach(), exact_y[i].detach(), eager_y[i].detach(), f"y of member {i}")
+    for name, one, want, plain in zip(("dX", *"ABABAB"), got, exact, eager, strict=True):
+        assert_close_to_fp64(one, want, plain, name)
+
+
+def test_same_numbers_as_one_by_one():
+    layers, x = make_layers(ps=(0.3, 0.3, 0.3)), make_x(19, 33).requires_grad_()
+    torch.manual_seed(3)
+    together = lora_group(x, layers)
+    torch.manual_seed(3)
+    apart = one_by_one(x, layers)
+    leaves = leaves_of(x, layers)
+    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(gradients(together, leaves), gradients(apart, leaves))
+
+
+@pytest.mark.parametrize("used", [(0,), (2,), (1, 2), ()])
+def test_unused_outputs_get_none_and_cost_nothing(used):
+    layers, x = make_layers(), make_x(19, 33).requires_grad_()
+    leaves = leaves_of(x, layers)
+    outputs = lora_group(x, layers)
+    if not used:
+        assert torch.autograd.grad((x * 1).sum(), x)
+        return
+    with torch.autograd.profiler.profile() as profile:
+        got = gradients(outputs, leaves, used)
+    expected = gradients(one_by_one(x, layers), leaves, used)
+    assert [g is None for g in got] == [g is None for g in expected]
+    torch.testing.assert_close([g for g in got if g is not None], [g for g in expected if g is not None])
+    products = sum(event.name in ("aten::mm", "aten::addmm_") for event in profile.function_events)
+    assert products == 3 * len(used) + 2  # dB, dS, dX of each; the low-rank part of dX, and dA
+
+
+def test_members_differentiated_apart():
+    layers, x = make_layers(), make_x(19, 33).requires_grad_()
+    leaves = leaves_of(x, layers)
+    for order in ((0, 1, 2), (2, 0, 1)):
+        outputs, apart = lora_group(x, layers), one_by_one(x, layers)
+        whole = gradients(apart, leaves, retain_graph=True)
+        torch.testing.assert_close(gradients(outputs, leaves, retain_graph=True), whole)
+        for i in order:
+            got, want = (gradients(ys, leaves, (i,), retain_graph=True) for ys in (outputs, apart))
+            torch.testing.assert_close([g for g in got if g is not None], [g for g in want if g is not None])
+
+
+@pytest.mark.parametrize("trained", ["x", "adapters", "weights"])
+def test_only_what_is_needed(trained):
+    layers, x = make_layers(), make_x(19, 33).requires_grad_(trained == "x")
+    for layer in layers:
+        for tensor in layer.adapters[0][:2]:
+            tensor.requires_grad_(trained == "adapters")
+        layer.weight.requires_grad_(trained == "weights")
+        layer.bias.requires_grad_(trained == "weights")
+    leaves = [
+        t for t in (*leaves_of(x, layers), *(t for la in layers for t in (la.weight, la.bias))) if t.requires_grad
+    ]
+    torch.testing.assert_close(gradients(lora_group(x, layers), leaves), gradients(one_by_one(x, layers), leaves))
+
+
+def test_differentiating_twice_raises():
+    layers, x = make_layers(), make_x(19, 33).requires_grad_()
+    (dx,) = torch.autograd.grad(sum(y.square().sum() for y in lora_group(x, layers)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_outputs_can_be_written_and_x_must_not_be():
+    layers, x = make_layers(), make_x(19, 33).requires_grad_()
+    changed = x * 1
+    outputs = lora_group(changed, layers)
+    outputs[1].relu_()
+    torch.testing.assert_close(outputs[1], one_by_one(x, layers)[1].relu())
+    changed.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        outputs[0].sum().backward()
+
+
+def test_autocast():
+    layers, x = make_layers(), make_x(2, 9, 33).requires_grad_()
+    with torch.autocast("cpu", dtype=BF16):
+        together, apart = lora_group(x, layers), one_by_one(x, layers)
+        assert {y.dtype for y in together} == {BF16}
+        leaves = leaves_of(x, layers)
+        got, want = gradients(together, leaves), gradients(apart, leaves)
+    assert [g.dtype for g in got] == [g.dtype for g in want]
+    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    layers, x = make_layers(ps=(0.3, 0.0, 0.2)), make_x(19, 33).requires_grad_()
+    leaves = leaves_of(x, layers)
+
+    def backward(run):
+        for leaf in leaves:
+            leaf.grad = None
+        torch.manual_seed(5)
+        torch.cat(run(x), dim=-1).square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    plain = backward(lambda x: lora_group(x, layers))
+    again = backward(lambda x: checkpoint(lora_group, x, layers, use_reentrant=reentrant))
+    for one, other in zip(plain, again, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_without_gradients_the_same_bits():
+    layers, x = make_layers(ps=(0.3, 0.0, 0.2)), make_x(19, 33)
+    torch.manual_seed(5)
+    with_gradients = lora_group(x, layers)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        without = lora_group(x, layers)
+    for one, other in zip(with_gradients, without, strict=True):
+        assert torch.equal(one, other) and not other.requires_grad
+    with torch.inference_mode():
+        torch.testing.assert_close(lora_group(x, layers, training=False), one_by_one(x, make_layers()))
+
+
+def test_layers_of_every_kind_in_one_group():
+    """No adapter, two that run as one, two with dropout, one: each as it would be alone."""
+    (q, k, v), x = make_layers(), make_x(19, 33).requires_grad_()
+    other = make_layers(seed=7)
+    dropping = [a._replace(dropout_p=0.4) for a in (*k.adapters, *other[1].adapters)]
+    layers = [
+        q._replace(adapters=[]),
+        q,
+        GroupLayer(v.weight, [*v.adapters, *other[2].adapters]),
+        k._replace(adapters=dropping),
+    ]
+    torch.manual_seed(0)
+    together = lora_group(x, layers)
+    torch.manual_seed(0)
+    torch.testing.assert_close(together, one_by_one(x, layers))
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_one_mask_for_all_by_request(size):
+    k = 33
+    layers = [GroupLayer(torch.zeros(k, k), [Adapter(torch.eye(k), torch.eye(k), 1.0, 0.5)]) for _ in range(3)]
+    with path("composed" if size == "small" else "function"):
+        ys = lora_group(torch.ones(50, k), layers, shared_mask=True)
+        assert torch.equal(ys[0], ys[1]) and torch.equal(ys[0], ys[2])
+        assert 0.3 < (ys[0] == 0).float().mean() < 0.7
+        own = lora_group(torch.ones(50, k), layers)
+        assert not torch.equal(own[0], own[1])
+
+
+def test_one_mask_has_right_gradients():
+    layers, x = make_layers(ps=(0.4, 0.4, 0.4)), make_x(19, 33).requires_grad_()
+    torch.manual_seed(2)
+    outputs = lora_group(x, layers, shared_mask=True)
+    torch.manual_seed(2)
+    mask = torch.nn.functional.dropout(torch.ones(19, 33), 0.4) != 0
+    exact_y, exact = by_reference(x, layers, [mask] * 3, double=True)
+    _, eager = by_reference(x, layers, [mask] * 3, double=False)
+    torch.testing.assert_close([y.double() for y in outputs], exact_y, rtol=1e-5, atol=1e-5)
+    for one, want, plain in zip(gradients(outputs, leaves_of(x, layers)), exact, eager, strict=True):
+        assert_close_to_fp64(one, want, plain)
+
+
+def test_wrong_arguments():
+    layers, x = make_layers(ps=(0.1, 0.2, 0.1)), make_x(19, 33)
+    with pytest.raises(ValueError, match=r"lora_group: shared_mask: got dropout probabilities \[0.1, 0.2\]"):
+        lora_group(x, layers, shared_mask=True)
+    with pytest.raises(ValueError, match="lora_linear: shapes: got x"):
+        lora_group(x[:, 1:], layers)
+    with pytest.raises(ValueError, match="want one dtype"):
+        lora_group(x.to(BF16), layers)
+    assert lora_group(x, []) == ()
+
+
+def test_under_torch_func_and_compile():
+    layers, x = make_layers(), make_x(19, 33)
+    loss = lambda x, run: sum(y.square().sum() for y in run(x, layers))  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(loss)(x, lora_group), torch.func.grad(loss)(x, one_by_one))
+    compiled = torch.compile(lora_group, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, layers), one_by_one(x, layers))
+
+
+def test_x_is_saved_once():
+    layers, x = make_layers(), make_x(64, 33).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        lora_group(x, layers)
+    assert sum(t.shape == x.shape for t in saved) == 1
+    rest = sum(t.numel() for t in saved if t.shape != x.shape and not any(t is la.weight for la in layers))
+    assert rest == sum(64 * r for r in (5, 2, 8)) + sum(t.numel() for la in layers for t in la.adapters[0][:2])
+
+
+def test_nothing_is_kept_alive():
+    layers, x = make_layers(), make_x(19, 33).requires_grad_()
+    hidden = x * 1
+    alive = weakref.ref(hidden)
+    outputs = lora_group(hidden, layers)
+    del hidden
+    torch.cat(outputs, dim=1).sum().backward()
+    del outputs
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("shape", [(0, 33), (1, 33), (33,), (1, 1, 33)])
+def test_few_rows(shape):
+    layers, x = make_layers(), make_x(*shape).requires_grad_()
+    together = lora_group(x, layers)
+    torch.testing.assert_close(together, one_by_one(x, layers))
+    leaves = leaves_of(x, layers)
+    torch.testing.assert_close(gradients(together, leaves), gradients(one_by_one(x, layers), leaves))
+
+
+def test_strides():
+    layers, x = make_layers(), make_x(33, 19).t().requires_grad_()
+    leaves = leaves_of(x, layers)
+    torch.testing.assert_close(gradients(lora_group(x, layers), leaves), gradients(one_by_one(x, layers), leaves))
+
+
+def test_small_x_runs_one_by_one():
+    layers, x = make_layers(), make_x(19, 33).requires_grad_()
+    with path("composed"):
+        for y, layer in zip(lora_group(x, layers), layers, strict=True):
+            ((a, b, scaling, _),) = layer.adapters
+            assert torch.equal(y, lora_linear(x, layer.weight, a, b, scaling, layer.bias))
