@@ -68,6 +68,11 @@ class TuningCache:
             self._seen = (found.st_mtime_ns, found.st_size)
             self.entries = self._read() | self.entries
 
+    def forget(self, key: str) -> None:
+        """Drops an entry, in this process only, so that it is measured again."""
+        self.refresh()
+        self.entries.pop(key, None)
+
     def put(self, key: str, entry: Entry) -> None:
         """Keeps an entry, in the file too where that can be written."""
         self.entries[key] = entry
