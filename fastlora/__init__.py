@@ -7,6 +7,7 @@ nothing else.
 from . import functional, linalg
 from .adapters import disable_adapter, merge, set_adapter, unmerge
 from .checkpoint import load_adapter, save_adapter
+from .explanation import Explanation, explain
 from .init import GradientSketch, init_lora_ga
 from .init.ranks import allocate_ranks
 from .init.sign_passes import sign_factors
@@ -15,12 +16,14 @@ from .patching import ModuleReport, PatchReport, is_patched, patch, unpatch
 
 __version__ = "0.1.0"
 __all__ = [
+    "Explanation",
     "FusedLoraLinear",
     "GradientSketch",
     "ModuleReport",
     "PatchReport",
     "allocate_ranks",
     "disable_adapter",
+    "explain",
     "functional",
     "init_lora_ga",
     "is_patched",
