@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
+from bench import adam_start
 from fastlora import FusedLoraLinear, GradientSketch, sign_factors
 from fastlora.init.lora_ga import split_factors
 from fastlora.init.sign_search import BLOCK, Signs, leading_factors, minimise, objective
@@ -316,3 +318,12 @@ def test_sign_factors_keep_their_rank_and_their_gaps():
         ValueError, match=r"init_lora_ga: r: the sketch has r=4, but the adapter 'default' of '0' has r=2"
     ):
         fastlora.init_lora_ga(other, factors, missing="kaiming")
+
+
+def test_the_benchmark_ranks_the_starts():
+    model = make_model().eval()
+    task: Any = SimpleNamespace(encoder=model, passes=passes_of(model, BATCHES[:1]))
+    shares = adam_start.missed(task, R)
+    assert {len(values) for values in shares.values()} == {len(NAMES)}
+    for ordinary, plain, found in zip(shares["ordinary LoRA"], shares["G, ArB2r"], shares["minimised from there"]):
+        assert found < plain < ordinary <= 1

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
-from fastlora import GradientSketch, init_lora_ga
+from fastlora import GradientSketch, init_lora_ga, sign_factors
 
 R, WIDTH = 2, 16  # of layers 24 to 40 wide
 DISCOUNT = 0.3
@@ -46,6 +46,13 @@ def process(rank: int, folder: str) -> None:
         discounted.step()
     with pytest.raises(ValueError, match=r"step: the processes made \[2, 1\] steps"), discounted:
         pass
+    factors = sign_factors(model, lambda: run(model, sketch, mine), r=R, target_modules=["v_proj"], layers_at_once=2)
+    torch.save(
+        {name: (line.a, line.b, line.objective, line.tokens) for name, line in factors.layers.items()},
+        f"{folder}/sign-{rank}",
+    )
+    with pytest.raises(ValueError, match="single_pass: got True in several processes"):
+        sign_factors(model, lambda: None, r=R, single_pass=True)
     sizes = init_lora_ga(model, sketch)
     torch.save((sizes, model.state_dict()), f"{folder}/model-{rank}")
     dist.destroy_process_group()
@@ -105,6 +112,24 @@ def test_two_processes_are_one():
             assert torch.allclose(probed, layer.probed, atol=1e-5 * layer.probed.abs().max().item())
             assert (tokens, updates, skipped) == (layer.tokens, layer.updates, 0)
     check_discounted(load, alone.names)
+    check_signs(load)
+
+
+def check_signs(load: dict) -> None:
+    """The gradients were summed over the processes, with their tokens as weights."""
+    assert len(load["sign-0"]) == 2
+    exact = exact_gradients(list(load["sign-0"]))
+    for name, (a, b, objective, tokens) in load["sign-0"].items():
+        theirs = load["sign-1"][name]
+        assert torch.equal(a, theirs[0]) and torch.equal(b, theirs[1]) and objective == theirs[2]
+        assert tokens == sum(ids.numel() for ids in batches())
+        wanted = torch.sign(exact[name])
+        step = (
+            b.double() @ torch.sign(b.double().t() @ exact[name])
+            + torch.sign(exact[name] @ a.double().t()) @ a.double()
+        )
+        missed = 1 - (step * wanted).sum() ** 2 / (step.square().sum() * wanted.square().sum())
+        assert objective == pytest.approx(missed.item(), abs=5e-3)
 
 
 def check_discounted(load: dict, names: list[str]) -> None:
