@@ -8,7 +8,7 @@ from . import functional, linalg
 from .adapters import disable_adapter, merge, set_adapter, unmerge
 from .checkpoint import load_adapter, save_adapter
 from .explanation import Explanation, explain
-from .init import GradientSketch, init_lora_ga
+from .init import AlignmentMonitor, GradientSketch, PeriodicReinit, init_lora_ga, reinit_lora_ga
 from .init.ranks import allocate_ranks
 from .init.sign_passes import sign_factors
 from .layers import FusedLoraLinear
@@ -16,11 +16,13 @@ from .patching import ModuleReport, PatchReport, is_patched, patch, unpatch
 
 __version__ = "0.1.0"
 __all__ = [
+    "AlignmentMonitor",
     "Explanation",
     "FusedLoraLinear",
     "GradientSketch",
     "ModuleReport",
     "PatchReport",
+    "PeriodicReinit",
     "allocate_ranks",
     "disable_adapter",
     "explain",
@@ -31,6 +33,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "patch",
+    "reinit_lora_ga",
     "save_adapter",
     "set_adapter",
     "sign_factors",

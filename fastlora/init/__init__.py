@@ -1,8 +1,25 @@
 """Initialisations that look at data: gradient sketches and LoRA-GA."""
 
 from .lora_ga import init_lora_ga, undo_lora_ga
+from .monitor import AlignmentMonitor, AlignmentRecord, LayerAlignment
+from .periodic import PeriodicReinit
+from .reinit import LayerReinit, ReinitReport, reinit_lora_ga
 from .report import LayerReport, SketchReport
 from .sketch import GradientSketch
 from .streaming import StreamingSketch
 
-__all__ = ["GradientSketch", "LayerReport", "SketchReport", "StreamingSketch", "init_lora_ga", "undo_lora_ga"]
+__all__ = [
+    "AlignmentMonitor",
+    "AlignmentRecord",
+    "GradientSketch",
+    "LayerAlignment",
+    "LayerReinit",
+    "LayerReport",
+    "PeriodicReinit",
+    "ReinitReport",
+    "SketchReport",
+    "StreamingSketch",
+    "init_lora_ga",
+    "reinit_lora_ga",
+    "undo_lora_ga",
+]

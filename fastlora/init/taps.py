@@ -117,6 +117,28 @@ def attach(
     return restore
 
 
+def watch(layers: dict[str, nn.Module], observe: Callable[[str, Tensor, Tensor], None]) -> Callable[[], None]:
+    """Calls `observe(name, X, dY)` in the backward passes that run anyway: unlike `attach` it makes nothing require
+    grad, and looks at no layer whose output does not."""
+
+    def tap(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if not isinstance(output, Tensor) or not output.requires_grad or not isinstance(x, Tensor):
+                return output
+            return _Tap.apply(output, x.detach(), lambda name, x, dy, _: observe(name, x, dy), name, 1.0)
+
+        return hook
+
+    handles = [module.register_forward_hook(tap(name), with_kwargs=True) for name, module in layers.items()]
+
+    def restore() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return restore
+
+
 class _Tap(torch.autograd.Function):
     """The identity on a layer's output; its backward shows the layer's input and the output's gradient.
 

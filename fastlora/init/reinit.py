@@ -1,0 +1,358 @@
+"""`reinit_lora_ga`: adapters in the middle of training, turned towards the present gradient, the function kept.
+
+The adapter runs as s·(B A + F), F frozen. With new factors A′, B′ the frozen part becomes F + B A − B′A′:
+
+    B A + F = B′A′ + (F + B A − B′A′)
+
+kept as factors side by side, [A₀; A; A′] and [B₀, B, −B′], so that the sum of products is the same numbers in another
+order: nothing is rounded, whatever dtype the base or the arithmetic has, and W0 stays as it is. The price is 2r more
+columns a time; `max_rank` bounds that, by an SVD of what was learned so far, and says what it lost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import targets
+from ..layers import FusedLoraLinear
+from . import moments as optimizer_moments
+from .lora_ga import SPLITS, split_factors
+from .monitor import measure, space_of
+from .plain_start import PlainStart
+from .sketch import GradientSketch
+from .streaming import StreamingSketch
+
+SCALES = ("keep", "stable", "unit", "gd")
+MISSING = ("error", "skip")
+
+
+@dataclass(frozen=True)
+class LayerReinit:
+    """One layer: the sketched gradient's alignment (see `AlignmentMonitor`) with the factors before and after; the rank
+    of the frozen part now; `dropped`: ‖what max_rank cut off‖_F over ‖W0‖_F, 0 where nothing was."""
+
+    before: float
+    after: float
+    frozen_rank: int
+    dropped: float
+
+
+@dataclass(frozen=True)
+class ReinitReport:
+    """A line per layer; `skipped`: layers that were left as they were, and why."""
+
+    layers: dict[str, LayerReinit]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [("layer", "alignment before", "after", "frozen rank", "dropped")]
+        rows += [
+            (name, f"{line.before:.3f}", f"{line.after:.3f}", str(line.frozen_rank), f"{line.dropped:.1e}")
+            for name, line in self.layers.items()
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, *(f"{name}: skipped: {why}" for name, why in self.skipped.items())])
+
+
+def reinit_lora_ga(
+    model: nn.Module,
+    sketch: GradientSketch,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    smoothing: float = 0.5,
+    moments: str = "rotate",
+    split: str = "ArB2r",
+    scale: str = "keep",
+    gamma: float = 16,
+    max_rank: int | None = None,
+    missing: str = "error",
+    adapter_name: str = "default",
+    seed: int = 0,
+) -> ReinitReport:
+    """Turns a patched model's adapters towards the sketched gradient. The model computes what it did before.
+
+    Call it between `optimizer.step()` and the next backward pass: gradients of the factors that are there are dropped.
+
+    Args:
+        model: a model patched by `fastlora.patch`, whatever its adapters started from.
+        sketch: a `GradientSketch` of this model as it is now.
+        optimizer: what trains it, so that its moments are carried over; None for none.
+        smoothing: α in [0, 1]: the new A is α A + (1 − α) R Â, where Â are the gradient's triplets and R the rotation
+            that brings them nearest to A (orthogonal Procrustes), of the length between the two; B likewise.
+        moments: "rotate" or "reset" (docs/lora_ga.md, "While training"). Optimisers that are not known are reset.
+        split, gamma, seed: as in `init_lora_ga`.
+        scale: how long Â's rows and B̂'s columns are: "keep", as the present A's and B's are (root mean square; "stable"
+            where one of them is zero); "stable", "unit", "gd" as in `init_lora_ga`.
+        max_rank: bound on the rank of what the frozen part has learned; the present start comes beside it. None: no
+            bound, nothing is lost.
+        missing: "error", or "skip" to leave layers as they are that have no gradient.
+        adapter_name: which adapter.
+
+    Returns:
+        A `ReinitReport`.
+
+    Raises:
+        ValueError: an argument out of range; layers without a gradient; adapters that are merged, or whose r does not
+            go with the sketch; PEFT's layers; an optimiser that trains none of the factors. On this and on any other
+            exception model and optimiser are as they were.
+
+    Example:
+        >>> with fastlora.GradientSketch(model, r=8) as sketch:
+        ...     model(**batch).loss.backward()
+        >>> fastlora.reinit_lora_ga(model, sketch, optimizer)
+
+    Source: the seed of the idea is an unpublished remark (periodic re-initialisation with smoothing); Schönemann 1966
+    for the rotation.
+    """
+    caller = "reinit_lora_ga"
+    options = Options(smoothing, moments, split, scale, gamma, max_rank, seed).checked(caller)
+    if missing not in MISSING:
+        raise ValueError(f"{caller}: missing: got {missing!r}, want one of {', '.join(MISSING)}")
+    layers = layers_to_restart(caller, model, sketch, adapter_name)
+    skipped = {name: "no gradient" for name in layers if not sketch.has_gradient(name)}
+    if missing == "error":
+        sketch.check_complete()
+    plans = [
+        _plan(name, layer, sketch.layers[name], adapter_name, options)
+        for name, layer in layers.items()
+        if name not in skipped
+    ]
+    changes = [change for plan in plans for change in (plan.commit, *_moment_changes(plan, optimizer, moments, caller))]
+    _all_or_nothing(changes)
+    return ReinitReport({plan.name: plan.report for plan in plans}, skipped)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How factors are made: `reinit_lora_ga`'s arguments."""
+
+    smoothing: float = 0.5
+    moments: str = "rotate"
+    split: str = "ArB2r"
+    scale: str = "keep"
+    gamma: float = 16
+    max_rank: int | None = None
+    seed: int = 0
+
+    def checked(self, caller: str) -> Options:
+        """Raises ValueError for one out of range."""
+        for argument, allowed in (("moments", optimizer_moments.MOMENTS), ("split", SPLITS), ("scale", SCALES)):
+            if getattr(self, argument) not in allowed:
+                wanted = f"want one of {', '.join(allowed)}"
+                raise ValueError(f"{caller}: {argument}: got {getattr(self, argument)!r}, {wanted}")
+        if not _is_number(self.smoothing) or not 0 <= self.smoothing <= 1:
+            raise ValueError(f"{caller}: smoothing: got {self.smoothing!r}, want a number in [0, 1]")
+        if not _is_number(self.gamma) or not 0 < self.gamma < math.inf:
+            raise ValueError(f"{caller}: gamma: got {self.gamma!r}, want a positive number")
+        rank = self.max_rank
+        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+            raise ValueError(f"{caller}: max_rank: got {rank!r}, want an integer of at least 1 or None")
+        return self
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def layers_to_restart(
+    caller: str, model: nn.Module, sketch: GradientSketch, adapter_name: str
+) -> dict[str, FusedLoraLinear]:
+    """The sketched layers. Raises ValueError where one cannot be re-initialised."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{caller}: model: got {type(model).__name__}, want a torch.nn.Module")
+    if not isinstance(sketch, GradientSketch):
+        raise ValueError(f"{caller}: sketch: got {type(sketch).__name__}, want a GradientSketch")
+    if any(True for _ in targets.peft_lora_layers(model)):
+        raise ValueError(
+            f"{caller}: model: got PEFT's LoRA layers, which have no place for what was learned so far; want a model "
+            "patched by fastlora.patch (fastlora.save_adapter writes what PEFT loads)"
+        )
+    modules = dict(model.named_modules())
+    layers: dict[str, FusedLoraLinear] = {}
+    for name, size in sketch.sizes.items():
+        layer = modules.get(name)
+        if not isinstance(layer, FusedLoraLinear) or adapter_name not in layer.lora_A:
+            raise ValueError(f"{caller}: adapter_name: {name!r} was sketched and has no adapter {adapter_name!r}")
+        r = layer.r[adapter_name]
+        if targets.layer_sizes(layer) != size or 2 * r > min(*size, sketch.width):
+            raise ValueError(
+                f"{caller}: sketch: the adapter of {name!r} ({layer.out_features}×{layer.in_features}) has r={r} and "
+                f"wants 2r triplets; the sketch is {size[0]}×{size[1]} of width {sketch.width}"
+            )
+        if layer.scaling[adapter_name] == 0:
+            raise ValueError(f"{caller}: lora_alpha: the adapter of {name!r} has scale 0, so it could never learn")
+        layer.check_initial_factors(adapter_name, exact=True)
+        layers[name] = layer
+    return layers
+
+
+# New factors.
+
+
+def align(new: Tensor, old: Tensor) -> Tensor:
+    """R new, with the orthogonal R (r, r) that brings the rows of `new` (r, d) nearest to those of `old`."""
+    u, _, vh = torch.linalg.svd(old @ new.t())
+    return u @ vh @ new
+
+
+def smoothed(new: Tensor, old: Tensor, smoothing: float) -> Tensor:
+    """α old + (1 − α) R new (r, d), of the length that α and 1 − α give between theirs.
+
+    Without the last, each average of bases that are at right angles would be shorter by √½, and so would be the
+    adapter's steps.
+    """
+    mean = smoothing * old + (1 - smoothing) * align(new, old)
+    length = smoothing * old.norm() + (1 - smoothing) * new.norm()
+    return mean * (length / mean.norm())
+
+
+def compressed(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """A (rank, m), B (n, rank) nearest to b a, and the norm of what is lost."""
+    q_b, core_b = torch.linalg.qr(b.double())
+    q_a, core_a = torch.linalg.qr(a.double().t())
+    u, sigma, vh = torch.linalg.svd(core_b @ core_a.t(), full_matrices=False)
+    rank = min(rank, len(sigma))
+    root = sigma[:rank].sqrt()
+    new_a, new_b = root.unsqueeze(1) * (vh[:rank] @ q_a.t()), (q_b @ u[:, :rank]) * root
+    return new_a.to(a.dtype), new_b.to(b.dtype), float(sigma[rank:].norm())
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is to be written to one layer, in its parameters' dtypes."""
+
+    name: str
+    layer: FusedLoraLinear
+    adapter_name: str
+    a: Tensor
+    b: Tensor
+    frozen_a: Tensor
+    frozen_b: Tensor
+    report: LayerReinit
+
+    def commit(self) -> Callable[[], None]:
+        layer, name = self.layer, self.adapter_name
+        parameters = (layer.lora_A[name], layer.lora_B[name])
+        grads = [parameter.grad for parameter in parameters]
+        put_back = PlainStart(self.name, layer, name).remember()
+
+        def restore() -> None:
+            put_back()
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad
+
+        try:
+            with torch.no_grad():
+                for parameter, value in zip(parameters, (self.a, self.b), strict=True):
+                    parameter.copy_(value)
+                    parameter.grad = None
+            layer.set_frozen_factors(name, self.frozen_a, self.frozen_b)
+        except BaseException:
+            restore()
+            raise
+        return restore
+
+
+def _plan(name: str, layer: FusedLoraLinear, sketch: StreamingSketch, adapter_name: str, options: Options) -> _Plan:
+    lora_a, lora_b = layer.lora_A[adapter_name].detach(), layer.lora_B[adapter_name].detach()
+    s = layer.scaling[adapter_name]
+    new_a, new_b = _new_factors(layer, sketch, lora_a, lora_b, s, options)
+    _broadcast(new_a, new_b)
+    learned_a, learned_b = _learned(layer, adapter_name)
+    dropped = 0.0
+    if options.max_rank is not None and len(learned_a) > options.max_rank:
+        learned_a, learned_b, lost = compressed(learned_a, learned_b, options.max_rank)
+        norm = float(torch.linalg.vector_norm(layer.unshifted_weight(adapter_name), dtype=torch.float64))
+        dropped = abs(s) * lost / max(norm, torch.finfo(torch.float32).tiny)
+    frozen_a, frozen_b = torch.cat((learned_a, new_a)), torch.cat((learned_b, -new_b), dim=1)
+    before, after = (_alignment(sketch, *pair) for pair in ((lora_a, lora_b), (new_a, new_b)))
+    report = LayerReinit(before, after, len(frozen_a), dropped)
+    return _Plan(name, layer, adapter_name, new_a, new_b, frozen_a, frozen_b, report)
+
+
+def _new_factors(
+    layer: FusedLoraLinear, sketch: StreamingSketch, lora_a: Tensor, lora_b: Tensor, s: float, options: Options
+) -> tuple[Tensor, Tensor]:
+    r = len(lora_a)
+    u, _, vh = sketch.svd(2 * r)
+    a, b = split_factors(u.to(lora_a.device), vh.to(lora_a.device), r, options.split, options.seed)
+    old_a, old_b = lora_a.double(), lora_b.double().t()
+    size_a, size_b = _sizes(options, old_a, old_b, layer.out_features, s)
+    new_a, new_b = a.double() * size_a, b.double().t() * size_b
+    if bool(old_a.any()) and bool(old_b.any()):  # else the adapter has learned nothing, and B or A is a random start
+        new_a, new_b = smoothed(new_a, old_a, options.smoothing), smoothed(new_b, old_b, options.smoothing)
+    return new_a.to(lora_a.dtype), new_b.t().to(lora_b.dtype).contiguous()
+
+
+def _sizes(options: Options, a: Tensor, b: Tensor, n: int, s: float) -> tuple[float, float]:
+    """Of the new A's and B's rows, for old ones (r, d)."""
+    if options.scale == "keep":
+        sizes = [float(rows.norm()) / math.sqrt(len(rows)) for rows in (a, b)]
+        if min(sizes) > 0:
+            return sizes[0], sizes[1]
+    sizes = {"unit": 1.0, "gd": 1.0 / abs(s)}
+    size = sizes[options.scale] if options.scale in sizes else float(n**0.25 / math.sqrt(options.gamma))
+    return size, size
+
+
+def _learned(layer: FusedLoraLinear, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """Factors whose product is what the adapter adds to W0 now, start included (over s)."""
+    a, b = layer.lora_A[adapter_name].detach(), layer.lora_B[adapter_name].detach()
+    if not (bool(a.any()) and bool(b.any())):
+        a, b = a[:0], b[:, :0]
+    if adapter_name in layer.lora_A0:
+        a = torch.cat((layer.lora_A0[adapter_name].detach(), a))
+        b = torch.cat((layer.lora_B0[adapter_name].detach(), b), dim=1)
+    return a, b
+
+
+def _alignment(sketch: StreamingSketch, a: Tensor, b: Tensor) -> float:
+    space = space_of(a.to(sketch.device), b.to(sketch.device))
+    q, z = sketch.factors()
+    g_right, gt_left = q @ (z.t() @ space.right), z @ (q.t() @ space.left)
+    return measure(space, g_right, gt_left, sketch.tokens, squared_norm=sketch.squared_norm()).alignment
+
+
+def _broadcast(*tensors: Tensor) -> None:
+    """The first process's factors for all: another machine's LAPACK may choose other signs."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    nccl = torch.distributed.get_backend() == "nccl"
+    for tensor in tensors:
+        moved = tensor.to("cuda" if nccl else "cpu").contiguous()
+        torch.distributed.broadcast(moved, src=0)
+        tensor.copy_(moved)
+
+
+# Writing.
+
+
+def _moment_changes(plan: _Plan, optimizer: Any, moments: str, caller: str) -> list[Callable[[], Callable[[], None]]]:
+    if optimizer is None:
+        return []
+    lora_a, lora_b = plan.layer.lora_A[plan.adapter_name], plan.layer.lora_B[plan.adapter_name]
+    optimizer_moments.check_optimizer(optimizer, [lora_a, lora_b], caller)
+    by_b = optimizer_moments.mixing(lora_b.t(), plan.b.t())  # A's gradient is s·BᵀG
+    by_a = optimizer_moments.mixing(lora_a, plan.a)
+    return [
+        optimizer_moments.plan(optimizer, lora_a, by_b, 0, moments),
+        optimizer_moments.plan(optimizer, lora_b, by_a, 1, moments),
+    ]
+
+
+def _all_or_nothing(changes: list[Callable[[], Callable[[], None]]]) -> None:
+    undo: list[Callable[[], None]] = []
+    try:
+        for change in changes:
+            undo.append(change())
+    except BaseException:
+        for restore in reversed(undo):
+            restore()
+        raise
