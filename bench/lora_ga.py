@@ -2,7 +2,7 @@
 
 On the gradients of MiniLM-L6 for the docstring task (examples/), every linear layer of the encoder. The measure is what
 one step of SGD leaves of the gradient, ‖G − c·(B Bᵀ G + G Aᵀ A)‖²/‖G‖² with the best step size c, over what the best
-update of rank 2r leaves (Eckart and Young): 1 is perfect.
+update of rank 2r leaves (Eckart and Young): 1 is perfect. With --shapes: bench/lora_ga_shapes.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import fastlora
 from fastlora.init.lora_ga import split_factors
 from fastlora.linalg import orthonormal
 
-from . import machine
+from . import lora_ga_shapes, machine
 
 Factors = dict[str, tuple[Tensor, Tensor]]
 
@@ -259,7 +259,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--widths", type=int, nargs="*", help="columns of the sketch beside the default")
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--shapes", choices=sorted(lora_ga_shapes.MODELS), help="synthetic gradients of these shapes")
+    parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch, with --shapes")
+    parser.add_argument("--layers", type=int, default=3, help="to compare with the peers, with --shapes")
+    parser.add_argument("--whole", action="store_true", help="every layer of --shapes, beside the comparison")
+    parser.add_argument("--device", default="cpu", help="with --shapes")
+    parser.add_argument("--dtype", help="of X and dY, with --shapes; bfloat16 on a GPU, else float32")
+    parser.add_argument("--out", help="a JSON file for the result, with --shapes")
     options = parser.parse_args(arguments)
+    if options.shapes:
+        dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
+        width = max(6 * options.r, 32) if not options.widths else options.widths[0]
+        settings = lora_ga_shapes.Settings(
+            options.shapes, options.r, width, options.tokens, options.micro_batches, dtype, options.device
+        )
+        lora_ga_shapes.run(settings, options.layers, options.whole, options.out)
+        return 0
     facts = machine.describe(torch.device("cpu"))
     print(", ".join(f"{key} {value}" for key, value in facts.items() if value is not None), flush=True)
     task = docstring_task(options.micro_batches, options.batch_size)

@@ -487,7 +487,7 @@ class TestLanczos:
 
 @pytest.mark.parametrize("refined", [False, True])
 def test_the_svds_of_all_sketches_at_once(loaded, monkeypatch, refined):
-    """Several sizes, one of them narrower than the width, and one without a gradient: as torch gives them one by one."""
+    """Several sizes, one of them narrower than the width, one without a gradient: as torch gives them one by one."""
     sketches = [StreamingSketch(n, m, 12, seed) for seed, (n, m) in enumerate([(60, 50), (40, 70), (60, 50), (9, 30)])]
     for sketch in sketches[: 4 if refined else 3]:
         for again in range(1 + refined):
