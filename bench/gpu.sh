@@ -76,20 +76,33 @@ if [ $REHEARSE = 1 ]; then
     step doctor 60 "$PYTHON" -m fastlora.doctor
     step gpu_tests 120 "$PYTHON" -m pytest -q -m gpu tests/gpu -p no:cacheprovider
     step self_checks 150 env TRITON_INTERPRET=1 "$PYTHON" -m bench.self_checks --only-fp32
+    step tune 90 env TRITON_INTERPRET=1 "$PYTHON" -m fastlora.tune --device cpu --shape 24x40 --tokens 16 --r 4 --dtype fp32 \
+        --json "$OUT/tuned.json"
+    step overhead 30 "$PYTHON" -m bench.overhead --device cpu --rounds 5 --out "$OUT/overhead.json"
     step table 120 env TRITON_INTERPRET=1 "$PYTHON" -m bench.lora_linear --device cpu --shapes tiny --dtype fp32 \
         --rounds 2 --contenders frozen,eager,peft,addmm,torch,cublas,triton,triton_s_inside \
         --out "$OUT/lora_linear.json"
+    step lora_ga 60 "$PYTHON" -m bench.lora_ga --shapes tiny --r 4 --tokens 40 --layers 1 --whole --out "$OUT/lora_ga.json"
 else
     step doctor 60 "$PYTHON" -m fastlora.doctor
     step self_checks 90 "$PYTHON" -m bench.self_checks
+    # Fills the cache that the steps after it use, backend "auto" among them.
+    step tune 120 "$PYTHON" -m fastlora.tune --model-shapes llama-3-8b --tokens 8192 --r 16 --adapter-dtype bf16 \
+        --dropout both --json "$OUT/tuned.json"
+    step overhead 30 "$PYTHON" -m bench.overhead --out "$OUT/overhead.json"
     # The tables come before the long tests: if the machine vanishes, the numbers are there.
     step table 200 "$PYTHON" -m bench.lora_linear --device cuda --time-limit 150 --out "$OUT/lora_linear.json"
+    # LoRA-GA at Llama-2-7B's shapes, through the compiled engine where nvcc can build it.
+    FASTLORA_CUDA_ARCHS=$("$PYTHON" -c 'import torch; a, b = torch.cuda.get_device_capability(); print(f"{a}{b}" + "a" * (a == 9))')
+    export FASTLORA_CUDA_ARCHS # nvcc compiles for this GPU alone: a third of the time
+    step engine_build 60 "$PYTHON" -m fastlora.doctor --build
+    step lora_ga 90 "$PYTHON" -m bench.lora_ga --shapes llama-2-7b --device cuda --whole --layers 2 --out "$OUT/lora_ga.json"
     # Most of their time goes into compiling, on one core for each process.
     WORKERS=$("$PYTHON" -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null)
     # shellcheck disable=SC2086
     step gpu_tests 220 "$PYTHON" -m pytest -q -m gpu tests/gpu -p no:cacheprovider $WORKERS
 fi
-# The compiled engine: nvcc builds csrc/ for this device first.
+# The compiled engine's tests, which build csrc/ once more.
 step engine 90 "$PYTHON" -m pytest -q -m gpu tests/test_csrc.py tests/test_csrc_linalg.py -p no:cacheprovider
 [ -f "$OUT/lora_linear.json" ] && step plot 30 "$PYTHON" -m bench.plot "$OUT/lora_linear.json"
 
