@@ -130,7 +130,9 @@ class Meter:
 def _return_freed_memory() -> bool:
     """Makes malloc give freed blocks back at once, so that resident memory means something; whether it can be seen."""
     try:
-        ctypes.CDLL("libc.so.6").mallopt(MMAP_THRESHOLD, 65536)
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(MMAP_THRESHOLD, 65536)
+        libc.malloc_trim(0)  # what was freed before would be used again unseen
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):
         return False
