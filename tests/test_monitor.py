@@ -296,6 +296,20 @@ def test_evaluation_in_between_is_not_seen():
     assert record is not None and record.layers["head"].tokens == batches()[1].shape[0] * 4
 
 
+def test_a_compiled_model():
+    """Compiled again where the hooks come and go; the same losses, and the layers are seen."""
+    model = patched(target_modules=["blocks.0.up", "head"])
+    eager = copy.deepcopy(model)
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    with AlignmentMonitor(model, every=2) as monitor:
+        for step in range(3):
+            loss, expected = loss_of(compiled, batches()[0]), loss_of(eager, batches()[0])
+            loss.backward()
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+            record = monitor.step()
+            assert (record is None) == (step == 1) and (record is None or len(record.layers) == 2)
+
+
 def test_half_precision_and_autocast():
     model: Any = tiny_model("llama")
     torch.manual_seed(0)

@@ -122,16 +122,20 @@ def test_in_bfloat16_nothing_is_rounded_either():
     assert all(torch.equal(model.get_submodule(name).weight, weight) for name, weight in bits.items())
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", [*BASES, "pissa"])
 def test_unpatch_and_merge_afterwards(base):
-    plain = Net()
-    state = ModelState(plain)
-    model = plain
-    fastlora.init_lora_ga(model, sketch_of(model), base=base, norm_clip=0.5)
+    model = Net()
+    state = ModelState(model)
+    if base == "pissa":  # W0 is shifted, as with "offset"
+        fastlora.patch(model, r=R, target_modules=NAMES, init_lora_weights="pissa")
+    else:
+        fastlora.init_lora_ga(model, sketch_of(model), base=base, norm_clip=0.5)
     optimizer = optimizer_of(model)
     for _ in range(2):
         train(model, optimizer)
+        before = model(inputs())
         fastlora.reinit_lora_ga(model, sketch_of(model), optimizer)
+        assert torch.allclose(model(inputs()), before, atol=1e-5 * before.abs().max().item())
     trained = model(inputs())
     fastlora.merge(model)
     assert torch.allclose(model(inputs()), trained, atol=1e-5)

@@ -315,8 +315,8 @@ def _learned(layer: FusedLoraLinear, adapter_name: str) -> tuple[Tensor, Tensor]
 
 def _alignment(sketch: StreamingSketch, a: Tensor, b: Tensor) -> float:
     space = space_of(a.to(sketch.device), b.to(sketch.device))
-    q, z = sketch.factors()
-    g_right, gt_left = q @ (z.t() @ space.right), z @ (q.t() @ space.left)
+    q, z = (factor.double() for factor in sketch.factors())
+    g_right, gt_left = q @ (z.t() @ space.right.double()), z @ (q.t() @ space.left.double())
     return measure(space, g_right, gt_left, sketch.tokens, squared_norm=sketch.squared_norm()).alignment
 
 
