@@ -81,6 +81,7 @@ _modules: dict[str, ModuleType | str] = {}  # a module, or why it cannot be impo
 _self_checks: dict[tuple[str, torch.device, torch.dtype, torch.dtype, bool], str | None] = {}  # None: passed
 _choices: dict[Any, Choice] = {}
 _provisional: dict[Any, Choice] = {}  # made where nothing could be checked or measured: made again when that is over
+_refused: dict[tuple[torch.device, measure.Key], str] = {}  # what could not be measured, and why: not tried again
 _lock = threading.RLock()
 _mode: str | None = None  # set by `measuring`
 _spent_s = 0.0
@@ -137,7 +138,7 @@ def reset() -> None:
     """Forgets every choice, self-check and measured time of this process; the cache files stay."""
     global _spent_s
     with _lock:
-        for memory in (_choices, _provisional, _self_checks):
+        for memory in (_choices, _provisional, _self_checks, _refused):
             memory.clear()
         _modules.clear()
         tuning_cache.for_device.cache_clear()
@@ -232,6 +233,9 @@ class Resolver:
         cache = tuning_cache.for_device(x.device)
         if str(key) in cache.entries:
             return cache.entries[str(key)]
+        if (x.device, key) in _refused:
+            self.not_measured = _refused[x.device, key]
+            return None
         self.not_measured, transient = _why_not_measure(x)
         if self.not_measured is not None:
             self.put_off = self.not_measured if transient else self.put_off
@@ -240,6 +244,8 @@ class Resolver:
             self.not_measured = "not measured yet: the first call of its kind will"
             return None
         entry, self.not_measured = self.measure(key, time.monotonic() + BUDGET_S - _spent_s)
+        if self.not_measured is not None:
+            _refused[x.device, key] = self.not_measured
         return entry
 
     def measure(self, key: measure.Key, deadline: float) -> tuple[tuning_cache.Entry | None, str | None]:

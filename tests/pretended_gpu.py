@@ -78,7 +78,7 @@ class PretendedGpu:
         )
         no = "not there"
         fakes = {"torch": torch_backend, "triton": no, "triton_s_inside": no, "cublas": no}
-        for name in ("_self_checks", "_choices", "_provisional"):
+        for name in ("_self_checks", "_choices", "_provisional", "_refused"):
             monkeypatch.setattr(dispatch, name, {})
         monkeypatch.setattr(dispatch, "_modules", fakes)
         monkeypatch.setattr(dispatch, "_spent_s", 0.0)

@@ -253,6 +253,8 @@ def test_a_measurement_that_fails_leaves_the_default_for_good(gpu, monkeypatch, 
     gpu.put("cublas", backend_with())
     monkeypatch.setattr(measure, "measure", fails)
     assert reason in gpu.select().reason and gpu.select().name == "cublas" and len(attempts) == 1
+    biased = gpu.call()  # another look-up, the same kind of call: as a compiled graph's backward pass is
+    assert reason in dispatch.select(*biased._replace(bias=biased.weight)).reason and len(attempts) == 1
 
 
 def test_requests_come_before_what_was_measured(gpu, monkeypatch):

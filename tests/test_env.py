@@ -108,7 +108,7 @@ def test_nothing_else_reads_the_variables():
     assert found == []
 
 
-@pytest.mark.parametrize("function", ["backend", "build_cuda", "cache_dir", "cuda_archs"])
+@pytest.mark.parametrize("function", ["backend", "build_cuda", "cache_dir", "cuda_archs", "measure"])
 def test_every_variable_is_used(function):
     sources = [path for path in (ROOT / "fastlora").rglob("*.py") if path.name != "env.py"] + [ROOT / "setup.py"]
     uses = re.compile(rf"\b(env|load\(.env.\))\.{function}\(")
