@@ -127,7 +127,7 @@ class FusedLoraLinear(AdapterStart):
         self.lora_B0 = nn.ParameterDict()
         # In eval mode nn.TransformerEncoderLayer reads its linear layers' weights itself, past their adapters, unless
         # some module in it has a forward hook. One on a container, which is never called, costs nothing.
-        self.lora_A.register_forward_pre_hook(_keep_off_the_fast_path)
+        self.lora_A.register_forward_pre_hook(keep_off_the_fast_path)
         self.active_adapters: list[str] = []
         self.disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -357,7 +357,7 @@ def _tensors(adapters: Any) -> Any:
     return adapters._parameters or adapters
 
 
-def _keep_off_the_fast_path(*_: Any) -> None:
+def keep_off_the_fast_path(*_: Any) -> None:
     """A hook that never runs."""
 
 

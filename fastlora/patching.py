@@ -132,7 +132,7 @@ def patch(
     settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": float(lora_dropout), "use_rslora": use_rslora}
     if peft_layers:
         _warn_of_ignored_settings(settings, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern})
-        return _patch_peft(peft_layers, selection, backend, strict)
+        return _patch_peft(model, peft_layers, selection, backend, strict)
     report = PatchReport()
     plan: dict[str, nn.Module] = {}
     settings_of: dict[str, dict] = {}
@@ -189,6 +189,8 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
             restore_layer(module)
         elif is_fused_peft(module):
             sys.modules["fastlora.peft_layers"].release(module)
+        elif _is_fused_tuner(module):
+            sys.modules["fastlora.peft_tuner"].leave(module)
     for module in model.modules():
         for name, flag in module.__dict__.pop(_FROZEN, {}).items():
             parameter = module._parameters.get(name)
@@ -367,8 +369,10 @@ def _original_kind(module: nn.Module) -> str:
 # PEFT models.
 
 
-def _patch_peft(layers: dict[str, Any], selection: Selection, backend: str, strict: bool) -> PatchReport:
-    from . import peft_layers  # the one place that needs peft, and the model brought it
+def _patch_peft(
+    model: nn.Module, layers: dict[str, Any], selection: Selection, backend: str, strict: bool
+) -> PatchReport:
+    from . import peft_layers, peft_tuner  # the one place that needs peft, and the model brought it
 
     report = PatchReport()
     plan = []
@@ -397,6 +401,7 @@ def _patch_peft(layers: dict[str, Any], selection: Selection, backend: str, stri
         )
     for layer in plan:
         peft_layers.adopt(layer, backend)
+    peft_tuner.follow(model, selection, backend)
     if not report.patched:
         warnings.warn(
             "fastlora.patch: none of this model's PEFT layers can run fused; they stay with PEFT. Reasons:\n"
@@ -410,3 +415,8 @@ def _patch_peft(layers: dict[str, Any], selection: Selection, backend: str, stri
 def is_fused_peft(module: nn.Module) -> bool:
     peft_layers = sys.modules.get("fastlora.peft_layers")
     return peft_layers is not None and isinstance(module, peft_layers.FusedPeftLinear)
+
+
+def _is_fused_tuner(module: nn.Module) -> bool:
+    peft_tuner = sys.modules.get("fastlora.peft_tuner")
+    return peft_tuner is not None and isinstance(module, peft_tuner.FusedLoraModel)

@@ -24,6 +24,7 @@ from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from . import functional
+from .layers import keep_off_the_fast_path
 from .peft_starts import StartedLinear
 
 BASE_CLASSES = (nn.Linear, Conv1D)
@@ -244,6 +245,7 @@ def adopt(layer: nn.Module, backend: str = "auto") -> FusedPeftLinear:
     if type(layer) is PeftLinear:
         layer.__class__ = FusedPeftLinear
         layer.calls, layer.undos = CallCounts(), []  # type: ignore[assignment]
+        layer.lora_A.register_forward_pre_hook(keep_off_the_fast_path)
     fused = cast(FusedPeftLinear, layer)
     fused.backend = backend
     return fused
@@ -256,6 +258,9 @@ def release(layer: FusedPeftLinear) -> None:
     again = merged[len(layer.merged_adapters) :]
     for name in FusedPeftLinear.STATE:
         delattr(layer, name)
+    hooks = layer.lora_A._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is keep_off_the_fast_path]:
+        del hooks[key]
     cast(nn.Module, layer).__class__ = PeftLinear
     if again:
         with warnings.catch_warnings():

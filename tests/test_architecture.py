@@ -30,9 +30,11 @@ FLOORS = {
     "fastlora.linalg": 3,
     "fastlora.starts": 4,
     "fastlora.layers": 4,
+    "fastlora.grouping": 5,
     "fastlora.targets": 5,
     "fastlora.peft_layers": 5,
     "fastlora.peft_starts": 5,
+    "fastlora.peft_tuner": 5,
     "fastlora.peft_format": 5,
     "fastlora.adapters": 6,
     "fastlora.checkpoint": 6,
@@ -51,6 +53,7 @@ ALONE = ("fastlora.kernels", "fastlora.env", "fastlora.reference")
 # Where the optional packages may be imported at all.
 PEFT_ALLOWED = (
     "fastlora.peft_layers",
+    "fastlora.peft_tuner",
     "fastlora.patching",
     "fastlora.targets",
     "fastlora.checkpoint",

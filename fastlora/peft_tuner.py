@@ -1,0 +1,56 @@
+"""PEFT's `LoraModel`, which adds adapters to a model, followed by `patch`: LoRA layers that a later adapter brings run
+fused like those that were there.
+
+A class swap, as with the layers: `follow(model, ...)` swaps the tuners found in a model, `leave(tuner)` swaps one back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from peft.tuners.lora.model import LoraModel
+from torch import nn
+
+from . import peft_layers
+from .targets import Selection, peft_lora_layers
+
+
+@dataclass(frozen=True)
+class _Patch:
+    """What `patch` was asked for, and the tuner's name in the model that it was given."""
+
+    selection: Selection
+    backend: str
+    prefix: str
+
+
+class FusedLoraModel(LoraModel):
+    """`LoraModel` that adopts the layers of adapters added after `patch`. Never constructed: see `follow`."""
+
+    STATE = ("patched_by",)
+    patched_by: _Patch
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, *args, **kwargs)
+        patch = self.patched_by
+        for name, layer in peft_lora_layers(self):
+            name = f"{patch.prefix}.{name}" if patch.prefix else name
+            chosen = patch.selection.all_linear or patch.selection.names(name)
+            if chosen and not patch.selection.excludes(name) and peft_layers.unsupported(layer) is None:
+                peft_layers.adopt(layer, patch.backend)
+
+
+def follow(model: nn.Module, selection: Selection, backend: str) -> None:
+    """Swaps every `LoraModel` in a model. PEFT's functions that inject adapters without one leave nothing to follow."""
+    for name, tuner in model.named_modules():
+        if type(tuner) in (LoraModel, FusedLoraModel):
+            tuner.__class__ = FusedLoraModel
+            cast(FusedLoraModel, tuner).patched_by = _Patch(selection, backend, name)
+
+
+def leave(tuner: FusedLoraModel) -> None:
+    """Makes it PEFT's own class again."""
+    for name in FusedLoraModel.STATE:
+        delattr(tuner, name)
+    cast(nn.Module, tuner).__class__ = LoraModel
