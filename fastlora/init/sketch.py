@@ -51,7 +51,7 @@ class GradientSketch:
         model: a plain model, a patched one, or a PEFT model (the gradient is that of the base layer's full weight).
         target_modules, exclude_modules: as in `fastlora.patch`; on a patched or PEFT model, of its LoRA layers.
         r: the rank of the adapters to come; LoRA-GA uses 2r triplets.
-        width: columns c kept per layer, by default max(6r, 32): 4·(c + 8)·(n + m) bytes a layer, and
+        width: columns c kept per layer, by default max(6r, 32): 4·c·(n + m) + 32·n bytes a layer, and
             4·c·(n + 2m) more while refining.
         seed: of the random start; the same seed and passes give the same sketch.
         dropout: leave dropout on.

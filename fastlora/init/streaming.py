@@ -14,6 +14,7 @@ starting from G⁺ᵀ Q. docs/lora_ga.md has the measurements. Ideas: Halko, Mar
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,6 +24,12 @@ from ..linalg import native
 PROBES = 8  # random directions that measure what the sketch misses
 # Columns of Z smaller than this beside the largest are rounding: random directions take their place.
 NEGLIGIBLE = 1e-6
+
+
+@lru_cache(maxsize=16)
+def probes(m: int, device: torch.device) -> Tensor:
+    """(m, PROBES) Gaussian, drawn on the host: one for all layers with m inputs, on every device and every rank."""
+    return torch.randn(m, PROBES, generator=torch.Generator().manual_seed(1)).to(device)
 
 
 class StreamingSketch:
@@ -41,12 +48,11 @@ class StreamingSketch:
         self.row_basis: Tensor | None = None
         self.refined_y = self.refined_z = self.q.new_zeros(0)
         self.refined_updates = 0
-        self._probes: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """What the sketch occupies between updates."""
-        tensors = (self.q, self.z, self.probed, self.refined_y, self.refined_z, self.row_basis, self._probes)
+        tensors = (self.q, self.z, self.probed, self.refined_y, self.refined_z, self.row_basis)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     @property
@@ -62,9 +68,7 @@ class StreamingSketch:
         """Adds weight·dYᵀX for x (T, m), dy (T, n) of any float dtype. Nothing of size n×m is formed."""
         if x.shape[0] == 0:
             return
-        if self._probes is None:
-            self._probes = self._random(PROBES, stream=1)
-        probed = native.factored_product(x, dy, self._probes, weight)
+        probed = native.factored_product(x, dy, probes(self.m, self.device), weight)
         if not bool(torch.isfinite(probed).all()):
             self.skipped += 1
             return
