@@ -203,6 +203,8 @@ def open_group(
         return None
     if any(member.weight.numel() == 0 or member.weight.shape[1] != x.shape[-1] for member in members):
         return None
+    if any(tensor is not None and tensor.device != x.device for tensor in tensors):
+        return None
     cast = x.to(dtype)
     choice = group_dispatch.select(cast.reshape(-1, cast.shape[-1]), members)
     if isinstance(choice, str):

@@ -44,7 +44,10 @@ class SharedShrink(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         outputs, states = module.shrink(x, lora_As, dropout_ps, shared_mask)
         need_x, need_as = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-        ctx.save_for_backward(x if any(need_as) else None, *lora_As, *states)
+        ctx.save_for_backward(x if any(need_as) else None, *states)
+        # Apart from the rest, so that only those that the backward pass uses have to be as they were: a member whose A
+        # was changed before its call has run without this S.
+        ctx.lora_As, ctx.versions = lora_As, [_version(a) for a in lora_As]
         ctx.arguments = (module, dropout_ps, shared_mask, owner)
         return (x if need_x else None, *outputs)
 
@@ -58,11 +61,16 @@ class SharedShrink(torch.autograd.Function):
             forget.clear()
         if all(ds is None for ds in dss):  # nothing of what was saved is needed, and it may be gone
             return (dx, *[None] * (4 + len(dss)))
-        x, *rest = ctx.saved_tensors
-        lora_As, states = rest[: len(dss)], rest[len(dss) :]
+        x, *states = ctx.saved_tensors
+        for a, version, ds in zip(ctx.lora_As, ctx.versions, dss, strict=True):
+            if ds is not None and _version(a) != version:
+                raise RuntimeError(
+                    "fastlora: a lora_A needed for gradient computation has been modified by an inplace operation: "
+                    f"{tuple(a.shape)} is at version {_version(a)}; expected version {version} instead"
+                )
         with _without_autocast(next(ds for ds in dss if ds is not None)):
             dx, grads = module.shared_gradients(
-                _writable(dx), x, dss, lora_As, states, dropout_ps, shared_mask, need_x, need_as
+                _writable(dx), x, dss, ctx.lora_As, states, dropout_ps, shared_mask, need_x, need_as
             )
         return (dx, None, None, None, None, *grads)
 
@@ -167,6 +175,10 @@ class SharedInput:
 def _shaped(y: Tensor, shape: torch.Size) -> Tensor:
     """y (M, N) as (..., N), not as a view: autograd would let nobody write into one that a Function made."""
     return y if len(shape) == 2 else torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _writable(dx: Tensor | None) -> Tensor | None:

@@ -110,6 +110,7 @@ class FusedLoraLinear(AdapterStart):
         "merged_adapters",
         "fan_in_fan_out",
         "backend",
+        "group",
         "_base_weight",
         "_weight_before_shift",
     )
@@ -136,6 +137,7 @@ class FusedLoraLinear(AdapterStart):
         # While merged, what undoes it: a copy of the weight's bits, or the tied Parameter itself. In a tuple, so that
         # it does not become a parameter.
         self._base_weight: tuple[Tensor] | None = None
+        self.group: tuple[Any, str] | None = None  # the LayerGroup that it belongs to (grouping.py), and its name there
         self._weight_before_shift: tuple[str, Tensor] | None = None  # by which adapter, and the bits on the host
 
     def _freeze_base(self) -> None:
@@ -335,10 +337,20 @@ class FusedLoraLinear(AdapterStart):
     def forward(self, input: Tensor) -> Tensor:
         if self.disable_adapters and self.merged_adapters:
             self.unmerge()
+        if self.group is not None and not torch.compiler.is_compiling():
+            y = self.group[0].run(self, input)
+            if y is not None:
+                return y
         weight = self.weight
         if self.fan_in_fan_out:
             weight = weight.t()
         return functional.multi_lora_linear(input, weight, self.running_adapters(), self.bias, backend=self.backend)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        group = self.__dict__.setdefault("group", None)  # a layer pickled by an earlier version has none
+        if group is not None:
+            group[0].add(group[1], self)
 
     def extra_repr(self) -> str:
         adapters = ", ".join(

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from . import grouping
 from .layers import FusedLoraLinear, check_adapter_arguments, check_backend
 from .peft_format import from_pattern
 from .starts import check_init, check_not_shared, shifts_weight
@@ -41,6 +42,7 @@ class PatchReport:
     """What `patch` did, a line per module; `str(report)` is the table."""
 
     modules: list[ModuleReport] = field(default_factory=list)
+    groups: list[tuple[str, ...]] = field(default_factory=list)  # names of the layers that `group` has put together
 
     @property
     def patched(self) -> list[str]:
@@ -63,7 +65,8 @@ class PatchReport:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + f"  {row[3]}"
             for row in rows
         )
-        return f"fastlora: {len(self.patched)} modules patched, {len(self.left_alone)} left alone\n{table}"
+        grouped = f", {len(self.groups)} groups" if self.groups else ""
+        return f"fastlora: {len(self.patched)} modules patched, {len(self.left_alone)} left alone{grouped}\n{table}"
 
     __repr__ = __str__
 
@@ -83,6 +86,7 @@ def patch(
     strict: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    group: str | Sequence[Sequence[str]] | None = None,
 ) -> PatchReport:
     """Swaps fused LoRA layers into a model, in place.
 
@@ -107,6 +111,9 @@ def patch(
         rank_pattern, alpha_pattern: r or lora_alpha of the layers whose names end in a key, from a dot on, instead; a
             key is a regular expression, the first that matches counts, and "^" makes it match the whole name. As in
             PEFT, and saved as PEFT saves them.
+        group: "auto" lets layers that lie side by side and are fed the same tensor, by their usual names (q_proj,
+            k_proj, v_proj; gate_proj, up_proj; ...), share their passes over it; or the sets of names; None leaves
+            them as they are. Same numbers, to rounding; layers without dropout only, on a CPU. docs/grouping.md.
 
     Returns:
         A `PatchReport`: a line per module, patched or left alone and why.
@@ -126,6 +133,7 @@ def patch(
     check_adapter_arguments(adapter_name, r, lora_alpha, lora_dropout, caller="patch")
     check_backend(backend, "patch")
     check_init(init_lora_weights, "patch", r)
+    names_of_groups = grouping.check_names(group, "patch")
     _check_patterns(rank_pattern, alpha_pattern)
     selection = Selection(model, target_modules, exclude_modules)
     peft_layers = dict(peft_lora_layers(model))
@@ -160,6 +168,7 @@ def patch(
         check_not_shared(model, plan, f"patch: init_lora_weights={init_lora_weights!r}")
     _check_patterns_used(settings_of, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, strict)
     _apply(model, plan, adapter_name, settings_of, init_lora_weights, backend)
+    report.groups = grouping.form_groups(model, names_of_groups)
     return report
 
 

@@ -200,7 +200,9 @@ def shrink_config(x: torch.Tensor, lora_As: Sequence[torch.Tensor]) -> ShrinkCon
     elif x.dtype == torch.float32:
         block_m, block_k, block_r, num_warps = 64, 16, 16, 4
     else:
-        block_m, block_k, block_r = 64, 64 if _aligned(x) else 32, min(rank, 64)
+        # Three members of 64 columns spill on sm_80 (51 stores and loads with dropout); beyond, x is read once a block.
+        widest_block = 32 if target < (9, 0) and len(lora_As) > 2 else 64
+        block_m, block_k, block_r = 64, 64 if _aligned(x) else 32, min(rank, widest_block)
         num_warps = 4 if len(lora_As) * block_r <= 64 else 8
     programs = configs.cdiv(M, block_m) * configs.cdiv(rank, block_r)
     splits = configs._parts(programs, configs.cdiv(K, block_k), configs.num_sms(x.device))
@@ -441,7 +443,7 @@ def _launches(members: int) -> Iterator[slice]:
 
 def _targets(
     results: Sequence[torch.Tensor], parts: int, workspace: torch.Tensor | None
-) -> tuple[tuple[torch.Tensor, ...], tuple[tuple[int, int, int], ...]]:
+) -> tuple[tuple[torch.Tensor, ...], tuple[tuple[int, ...], ...]]:
     """Where a kernel writes each member, and the strides (part, row, column): the results themselves, or fp32 partials
     one after another in the workspace, in the orientation of the result."""
     if parts == 1:

@@ -1,0 +1,489 @@
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+# Attributes of modules are typed as tensors or modules; these tests know which they made.
+"""Groups in a patched model: the same numbers as one by one, whatever a model does with its layers."""
+
+import contextlib
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from problems import path
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora import FusedLoraLinear, group_autograd, grouping
+from fastlora.grouping import dissolve_groups, watching
+
+K = 24
+
+
+class Attention(nn.Module):
+    """Four layers by their usual names; `order` says what forward does with q, k and v."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(K, 16), nn.Linear(K, 8)
+        self.v_proj, self.o_proj = nn.Linear(K, 8, bias=False), nn.Linear(32, K)
+
+    def forward(self, x, context=None):
+        context = x if context is None else context
+        return self.o_proj(torch.cat((self.q_proj(x), self.k_proj(context), self.v_proj(context)), dim=-1))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = Attention()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(K, 40), nn.Linear(K, 40), nn.Linear(40, K)
+
+    def forward(self, x):
+        x = x + self.attn(x)
+        h = torch.relu(x)
+        return x + self.down_proj(torch.nn.functional.silu(self.gate_proj(h)) * self.up_proj(h))
+
+
+@pytest.fixture(autouse=True)
+def groups_of_every_size():
+    with path("function"):
+        yield
+    grouping._here.round = None
+
+
+@pytest.fixture
+def shrinks(monkeypatch):
+    """How many members each opened round has."""
+    opened = []
+    original = group_autograd.SharedInput.__init__
+
+    def counting(self, x, terms, *args, **kwargs):
+        opened.append(len(terms))
+        original(self, x, terms, *args, **kwargs)
+
+    monkeypatch.setattr(group_autograd.SharedInput, "__init__", counting)
+    return opened
+
+
+def make(module_class=Attention, group="auto", dtype=torch.float64, **settings):
+    torch.manual_seed(0)
+    model = module_class().to(dtype)
+    fastlora.patch(model, r=4, init_lora_weights=False, group=group, **settings)
+    return model
+
+
+def randn(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def step(model, run=None, x=None, seed=3):
+    """Output, and every gradient, of one pass."""
+    x = (randn(3, 5, K) if x is None else x).requires_grad_()
+    for parameter in trained(model):
+        parameter.grad = None
+    torch.manual_seed(seed)
+    y = (model if run is None else run)(x)
+    y.square().sum().backward()
+    return [y.detach(), x.grad, *(p.grad for p in trained(model))]
+
+
+def assert_as_one_by_one(model, run, *, expected_rounds, shrinks, **options):
+    """`run(model)` gives a function of x; the ungrouped copy of the model gives the same numbers."""
+    alone = copy.deepcopy(model)
+    dissolve_groups(alone)
+    want = step(alone, run(alone), **options)
+    shrinks.clear()
+    got = step(model, run(model), **options)
+    assert shrinks == expected_rounds
+    torch.testing.assert_close(got, want)
+
+
+def test_groups_by_name_and_the_report():
+    torch.manual_seed(0)
+    report = fastlora.patch(Block(), r=4, group="auto")
+    assert report.groups == [("gate_proj", "up_proj"), ("attn.q_proj", "attn.k_proj", "attn.v_proj")]
+    assert "2 groups" in str(report)
+    assert fastlora.patch(Block(), r=4).groups == []
+    assert fastlora.patch(Attention(), group=[("k_proj", "v_proj")]).groups == [("k_proj", "v_proj")]
+    assert fastlora.patch(Attention(), target_modules=["q_proj"], group="auto").groups == []
+
+
+def test_patching_again_leaves_groups_and_group_can_come_later():
+    model = make(group=None)
+    assert fastlora.patch(model, r=4, group="auto").groups == [("q_proj", "k_proj", "v_proj")]
+    seat = model.q_proj.group
+    assert fastlora.patch(model, r=4, group="auto").groups == [] and model.q_proj.group is seat
+    fastlora.patch(model, r=2, adapter_name="second")
+    assert model.q_proj.group is seat
+
+
+@pytest.mark.parametrize("group", ["q_proj", 3, [("q", 1)], ["q_proj"]])
+def test_wrong_group(group):
+    model = Attention()
+    with pytest.raises(ValueError, match="patch: group: got"):
+        fastlora.patch(model, group=group)
+    assert not fastlora.is_patched(model)
+
+
+def test_cross_attention_by_its_name_groups_only_k_and_v():
+    model = nn.ModuleDict({"self_attn": Attention(), "encoder_attn": Attention()})
+    groups = fastlora.patch(model, group="auto").groups
+    assert groups == [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("encoder_attn.k_proj", "encoder_attn.v_proj"),
+    ]
+
+
+def test_a_block(shrinks):
+    assert_as_one_by_one(make(Block), lambda model: model, expected_rounds=[3, 2], shrinks=shrinks)
+    assert grouping._here.round is None
+
+
+def test_kernels_and_numbers_are_those_of_the_group(shrinks):
+    model = make()
+    y = model.q_proj(randn(3, K).requires_grad_())
+    assert type(y.grad_fn).__name__ == "GroupMemberBackward"
+    assert shrinks == [3]
+
+
+CALLS = {
+    "another order": (lambda m: lambda x: torch.cat((m.v_proj(x), m.q_proj(x), m.k_proj(x)), -1), [3]),
+    "one skipped": (lambda m: lambda x: torch.cat((m.q_proj(x), m.v_proj(x)), -1), [3]),
+    "one alone": (lambda m: lambda x: m.k_proj(x), [3]),
+    "one twice": (lambda m: lambda x: torch.cat((m.q_proj(x), m.q_proj(x), m.k_proj(x), m.v_proj(x)), -1), [3, 3]),
+    "twice at the end": (
+        lambda m: lambda x: torch.cat((m.q_proj(x), m.k_proj(x), m.v_proj(x), m.k_proj(x)), -1),
+        [3, 3],
+    ),
+    "all twice": (lambda m: lambda x: torch.cat([f(x) for f in 2 * (m.q_proj, m.k_proj, m.v_proj)], -1), [3, 3]),
+    "cross-attention": (lambda m: lambda x: m(x, torch.tanh(x)), [3, 3]),
+    "an equal tensor": (lambda m: lambda x: torch.cat((m.q_proj(x), m.k_proj(x * 1)), -1), [3, 3]),
+    "a view": (lambda m: lambda x: torch.cat((m.q_proj(x), m.k_proj(x.view_as(x))), -1), [3, 3]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_models_do(name, shrinks):
+    run, rounds = CALLS[name]
+    assert_as_one_by_one(make(), run, expected_rounds=rounds, shrinks=shrinks)
+
+
+def test_x_modified_in_between(shrinks):
+    def run(model):
+        def forward(x):
+            x = x * 1
+            with torch.no_grad():
+                q = model.q_proj(x)
+            x.mul_(2)
+            return torch.cat((q, model.k_proj(x), model.v_proj(x)), -1)
+
+        return forward
+
+    assert_as_one_by_one(make(), run, expected_rounds=[3, 3], shrinks=shrinks)
+
+
+def _no_grad_first(model):
+    def forward(x):
+        with torch.no_grad():
+            q = model.q_proj(x)
+        return torch.cat((q, model.k_proj(x), model.v_proj(x), model.q_proj(x)), -1)
+
+    return forward
+
+
+def _autocast_in_between(model):
+    def forward(x):
+        q = model.q_proj(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            k = model.k_proj(x)
+        return torch.cat((q, k.to(x.dtype), model.v_proj(x)), -1)
+
+    return forward
+
+
+@pytest.mark.parametrize("run", [_no_grad_first, _autocast_in_between])
+def test_other_surroundings_in_between(run, shrinks):
+    model, alone = make(), make(group=None)
+    torch.testing.assert_close(step(model, run(model)), step(alone, run(alone)))
+    assert len(shrinks) >= 2
+
+
+def _change_weights(model):
+    with torch.no_grad():
+        model.k_proj.lora_A["default"].mul_(2)
+
+
+def _data_swapped(model):
+    model.k_proj.lora_A["default"].data = model.k_proj.lora_A["default"].data * 2
+
+
+CHANGES = {
+    "lora_A": _change_weights,
+    "lora_A.data": _data_swapped,
+    "lora_B": lambda model: model.k_proj.lora_B["default"].data.mul_(2),
+    "weight": lambda model: model.k_proj.weight.data.mul_(2),
+    "scaling": lambda model: model.k_proj.scaling.update(default=7.0),
+    "merged": lambda model: model.k_proj.merge(),
+    "disabled": lambda model: setattr(model.k_proj, "disable_adapters", True),
+    "frozen": lambda model: model.k_proj.lora_A["default"].requires_grad_(False),
+    "a second adapter": lambda model: (model.k_proj.add_adapter("b", r=2), model.k_proj.set_adapter(["default", "b"])),
+    "ungrouped": lambda model: setattr(model.k_proj, "group", None),
+    "unpatched": lambda model: fastlora.unpatch(model.k_proj),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_layer_changed_between_two_members_calls(name):
+    model, alone = make(), make(group=None)
+    results = []
+    for one in (model, alone):
+        x = randn(7, K).requires_grad_()
+        q = one.q_proj(x)
+        torch.manual_seed(0)
+        CHANGES[name](one)
+        y = torch.cat((q, one.k_proj(x), one.v_proj(x)), -1)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), [x, *trained(one)], allow_unused=True)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("state", ["merged", "disabled", "two adapters", "LoRA-GA's start", "eval"])
+def test_states_of_the_whole_model(state, shrinks):
+    model = make(lora_dropout=0.5 if state == "eval" else 0.0)
+    if state == "merged":
+        fastlora.merge(model)
+    elif state == "two adapters":
+        fastlora.patch(model, r=2, adapter_name="b", init_lora_weights=False)
+        fastlora.set_adapter(model, ["default", "b"])
+    elif state == "LoRA-GA's start":
+        layer = model.k_proj
+        layer.set_initial_factors("default", randn(4, K), randn(8, 4))
+    elif state == "eval":
+        model.eval()
+    context = fastlora.disable_adapter(model) if state == "disabled" else contextlib.nullcontext()
+    with context:
+        rounds = [] if state in ("merged", "disabled") else [3]
+        assert_as_one_by_one(model, lambda model: model, expected_rounds=rounds, shrinks=shrinks)
+
+
+def test_dropout_on_a_cpu_draws_what_it_draws_alone(shrinks):
+    model = make(Block, lora_dropout=0.5)
+    assert_as_one_by_one(model, lambda model: model, expected_rounds=[], shrinks=shrinks)
+    for layer in (model.attn.k_proj, model.attn.v_proj):
+        layer.lora_dropout["default"] = 0.0
+    assert_as_one_by_one(model, lambda model: model, expected_rounds=[2], shrinks=shrinks)
+
+
+def _around_one(name, reentrant):
+    def run(model):
+        def call(layer, x):
+            return checkpoint(layer, x, use_reentrant=reentrant) if layer is getattr(model, name) else layer(x)
+
+        return lambda x: torch.cat([call(layer, x) for layer in (model.q_proj, model.k_proj, model.v_proj)], -1)
+
+    return run
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_checkpointing_a_block(reentrant, dropout):
+    model = make(Block, lora_dropout=dropout)
+    for layer in (model.gate_proj, model.up_proj):
+        layer.lora_dropout["default"] = 0.0
+    run = lambda model: lambda x: checkpoint(model, x, use_reentrant=reentrant)  # noqa: E731
+    for want, got in zip(step(model), step(model, run(model)), strict=True):
+        assert torch.equal(want, got)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+def test_checkpointing_one_member(reentrant, name):
+    model, alone = make(), make(group=None)
+    run = _around_one(name, reentrant)
+    for _ in range(2):
+        torch.testing.assert_close(step(model, run(model)), step(alone, run(alone)))
+
+
+def test_two_forward_passes_before_the_backward_passes_of_checkpoints():
+    model, alone = make(Block), make(Block, group=None)
+
+    def run(model):
+        return lambda x: checkpoint(model, x, use_reentrant=False) + checkpoint(model, x + 1, use_reentrant=False)
+
+    torch.testing.assert_close(step(model, run(model)), step(alone, run(alone)))
+
+
+def test_hooks_on_members(shrinks):
+    model = make()
+    seen = []
+    model.k_proj.register_forward_hook(lambda module, args, y: seen.append("forward") or y * 2)
+    assert_as_one_by_one(model, lambda m: m, expected_rounds=[3], shrinks=shrinks)
+    model.k_proj.register_forward_pre_hook(lambda module, args: (seen.append("pre"), args[0] * 3)[1])
+    # k is not foreseen any more, and what it gets is not x: q and v share a round, k and v another
+    assert_as_one_by_one(model, lambda m: m, expected_rounds=[2, 3, 2], shrinks=shrinks)
+    model.v_proj.register_full_backward_hook(lambda module, grads, _: seen.append("backward"))
+    alone = copy.deepcopy(model)
+    dissolve_groups(alone)
+    torch.testing.assert_close(step(model), step(alone))
+    assert {"forward", "pre", "backward"} <= set(seen)
+
+
+def test_a_replaced_forward_is_not_foreseen(shrinks):
+    model = make()
+    original = model.k_proj.forward
+    model.k_proj.forward = lambda x: original(x) + 1
+    step(model)
+    assert shrinks[0] == 2
+
+
+def test_deepcopy_and_pickle_group_their_own_layers(shrinks):
+    model = make()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        group, other = twin.q_proj.group[0], model.q_proj.group[0]
+        assert group is twin.k_proj.group[0] is not other
+        assert [id(layer) for layer in group.layers()] == [id(m) for m in (twin.q_proj, twin.k_proj, twin.v_proj)]
+        shrinks.clear()
+        torch.testing.assert_close(step(twin), step(model))
+        assert shrinks == [3, 3]
+    lone = copy.deepcopy(model.q_proj)
+    assert [id(layer) for layer in lone.group[0].layers()] == [id(lone)]
+    shrinks.clear()
+    lone(randn(3, K))
+    copy.copy(model.q_proj)(randn(3, K))
+    assert shrinks == []
+    assert len(pickle.dumps(model.v_proj)) < len(pickle.dumps(model)) / 2
+
+
+def test_unpatch_is_exact():
+    model = Attention()
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    fastlora.patch(model, group="auto")
+    fastlora.unpatch(model)
+    for name, module in model.named_modules():
+        assert module.__dict__.keys() == before[name].keys()
+    assert type(model.q_proj) is nn.Linear
+
+
+def test_compile_and_export_run_one_by_one(shrinks):
+    model, alone = make(), make(group=None)
+    x = randn(3, K)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(model, compiled, x=x.clone()), step(alone, x=x.clone()))
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), alone(x))
+    assert shrinks == []
+
+
+def test_without_gradients_and_inference_mode(shrinks):
+    model, alone, x = make(), make(group=None), randn(3, K)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), alone(x))
+    assert shrinks == [3]
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x * 1), alone(x))
+    assert shrinks == [3]
+
+
+def test_autocast(shrinks):
+    model, alone, x = make(dtype=torch.float32), make(group=None, dtype=torch.float32), randn(3, 5, K).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, want = step(model, x=x.clone()), step(alone, x=x.clone())
+    assert shrinks == [3]
+    for one, other in zip(got, want, strict=True):
+        assert (one - other).norm() <= 2e-2 * other.norm()
+
+
+def test_nothing_is_kept_after_the_pass():
+    model = make()
+    for skipped in (False, True):
+        x = randn(3, K).requires_grad_()
+        hidden = x * 1
+        alive = weakref.ref(hidden)
+        y = model.q_proj(hidden) if skipped else model(hidden)
+        del hidden
+        y.sum().backward()
+        del y
+        gc.collect()
+        assert alive() is None
+
+
+def test_a_skipped_members_round_ends_with_the_next_group():
+    model = make(Block)
+    hidden = randn(3, K)
+    alive = weakref.ref(hidden)
+    model.attn.q_proj(hidden)
+    del hidden
+    h = randn(3, K)
+    model.gate_proj(h)
+    model.up_proj(h)
+    assert alive() is None and grouping._here.round is None
+
+
+def test_an_error_in_a_member_ends_the_round(monkeypatch):
+    model, x = make(), randn(3, K)
+    model.q_proj(x)
+
+    def broken(*args, **kwargs):
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(group_autograd.SharedInput, "call", broken)
+        with pytest.raises(MemoryError):
+            model.k_proj(x)
+    torch.testing.assert_close(model.k_proj(x), make(group=None).k_proj(x))
+
+
+def test_threads_do_not_share_rounds():
+    model, alone, x = make(), make(group=None), randn(3, K)
+    model.q_proj(x)
+    results = []
+    thread = threading.Thread(target=lambda: results.append(model.k_proj(x)))
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(results[0], alone.k_proj(x))
+    torch.testing.assert_close(model.k_proj(x), alone.k_proj(x))
+
+
+def test_watching_finds_what_is_fed_the_same_tensor(shrinks):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(K, 8), nn.Linear(K, 8), nn.Linear(K, 8)
+
+        def forward(self, x):
+            return torch.cat((self.a(torch.tanh(x)), self.c(x), self.b(x)), -1)
+
+    torch.manual_seed(0)
+    model = Odd().double()
+    fastlora.patch(model, r=4, init_lora_weights=False, group=[("a", "b")])
+    with watching(model) as groups, torch.no_grad():
+        model(randn(3, K))
+    assert groups == [("c", "b")]
+    assert model.a.group is None and not model.a._forward_pre_hooks
+    assert_as_one_by_one(model, lambda model: model, expected_rounds=[2], shrinks=shrinks)
+
+
+def test_the_function_that_calls_the_members():
+    frames = []
+
+    class Probe(FusedLoraLinear):
+        def forward(self, input):
+            raise AssertionError
+
+    # As if it were grouping.py's: what belongs to fastlora is passed over.
+    Probe.forward = eval("lambda self, input: record(_caller()) or input", vars(grouping) | {"record": frames.append})
+    probe, x = Probe(K, K, r=4), randn(3, K)
+
+    def through(x):
+        return probe(x)
+
+    probe(x)
+    probe.register_forward_hook(lambda module, args, y: None)
+    probe(x)
+    through(x)
+    assert frames[0] == frames[1] != frames[2]
