@@ -1,0 +1,78 @@
+"""What the segment kernels must know of the adapters in a batch: where they lie, their ranks and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dropout import threshold_and_scale
+from .segment_plan import place_of, to_device
+
+
+class Factors(NamedTuple):
+    """What the kernels must know of the segments' adapters: tensors of one number per segment, on the device."""
+
+    a: Tensor  # int64, the addresses of lora_A (r, K), contiguous
+    b: Tensor  # int64, the addresses of lora_B (N, r), contiguous
+    ranks: Tensor  # int64
+    rank_starts: Tensor  # int64, the sum of the ranks before it
+    thresholds: Tensor  # int64, of dropout
+    scalings: Tensor  # fp32
+    dropout_scales: Tensor  # fp32
+    like: Tensor  # of the factors' dtype; never read
+    max_rank: int
+    total_rank: int
+    aligned: bool  # every address is a multiple of 16 bytes and every rank of 8
+    any_dropout: bool
+
+
+_MOST_KEPT = 4096  # sets of adapters; a 7B model has 224 layers
+_kept: dict[tuple[object, ...], Factors] = {}
+
+
+def factors_of(
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+) -> Factors:
+    """The factors of one adapter per segment, all of one dtype and contiguous.
+
+    Addresses, ranks and scales are sent to the device once for every set of them: a parameter keeps its address from
+    step to step. What a cached entry says follows from its key alone, so it cannot be out of date.
+    """
+    like = lora_As[0]
+    device = like.device
+    key = (
+        place_of(device),
+        like.dtype,
+        *(a.data_ptr() for a in lora_As),
+        *(b.data_ptr() for b in lora_Bs),
+        *(a.shape[0] for a in lora_As),
+        *scalings,
+        *dropout_ps,
+    )
+    if key in _kept:
+        return _kept[key]._replace(like=like)
+    ranks = [a.shape[0] for a in lora_As]
+    rank_starts = [sum(ranks[:i]) for i in range(len(ranks))]
+    dropout = [threshold_and_scale(p) for p in dropout_ps]
+    addresses = [[a.data_ptr() for a in lora_As], [b.data_ptr() for b in lora_Bs]]
+    integers = torch.tensor([*addresses, ranks, rank_starts, [threshold for threshold, _ in dropout]])
+    numbers = torch.tensor([list(scalings), [scale for _, scale in dropout]], dtype=torch.float32)
+    factors = Factors(
+        *to_device(integers, device).unbind(),
+        *to_device(numbers, device).unbind(),
+        like=like,
+        max_rank=max(ranks),
+        total_rank=sum(ranks),
+        aligned=all(address % 16 == 0 for row in addresses for address in row) and all(r % 8 == 0 for r in ranks),
+        any_dropout=any(p > 0.0 for p in dropout_ps),
+    )
+    if len(_kept) >= _MOST_KEPT:
+        _kept.pop(next(iter(_kept)))
+    _kept[key] = factors._replace(like=like.new_empty(0))  # not the adapter itself: it would stay alive
+    return factors

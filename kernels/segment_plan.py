@@ -1,0 +1,115 @@
+"""Which row of a batch uses which adapter, sorted for the kernels: rows of one adapter are a segment.
+
+A batch of sequences comes as x (sequences · tokens, K), with an adapter's number for each sequence, or BASE. Positions
+number the adapted rows segment by segment (the sort is stable); S and dS lie in that order, so nothing of x or dY is
+ever copied into it: the kernels read `rows[position]` of them.
+
+Everything is worked out on the host from a Python list and sent to the device without waiting for it. Pure torch: ATen
+works from the same plan where there is no Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BASE = -1  # the row is left to the frozen layer
+
+
+Place = tuple[torch.device, int]
+
+_captured: list[Tensor] = []  # a replay of a CUDA graph copies from them, and reads the copies, again
+
+
+def place_of(device: torch.device) -> Place:
+    """The device and its current stream: what one stream has sent, another could read too early."""
+    return device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device that the host does not wait for."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    pinned = tensor.pin_memory()
+    sent = pinned.to(device, non_blocking=True)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.extend((pinned, sent))
+    return sent
+
+
+class Chunks(NamedTuple):
+    """The positions cut into parts that lie within one segment each."""
+
+    table: Tensor  # (count, 3) int32 on the device: segment, first position, position after the last
+    count: int
+    first: Tensor  # (segments + 1,) int32 on the device: the number of each segment's first chunk
+
+
+class Segments:
+    """The sorted batch. `adapters[i]` is the adapter of segment i, `starts[i]:starts[i + 1]` are its positions,
+    `sequences[i]` its sequences in order; `tokens` rows belong to each sequence."""
+
+    def __init__(self, adapter_ids: Sequence[int], tokens: int) -> None:
+        found: dict[int, list[int]] = {}
+        for sequence, adapter in enumerate(adapter_ids):
+            if adapter != BASE:
+                found.setdefault(adapter, []).append(sequence)
+        self.batch = len(adapter_ids)
+        self.tokens = tokens
+        self.adapters = tuple(sorted(found))
+        self.sequences = tuple(found[adapter] for adapter in self.adapters)
+        starts = [0]
+        for several in self.sequences:
+            starts.append(starts[-1] + len(several) * tokens)
+        self.starts = tuple(starts)
+        self._rows: dict[Place, Tensor] = {}
+        self._chunks: dict[tuple[Place, int], Chunks] = {}
+
+    @property
+    def num_positions(self) -> int:
+        return self.starts[-1]
+
+    @property
+    def covers_all_rows(self) -> bool:
+        return self.num_positions == self.batch * self.tokens
+
+    @property
+    def longest(self) -> int:
+        return max((end - start for start, end in zip(self.starts, self.starts[1:], strict=False)), default=0)
+
+    def pieces(self, segment: int) -> list[slice]:
+        """The rows of a segment as runs of neighbouring ones, in order."""
+        pieces: list[slice] = []
+        for sequence in self.sequences[segment]:
+            first = sequence * self.tokens
+            if pieces and pieces[-1].stop == first:
+                pieces[-1] = slice(pieces[-1].start, first + self.tokens)
+            else:
+                pieces.append(slice(first, first + self.tokens))
+        return pieces
+
+    def rows(self, device: torch.device) -> Tensor:
+        """(num_positions,) int32: the row of x at each position."""
+        place = place_of(device)
+        if place not in self._rows:
+            order = torch.tensor([sequence for several in self.sequences for sequence in several], dtype=torch.int32)
+            rows = order[:, None] * self.tokens + torch.arange(self.tokens, dtype=torch.int32)
+            self._rows[place] = to_device(rows.reshape(-1), device)
+        return self._rows[place]
+
+    def chunks(self, length: int, device: torch.device) -> Chunks:
+        """Every segment cut into parts of at most `length` positions."""
+        key = place_of(device), length
+        if key not in self._chunks:
+            table, first = [], [0]
+            for segment, (start, end) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
+                table += [(segment, at, min(at + length, end)) for at in range(start, end, length)]
+                first.append(len(table))
+            flat = [number for row in table for number in row] + first
+            sent = to_device(torch.tensor(flat, dtype=torch.int32), device)
+            split = 3 * len(table)
+            self._chunks[key] = Chunks(sent[:split].view(-1, 3), len(table), sent[split:])
+        return self._chunks[key]

@@ -1,0 +1,298 @@
+"""The low-rank path where rows use different adapters: each pass in one launch, whatever the number of adapters.
+
+    S  = drop(x) Aᵀ      `segment_shrink`, with the A of each row's adapter; also dS = s·dY B where dB is made apart
+    y += s·S Bᵀ          `segment_expand`, with its B; also dX += drop′(dS A)
+
+Rows are sorted by adapter into segments (segment_plan.py), and no program's rows lie in two of them. x, dY and what is
+written of y and dX stay in their own order and are reached through `rows`; S and dS (positions, largest rank) lie in
+the sorted one, zero beyond an adapter's rank. A's and B's are where they are: the kernels get their addresses.
+The gradients of A and B: segment_grads.py.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs
+from .dropout import keep_mask_of_rows
+from .reduce import reduce_partials
+from .segment_factors import Factors
+from .segment_plan import Segments
+from .tiling import load_tile, store_tile
+
+
+@triton.jit
+def rows_of_chunk(rows_ptr, start, end, BLOCK_M: tl.constexpr):
+    """(rows of x in int32, which of them are there) for the positions from `start` on, up to `end`."""
+    positions = start + tl.arange(0, BLOCK_M)
+    inside = positions < end
+    return tl.load(rows_ptr + positions, mask=inside, other=0), inside
+
+
+@triton.jit
+def tile_pointers(ptr, rows, column, stride_row, stride_column, COLUMNS: tl.constexpr):
+    columns = column + tl.arange(0, COLUMNS)
+    return ptr + rows.to(tl.int64)[:, None] * stride_row + columns.to(tl.int64)[None, :] * stride_column
+
+
+@triton.jit
+def tile_mask(inside, column, num_columns, COLUMNS: tl.constexpr):
+    return inside[:, None] & (column + tl.arange(0, COLUMNS) < num_columns)[None, :]
+
+
+@triton.jit
+def load_address(addresses_ptr, ranks_ptr, segment, like_ptr, ALIGNED: tl.constexpr):
+    """(pointer to a segment's A or B, its rank)."""
+    ptr = tl.load(addresses_ptr + segment).to(like_ptr.dtype)
+    rank = tl.load(ranks_ptr + segment).to(tl.int32)
+    if ALIGNED:
+        ptr = tl.multiple_of(ptr, 16)
+        rank = tl.multiple_of(rank, 8)
+    return ptr, rank
+
+
+@triton.jit
+def _load_factor(ptr, r, column, rank, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """The block (ROWS of the rank, COLUMNS of the width) at (r, column) of A (rank, width), or of Bᵀ for TRANSPOSED."""
+    if TRANSPOSED:
+        return load_tile(ptr, r, column, rank, width, 1, rank, ROWS, COLUMNS, False)
+    return load_tile(ptr, r, column, rank, width, width, 1, ROWS, COLUMNS, False)
+
+
+@triton.jit(do_not_specialize=["P", "k_per_split"])
+def _segment_shrink_kernel(
+    x_ptr,  # (rows, K)
+    rows_ptr,  # (P,) int32
+    tiles_ptr,  # (tiles, 3) int32: segment, first position, position after the last
+    addresses_ptr,  # (segments,) int64: of A (R, K), or with TRANSPOSED of B (K, R)
+    ranks_ptr,  # (segments,) int64
+    scales_ptr,  # (segments,)
+    thresholds_ptr,  # (segments,) int64, read only with DROPOUT
+    seed_ptr,  # (1,) int64, read only with DROPOUT
+    like_ptr,  # of A's dtype, not read
+    out_ptr,  # (splits, P, R_MAX) contiguous: the result where there is one split, else fp32 partials
+    P,
+    K,
+    R_MAX,
+    stride_xm,
+    stride_xk,
+    k_per_split,  # a multiple of BLOCK_K
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """out[split] (P, R) = scale · (x ∘ mask)[rows, split's columns] A[:, split's columns]ᵀ, accumulated in fp32."""
+    tile = tiles_ptr + 3 * tl.program_id(0)
+    split = tl.program_id(1)
+    r = tl.program_id(2) * BLOCK_R
+    segment = tl.load(tile)
+    start = tl.load(tile + 1)
+    end = tl.load(tile + 2)
+    a_ptr, rank = load_address(addresses_ptr, ranks_ptr, segment, like_ptr, ALIGNED)
+    rows, inside = rows_of_chunk(rows_ptr, start, end, BLOCK_M)
+    if DROPOUT:
+        seed = tl.load(seed_ptr)
+        threshold = tl.load(thresholds_ptr + segment).to(tl.int32)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    k_start = split * k_per_split
+    k_end = min(K, k_start + k_per_split)
+    k_end = tl.where(r < rank, k_end, k_start)  # beyond this adapter's rank the result is zero
+    for k in range(k_start, k_end, BLOCK_K):
+        mask = tile_mask(inside, k, K, BLOCK_K)
+        x = tl.load(tile_pointers(x_ptr, rows, k, stride_xm, stride_xk, BLOCK_K), mask=mask, other=0.0)
+        a = _load_factor(a_ptr, r, k, rank, K, BLOCK_R, BLOCK_K, TRANSPOSED)
+        if DROPOUT:
+            x = tl.where(keep_mask_of_rows(seed, rows, k, threshold, BLOCK_M, BLOCK_K), x, tl.zeros_like(x))
+        acc = tl.dot(x, tl.trans(a.to(x.dtype)), acc, input_precision=INPUT_PRECISION)
+    acc *= tl.load(scales_ptr + segment)
+    out_ptr += split.to(tl.int64) * P * R_MAX
+    store_tile(out_ptr, acc, start, r, end, R_MAX, R_MAX, 1, False)
+
+
+@triton.jit
+def _segment_expand_kernel(
+    s_ptr,  # (P, R_MAX) contiguous
+    rows_ptr,  # (P,) int32
+    tiles_ptr,  # (tiles, 3) int32: segment, first position, position after the last
+    addresses_ptr,  # (segments,) int64: of W (R, N), or with TRANSPOSED of W (N, R)
+    ranks_ptr,  # (segments,) int64
+    scales_ptr,  # (segments,)
+    thresholds_ptr,  # (segments,) int64, read only with DROPOUT
+    seed_ptr,  # (1,) int64, read only with DROPOUT
+    like_ptr,  # of W's dtype, not read
+    bias_ptr,  # (N,), read only with HAS_BIAS
+    out_ptr,  # (rows, N)
+    N,
+    R_MAX,
+    stride_bias,
+    stride_om,
+    stride_on,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,  # onto what out holds
+    DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """out[rows] (P, N) = [out[rows] +] mask ∘ (scale · S W) + bias, accumulated in fp32 and rounded once."""
+    tile = tiles_ptr + 3 * tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_N
+    segment = tl.load(tile)
+    start = tl.load(tile + 1)
+    end = tl.load(tile + 2)
+    w_ptr, rank = load_address(addresses_ptr, ranks_ptr, segment, like_ptr, ALIGNED)
+    rows, inside = rows_of_chunk(rows_ptr, start, end, BLOCK_M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for r in range(0, rank, BLOCK_R):
+        s = load_tile(s_ptr, start, r, end, R_MAX, R_MAX, 1, BLOCK_M, BLOCK_R, False)
+        w = _load_factor(w_ptr, r, column, rank, N, BLOCK_R, BLOCK_N, TRANSPOSED)
+        acc = tl.dot(s, w.to(s.dtype), acc, input_precision=INPUT_PRECISION)
+    acc *= tl.load(scales_ptr + segment)
+    if DROPOUT:
+        threshold = tl.load(thresholds_ptr + segment).to(tl.int32)
+        acc = tl.where(keep_mask_of_rows(tl.load(seed_ptr), rows, column, threshold, BLOCK_M, BLOCK_N), acc, 0.0)
+    if HAS_BIAS:
+        columns = column + tl.arange(0, BLOCK_N)
+        bias = tl.load(bias_ptr + columns.to(tl.int64) * stride_bias, mask=columns < N, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    pointers = tile_pointers(out_ptr, rows, column, stride_om, stride_on, BLOCK_N)
+    mask = tile_mask(inside, column, N, BLOCK_N)
+    if ACCUMULATE:
+        acc += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _shrink_config(x: torch.Tensor, segments: Segments, factors: Factors) -> configs.ShrinkConfig:
+    P, K = segments.num_positions, x.shape[1]
+    vectorised = x.stride(1) == 1 and x.stride(0) % 16 == 0
+    dtype = factors.like.dtype
+    config = configs.shrink(P, K, factors.max_rank, x.dtype, dtype, x.device, vectorised)
+    block_m = _rows_per_tile(segments, config.block_m)
+    tiles = segments.chunks(block_m, x.device).count
+    programs = tiles * configs.cdiv(factors.max_rank, config.block_r)
+    splits = configs._parts(programs, configs.cdiv(K, config.block_k), configs.num_sms(x.device))
+    return replace(config, block_m=block_m, num_splits=splits)
+
+
+def _rows_per_tile(segments: Segments, block_m: int) -> int:
+    """16 where no segment is longer, as when each sequence adds one token: most of a larger tile would be empty."""
+    return min(block_m, 16) if segments.longest <= 16 else block_m
+
+
+def segment_shrink_workspace(x: torch.Tensor, segments: Segments, factors: Factors) -> int:
+    """How many fp32 elements `segment_shrink` needs as its workspace."""
+    splits = _shrink_config(x, segments, factors).num_splits
+    return splits * segments.num_positions * factors.max_rank if splits > 1 else 0
+
+
+def segment_shrink(
+    x: torch.Tensor,
+    segments: Segments,
+    factors: Factors,
+    out: torch.Tensor,
+    workspace: torch.Tensor | None = None,
+    *,
+    by_b: bool = False,
+    seed: torch.Tensor | None = None,
+) -> None:
+    """out (positions, largest rank) = S = drop(x) Aᵀ for x (rows, K), or dS = s·dY B for x = dY with `by_b`.
+
+    x has any strides, out is contiguous and of any float dtype. Without `seed` nothing is dropped. `workspace`: fp32,
+    at least `segment_shrink_workspace` elements.
+    """
+    P, R, K = segments.num_positions, factors.max_rank, x.shape[1]
+    assert out.shape == (P, R) and out.is_contiguous(), (out.shape, (P, R))
+    config = _shrink_config(x, segments, factors)
+    splits = config.num_splits
+    target = out
+    if splits > 1:
+        assert workspace is not None and workspace.numel() >= splits * P * R
+        target = workspace
+    tiles = segments.chunks(config.block_m, x.device)
+    _segment_shrink_kernel[(tiles.count, splits, configs.cdiv(R, config.block_r))](
+        x,
+        segments.rows(x.device),
+        tiles.table,
+        factors.b if by_b else factors.a,
+        factors.ranks,
+        factors.scalings if by_b else factors.dropout_scales,
+        factors.thresholds,
+        seed,
+        factors.like,
+        target,
+        P,
+        K,
+        R,
+        *x.stride(),
+        configs.cdiv(configs.cdiv(K, config.block_k), splits) * config.block_k,
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        BLOCK_R=config.block_r,
+        TRANSPOSED=by_b,
+        ALIGNED=factors.aligned,
+        DROPOUT=seed is not None,
+        INPUT_PRECISION=configs.input_precision(x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if splits > 1:
+        reduce_partials(target, out, splits)
+
+
+def segment_expand(
+    s: torch.Tensor,
+    segments: Segments,
+    factors: Factors,
+    out: torch.Tensor,
+    *,
+    by_a: bool = False,
+    bias: torch.Tensor | None = None,
+    accumulate: bool = True,
+    seed: torch.Tensor | None = None,
+) -> None:
+    """out (rows, N) [+]= s·S Bᵀ + bias in the adapted rows; or drop′(dS A) for S = dS with `by_a`.
+
+    s (positions, largest rank) is contiguous, out has any strides. Rows without an adapter are not touched. Needs no
+    workspace.
+    """
+    R, N = factors.max_rank, out.shape[1]
+    assert s.shape == (segments.num_positions, R) and s.is_contiguous(), (s.shape, segments.num_positions, R)
+    config = configs.expand(s.shape[0], N, R, s.dtype, factors.like.dtype, s.device)
+    tiles = segments.chunks(_rows_per_tile(segments, config.block_m), s.device)
+    _segment_expand_kernel[(tiles.count, configs.cdiv(N, config.block_n))](
+        s,
+        segments.rows(s.device),
+        tiles.table,
+        factors.a if by_a else factors.b,
+        factors.ranks,
+        factors.dropout_scales if by_a else factors.scalings,
+        factors.thresholds,
+        seed,
+        factors.like,
+        bias,
+        out,
+        N,
+        R,
+        0 if bias is None else bias.stride(0),
+        *out.stride(),
+        BLOCK_M=_rows_per_tile(segments, config.block_m),
+        BLOCK_N=config.block_n,
+        BLOCK_R=config.block_r,
+        TRANSPOSED=not by_a,
+        ALIGNED=factors.aligned,
+        HAS_BIAS=bias is not None,
+        ACCUMULATE=accumulate,
+        DROPOUT=seed is not None,
+        INPUT_PRECISION=configs.input_precision(s.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
