@@ -393,7 +393,7 @@ def _patch_peft(
         elif selection.excludes(name):
             why_not = "in exclude_modules"
         targeted = why_not is None
-        if isinstance(layer, peft_layers.FusedPeftLinear):
+        if isinstance(layer, peft_layers.FusedLayer):
             report.modules.append(ModuleReport(name, kind, True, "was patched already", targeted))
             continue
         why_not = why_not or peft_layers.unsupported(layer)
@@ -423,7 +423,7 @@ def _patch_peft(
 
 def is_fused_peft(module: nn.Module) -> bool:
     peft_layers = sys.modules.get("fastlora.peft_layers")
-    return peft_layers is not None and isinstance(module, peft_layers.FusedPeftLinear)
+    return peft_layers is not None and isinstance(module, peft_layers.FusedLayer)
 
 
 def _is_fused_tuner(module: nn.Module) -> bool:

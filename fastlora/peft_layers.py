@@ -29,6 +29,12 @@ from .peft_starts import StartedLinear
 
 BASE_CLASSES = (nn.Linear, Conv1D)
 FACTORS = (nn.Linear, StartedLinear)
+# PEFT's layers on quantised bases -> where their fused forms are.
+QUANTISED_LAYERS = {
+    "peft.tuners.lora.bnb.Linear4bit": ("peft_bnb", "FusedLinear4bit"),
+    "peft.tuners.lora.bnb.Linear8bitLt": ("peft_bnb", "FusedLinear8bitLt"),
+    "peft.tuners.lora.torchao.TorchaoLoraLinear": ("peft_quantized", "FusedTorchaoLinear"),
+}
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,7 +65,14 @@ class _Undo:
     fingerprint: tuple[int, int | None]  # of the merged weights: they are only replaced while they are still those
 
 
-class FusedPeftLinear(PeftLinear):
+class FusedLayer:
+    """What every swapped layer has beside PEFT's own: FusedPeftLinear, and those of peft_quantized.py."""
+
+    backend: str
+    calls: CallCounts
+
+
+class FusedPeftLinear(FusedLayer, PeftLinear):
     """PEFT's LoRA `Linear` whose forward runs `functional.multi_lora_linear` wherever that computes the same thing.
 
     Never constructed: `adopt(layer)` turns a PEFT layer into one, `release(layer)` turns it back. Everything PEFT does
@@ -68,14 +81,12 @@ class FusedPeftLinear(PeftLinear):
 
     # Set by `adopt`, taken away by `release`.
     STATE = ("backend", "calls", "undos")
-    backend: str
-    calls: CallCounts
     undos: list[_Undo]  # oldest first
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plan: _Plan | str | None
+        plan: Plan | str | None
         if args or kwargs:
-            plan = _why_not_arguments(args, kwargs)
+            plan = why_not_arguments(args, kwargs)
         else:
             plan = None
         if plan is None:
@@ -217,6 +228,8 @@ class FusedPeftLinear(PeftLinear):
 
 def unsupported(layer: nn.Module) -> str | None:
     """None where `adopt` takes this layer, or why it is left to PEFT as it is (docs/peft.md)."""
+    if (quantised := _quantised(layer)) is not None:
+        return quantised.unsupported(layer)
     if type(layer) not in (PeftLinear, FusedPeftLinear):
         name = f"{type(layer).__module__}.{type(layer).__name__}"
         return f"PEFT layer class {name}: only peft.tuners.lora.layer.Linear is fused"
@@ -230,6 +243,8 @@ def unsupported(layer: nn.Module) -> str | None:
 
 def prediction(layer: PeftLinear) -> str | None:
     """None where a call would be fused now, or why it would be left to PEFT's forward. Inputs may add reasons."""
+    if (quantised := _quantised(layer)) is not None:
+        return quantised.prediction(layer)
     reason = unsupported(layer)
     if reason is not None or layer._disable_adapters or layer.merged_adapters:
         return reason
@@ -239,6 +254,8 @@ def prediction(layer: PeftLinear) -> str | None:
 
 def adopt(layer: nn.Module, backend: str = "auto") -> FusedPeftLinear:
     """Makes a PEFT LoRA layer a `FusedPeftLinear`, in place. Raises ValueError with `unsupported`'s reason."""
+    if (quantised := _quantised(layer)) is not None:
+        return quantised.adopt(layer, backend)
     reason = unsupported(layer)
     if reason is not None:
         raise ValueError(f"fastlora: adopt: layer: {reason}")
@@ -253,6 +270,8 @@ def adopt(layer: nn.Module, backend: str = "auto") -> FusedPeftLinear:
 
 def release(layer: FusedPeftLinear) -> None:
     """Makes it PEFT's own layer again, as if it had never been adopted: what was merged is merged again by PEFT."""
+    if (quantised := _quantised(layer)) is not None:
+        return quantised.release(layer)
     merged = list(layer.merged_adapters)
     layer._restore()
     again = merged[len(layer.merged_adapters) :]
@@ -268,14 +287,30 @@ def release(layer: FusedPeftLinear) -> None:
             layer.merge(adapter_names=again)
 
 
+def class_name(thing: Any) -> str:
+    """The full name of an object's class."""
+    return f"{type(thing).__module__}.{type(thing).__name__}"
+
+
+def _quantised(layer: nn.Module) -> Any:
+    """peft_quantized.py, where the layer is one of its; it is imported only then."""
+    if class_name(layer) not in QUANTISED_LAYERS and (
+        not isinstance(layer, FusedLayer) or isinstance(layer, FusedPeftLinear)
+    ):
+        return None
+    from . import peft_quantized
+
+    return peft_quantized
+
+
 @dataclass
-class _Plan:
+class Plan:
     weight: Tensor
     bias: Tensor | None
     adapters: list[functional.Adapter]
 
 
-def _why_not_arguments(args: tuple, kwargs: dict[str, Any]) -> str | None:
+def why_not_arguments(args: tuple, kwargs: dict[str, Any]) -> str | None:
     if args:
         return "positional arguments beside the input"
     for name, value in kwargs.items():
@@ -305,7 +340,7 @@ def _why_not_merge(base: nn.Module) -> str | None:
     return reason
 
 
-def _is_overridden(module: nn.Module) -> bool:
+def is_overridden(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward: the fused path would leave that out."""
     return bool(
         module._forward_hooks
@@ -316,7 +351,7 @@ def _is_overridden(module: nn.Module) -> bool:
     )
 
 
-def _plan(layer: PeftLinear, x: Tensor | None) -> _Plan | str:
+def _plan(layer: PeftLinear, x: Tensor | None) -> Plan | str:
     """What to run, read off PEFT's attributes now, or why the call is left to PEFT. Without x: as far as is known."""
     modules = layer._modules
     base = modules["base_layer"]
@@ -324,7 +359,7 @@ def _plan(layer: PeftLinear, x: Tensor | None) -> _Plan | str:
     reason = _why_not_base(base)
     if reason is not None:
         return f"nested in another PEFT layer ({type(base).__name__})" if isinstance(base, BaseTunerLayer) else reason
-    if _is_overridden(base):
+    if is_overridden(base):
         return "hooks on the base layer, or its forward replaced"
     if nn_module._has_any_global_hook():
         return "global module hooks"
@@ -335,7 +370,18 @@ def _plan(layer: PeftLinear, x: Tensor | None) -> _Plan | str:
         reason = _why_not_input(x, weight)
         if reason is not None:
             return reason
-    plan = _Plan(weight.t() if type(base) is Conv1D else weight, bias, [])
+    plan = Plan(weight.t() if type(base) is Conv1D else weight, bias, [])
+    reason = add_adapters(plan, layer, x)
+    if reason is not None:
+        return reason
+    if plan.bias is not None and plan.bias.dtype != weight.dtype:
+        plan.bias = plan.bias.to(weight.dtype)
+    return plan
+
+
+def add_adapters(plan: Plan, layer: Any, x: Tensor | None) -> str | None:
+    """Adds a layer's active adapters to the plan, or says why the call is left to PEFT."""
+    modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules, modules["lora_B"]._modules  # type: ignore[union-attr]
     dropouts = modules["lora_dropout"]._modules  # type: ignore[union-attr]
     for name in layer.active_adapters:
@@ -345,13 +391,11 @@ def _plan(layer: PeftLinear, x: Tensor | None) -> _Plan | str:
             reason = _add_adapter(plan, layer, lora_a[name], lora_b[name], dropouts[name], layer.scaling[name], x)
             if reason is not None:
                 return reason
-    if plan.bias is not None and plan.bias.dtype != weight.dtype:
-        plan.bias = plan.bias.to(weight.dtype)
-    return plan
+    return None
 
 
 def _add_adapter(
-    plan: _Plan, layer: PeftLinear, down: Any, up: Any, dropout: Any, scaling: Any, x: Tensor | None
+    plan: Plan, layer: Any, down: Any, up: Any, dropout: Any, scaling: Any, x: Tensor | None
 ) -> str | None:
     if type(down) not in FACTORS or type(up) not in FACTORS:
         return f"lora_A or lora_B is a {type(down).__name__}, {type(up).__name__}"
@@ -361,7 +405,7 @@ def _add_adapter(
         dropout_p = dropout.p if dropout.training else 0.0
     else:
         return f"lora_dropout is a {type(dropout).__name__}"
-    if _is_overridden(down) or _is_overridden(up) or _is_overridden(dropout):
+    if is_overridden(down) or is_overridden(up) or is_overridden(dropout):
         return "hooks on lora_A, lora_B or lora_dropout, or their forward replaced"
     (lora_a, lora_a_bias), (lora_b, lora_b_bias) = _parameters(down), _parameters(up)
     if type(lora_a) not in PLAIN_TENSORS or type(lora_b) not in PLAIN_TENSORS:

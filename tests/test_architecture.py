@@ -26,6 +26,8 @@ FLOORS = {
     "fastlora.group_dispatch": 1,
     "fastlora.autograd": 2,
     "fastlora.group_autograd": 2,
+    "fastlora.quantized": 1,
+    "fastlora.quant_autograd": 2,
     "fastlora.functional": 3,
     "fastlora.linalg": 3,
     "fastlora.starts": 4,
@@ -34,6 +36,8 @@ FLOORS = {
     "fastlora.targets": 5,
     "fastlora.peft_layers": 5,
     "fastlora.peft_starts": 5,
+    "fastlora.peft_quantized": 5,
+    "fastlora.peft_bnb": 5,
     "fastlora.peft_tuner": 5,
     "fastlora.peft_format": 5,
     "fastlora.adapters": 6,
@@ -53,6 +57,8 @@ ALONE = ("fastlora.kernels", "fastlora.env", "fastlora.reference")
 # Where the optional packages may be imported at all.
 PEFT_ALLOWED = (
     "fastlora.peft_layers",
+    "fastlora.peft_quantized",
+    "fastlora.peft_bnb",
     "fastlora.peft_tuner",
     "fastlora.patching",
     "fastlora.targets",

@@ -12,8 +12,8 @@ from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.init.peft_start import dequantised
 from fastlora.peft_starts import StartedLinear
+from fastlora.quantized import dequantised
 
 bnb: Any = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional: there are no quantised layers")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import peft_format, peft_starts, targets
 from ..peft_starts import StartedLinear
+from ..quantized import dequantised, kind_of
 
 # By name, so that PEFT and bitsandbytes need not be there.
 LAYERS = (
@@ -25,8 +25,11 @@ LAYERS = (
     "fastlora.peft_layers.FusedPeftLinear",
     "peft.tuners.lora.bnb.Linear4bit",
     "peft.tuners.lora.bnb.Linear8bitLt",
+    "peft.tuners.lora.torchao.TorchaoLoraLinear",
+    "fastlora.peft_bnb.FusedLinear4bit",
+    "fastlora.peft_bnb.FusedLinear8bitLt",
+    "fastlora.peft_quantized.FusedTorchaoLinear",
 )
-QUANTISED = ("bitsandbytes.nn.modules.Params4bit", "bitsandbytes.nn.modules.Int8Params")
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base weights alone
 SHIFT = "_fastlora_weight_before_shift"  # on a PEFT layer: by which adapter, and the weight's bits on the host
 
@@ -66,7 +69,7 @@ class PeftStart:
             )
         if exact:
             return
-        if not self.base_parameter.is_floating_point() or class_name(self.base_parameter) in QUANTISED:
+        if not self.base_parameter.is_floating_point() or kind_of(self.layer.base_layer) is not None:
             raise ValueError(
                 f'init_lora_ga: base: got "offset", but the weight of {self.name!r} is a '
                 f'{type(self.base_parameter).__name__}, from which nothing can be subtracted; want base="exact"'
@@ -259,22 +262,6 @@ def _check_layer(name: str, layer: Any, adapter_name: str) -> None:
         tensors = [p for p in linear._parameters.values() if p is not None]
         if any(type(t) is not nn.Parameter or t.is_meta or not t.numel() for t in tensors):
             raise ValueError(f"init_lora_ga: model: {side} of {name!r} is sharded, offloaded or not materialised")
-
-
-def dequantised(base: Any) -> Tensor:
-    """A base layer's weight; that of a bitsandbytes layer as floating-point numbers, in a tensor of its own."""
-    weight = base._parameters["weight"]
-    kind = class_name(weight)
-    if kind not in QUANTISED or weight.is_floating_point():  # not quantised yet: that is done on the way to the device
-        return weight.detach()
-    functional: Any = sys.modules["bitsandbytes.functional"]
-    if kind.endswith("Params4bit"):
-        data, state = weight.data, weight.quant_state
-        if getattr(state, "packing_format_for_cpu", False):  # after inference on a CPU with AVX512-BF16
-            data, state = functional._convert_weight_packed_for_cpu_inverse(data, copy.copy(state))
-        return functional.dequantize_4bit(data, state)
-    scales = base.state.SCB if base.state.SCB is not None else weight.SCB  # moved to the state by the first forward
-    return functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
 
 
 def class_name(thing: Any) -> str:

@@ -1,0 +1,108 @@
+"""The LoRA linear layer on a quantised base, in autograd: the frozen weight is there while a pass runs, and only then.
+
+The same two passes as in autograd.py, by the same backends. Where they take W0, it is written into a buffer that all
+layers share, and written again for the backward pass: saved are x, S, the dropout state, references to A and B, and the
+packed weight. Nothing of size N×K, and no cast copy of x beyond the one that the layer's own compute dtype asks for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import dispatch
+from .autograd import _as_shaped, autocast_enabled
+from .quantized import QuantisedWeight, materialised
+
+
+class QuantLoraLinearFunction(torch.autograd.Function):
+    """y = x W0ᵀ + b + s·(drop(x) Aᵀ) Bᵀ for x (..., K) of the weight's dtype, differentiable in x, b, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        weight: QuantisedWeight,
+        scaling: float,
+        dropout_p: float,
+        backend: str,
+    ) -> Tensor:
+        x2 = x.reshape(-1, x.shape[-1])
+        module, y, s, state = _forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
+        need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
+        ctx.save_for_backward(
+            x if need_a else None,
+            lora_A if need_x or need_a else None,
+            lora_B if need_x or need_a or need_b else None,
+            s if need_b else None,
+            state if need_x or need_a else None,
+        )
+        ctx.arguments = (module, weight if need_x else None, scaling, dropout_p, x.shape)
+        return _as_shaped(y, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
+        if autocast_enabled(dy):  # backward() within autocast: ATen would cast some operands and not others
+            with torch.autocast(dy.device.type, enabled=False):
+                return QuantLoraLinearFunction.gradients(ctx, dy)
+        return QuantLoraLinearFunction.gradients(ctx, dy)
+
+    @staticmethod
+    def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_A, lora_B, s, state = ctx.saved_tensors
+        module, weight, scaling, dropout_p, shape = ctx.arguments
+        need_x, need_bias, need_a, need_b = ctx.needs_input_grad[:4]
+        x2 = x.reshape(-1, x.shape[-1]) if x is not None else None
+        dy2 = dy.reshape(-1, dy.shape[-1])
+        needs = (need_x, need_a, need_b)
+        if need_x:
+            with materialised(weight) as matrix:
+                grads = module.backward(dy2, x2, matrix, lora_A, lora_B, s, state, scaling, dropout_p, needs)
+        else:
+            grads = module.backward(dy2, x2, None, lora_A, lora_B, s, state, scaling, dropout_p, needs)
+        dx, grad_a, grad_b = grads
+        grad_bias = dy2.sum(0) if need_bias else None
+        return dx.view(shape) if dx is not None else None, grad_bias, grad_a, grad_b, None, None, None, None
+
+
+def quantised_lora_linear(
+    x: Tensor,
+    weight: QuantisedWeight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+) -> Tensor:
+    """Runs the chosen backend under autograd. x and bias are of `weight.dtype`, and autocast has been applied."""
+    with torch.autocast(x.device.type, enabled=False):
+        if not torch.is_grad_enabled():
+            x2 = x.reshape(-1, x.shape[-1])
+            return _as_shaped(_forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)[1], x)
+        return QuantLoraLinearFunction.apply(x, bias, lora_A, lora_B, weight, scaling, dropout_p, backend)  # type: ignore[return-value]
+
+
+def _forward(
+    x2: Tensor,
+    weight: QuantisedWeight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Any, Tensor, Tensor, Tensor | None]:
+    """(the backend's module, y, S, dropout state). The layer itself is not differentiated by ATen on any path: what it
+    would save of the matrix is the next layer's by then."""
+    with materialised(weight) as matrix:
+        module = dispatch.select(x2, matrix, bias, lora_A, lora_B, dropout_p, backend).module
+        y, s, state = module.forward(x2, matrix, bias, lora_A, lora_B, scaling, dropout_p)
+    return module, y, s, state
