@@ -188,7 +188,7 @@ def open_group(
     running one of them will say what is wrong)."""
     if len(members) < 2 or torch.compiler.is_compiling() or x.is_nested or x.dim() < 1:
         return None
-    if x.device.type == "cpu" and x.numel() < autograd.SMALL:
+    if x.device.type == "cpu" and x.numel() < group_autograd.SMALL * autograd.SMALL:
         return None
     tensors = [tensor for member in members for tensor in member[:4]]
     if not _takes_fused_path(x, *tensors):

@@ -27,6 +27,8 @@ from torch.autograd.function import once_differentiable
 from . import group_dispatch
 from .autograd import autocast_enabled
 
+SMALL = 4  # times autograd.SMALL elements of x; below, on a CPU, a group's additional step costs what it saves
+
 
 class SharedShrink(torch.autograd.Function):
     """(x, S₁, …, Sₙ) of x (M, K) and A₁ … Aₙ; x comes out as an alias, or None where it needs no gradient."""

@@ -78,7 +78,7 @@ class LayerGroup:
 
     def run(self, layer: FusedLoraLinear, x: Tensor) -> Tensor | None:
         """The layer's output as a member of its group, or None where it runs alone."""
-        if x.device.type == "cpu" and x.numel() < autograd.SMALL:
+        if x.device.type == "cpu" and x.numel() < group_autograd.SMALL * autograd.SMALL:
             return None
         if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or x.is_inference():
             return None
