@@ -200,8 +200,10 @@ def shrink_config(x: torch.Tensor, lora_As: Sequence[torch.Tensor]) -> ShrinkCon
     elif x.dtype == torch.float32:
         block_m, block_k, block_r, num_warps = 64, 16, 16, 4
     else:
-        # Three members of 64 columns spill on sm_80 (51 stores and loads with dropout); beyond, x is read once a block.
-        widest_block = 32 if target < (9, 0) and len(lora_As) > 2 else 64
+        # 64 columns spill on sm_80 with three members (51 stores and loads with dropout), or with two that are cast;
+        # beyond the block x is read again.
+        heavy = len(lora_As) > 2 or widest > x.dtype.itemsize
+        widest_block = 32 if target < (9, 0) and heavy else 64
         block_m, block_k, block_r = 64, 64 if _aligned(x) else 32, min(rank, widest_block)
         num_warps = 4 if len(lora_As) * block_r <= 64 else 8
     programs = configs.cdiv(M, block_m) * configs.cdiv(rank, block_r)
