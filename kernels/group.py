@@ -205,7 +205,7 @@ def shrink_config(x: torch.Tensor, lora_As: Sequence[torch.Tensor]) -> ShrinkCon
         heavy = len(lora_As) > 2 or widest > x.dtype.itemsize
         widest_block = 32 if target < (9, 0) and heavy else 64
         block_m, block_k, block_r = 64, 64 if _aligned(x) else 32, min(rank, widest_block)
-        num_warps = 4 if len(lora_As) * block_r <= 64 else 8
+        num_warps = 4 if len(lora_As) * block_r <= 48 else 8
     programs = configs.cdiv(M, block_m) * configs.cdiv(rank, block_r)
     splits = configs._parts(programs, configs.cdiv(K, block_k), configs.num_sms(x.device))
     stage = block_k * (block_m * x.dtype.itemsize + len(lora_As) * block_r * widest)
