@@ -160,14 +160,19 @@ def dequantised(base: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     if kind_of(base) is None or why_not(base) is not None:
         return weight.detach()
     if dtype is None:
-        dtype = torch.float32 if weight.dtype == torch.int8 else weight.dtype
-        if kind_of(base) == FOUR_BIT:
-            dtype = getattr(weight.quant_state, "original_dtype", None) or weight.quant_state.dtype
+        dtype = _own_dtype(base)
     with torch.no_grad():
         known = snapshot(base, dtype)
         out = torch.empty(known.shape, dtype=dtype, device=known.device)
         known.write(out)
     return out
+
+
+def _own_dtype(base: nn.Module) -> torch.dtype:
+    weight: Any = base._parameters["weight"]
+    if kind_of(base) == FOUR_BIT:
+        return getattr(weight.quant_state, "original_dtype", None) or weight.quant_state.dtype
+    return torch.float32 if kind_of(base) == EIGHT_BIT else weight.dtype
 
 
 def _why_not_four_bit(weight: Any) -> str | None:

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from model_state import ModelState
+from quantised_models import bnb, qlora, quantised_linear, quantised_model
 from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
@@ -15,38 +16,8 @@ import fastlora
 from fastlora.peft_starts import StartedLinear
 from fastlora.quantized import dequantised
 
-bnb: Any = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional: there are no quantised layers")
-
 R, ALPHA = 2, 6
 BITS = pytest.mark.parametrize("bits", [4, 8])
-
-
-def quantised_linear(linear: nn.Linear, bits: int) -> Any:
-    sizes = {"input_features": linear.in_features, "output_features": linear.out_features}
-    options: dict[str, Any] = {"bias": linear.bias is not None, **sizes}
-    if bits == 4:
-        layer = bnb.nn.Linear4bit(**options, quant_type="nf4", compute_dtype=torch.float32)
-        layer.support_avx512bf16_for_cpu = False  # where a CPU has it, inference rounds to bfloat16
-    else:
-        layer = bnb.nn.Linear8bitLt(**options, has_fp16_weights=False, threshold=0.0)
-    layer.load_state_dict(linear.state_dict())
-    return layer.requires_grad_(False).to("cpu")  # which quantises
-
-
-def quantised_model(bits: int) -> Any:
-    """A tiny Llama with every linear layer but the head quantised, as transformers would load it."""
-    model: Any = tiny_model("llama")
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != "lm_head":
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, quantised_linear(module, bits))
-    setattr(model, f"is_loaded_in_{bits}bit", True)  # PEFT looks at this
-    return model
-
-
-def qlora(bits: int, **config: Any) -> Any:
-    settings = {"r": R, "lora_alpha": ALPHA, "target_modules": "all-linear", **config}
-    return peft.get_peft_model(quantised_model(bits), peft.LoraConfig(**settings)).eval()
 
 
 def batch() -> Any:
