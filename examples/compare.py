@@ -1,6 +1,6 @@
 """Compare ways to fine-tune on one task, each at its own best learning rate, over several seeds.
 
-    python examples/compare.py                   # docs/finetuning.md; an hour or so of one core
+    python examples/compare.py                   # docs/finetuning.md
     python examples/compare.py --quick           # every contestant for a few steps, to see that it works
     python examples/compare.py --contestants lora lora_ga
 
