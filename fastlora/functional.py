@@ -326,3 +326,8 @@ def _check(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None) -> 
             f"lora_linear: dtypes: got x {x.dtype}, lora_A {lora_A.dtype}, lora_B {lora_B.dtype}, "
             "want floating-point tensors"
         )
+
+
+# Below, because it is made of what is above.
+from .mlp_functional import lora_activated_linear as lora_activated_linear  # noqa: E402
+from .mlp_functional import lora_mlp as lora_mlp  # noqa: E402
