@@ -60,13 +60,15 @@ class Tensors:
 
 @dataclass
 class Contender:
-    """`forward(x)` gives y with a graph; `leaves` are the parameters whose gradients are wanted beside x's."""
+    """`forward(x)` gives y with a graph; `leaves` are the parameters whose gradients are wanted beside x's,
+    `parameters` the frozen ones."""
 
     name: str
-    forward: Callable[[Tensor], Tensor]
+    forward: Callable[[Tensor], Any]  # one tensor, or a tuple of them
     leaves: tuple[Tensor, ...]
+    parameters: tuple[Tensor, ...] = ()
 
-    def backward(self, y: Tensor, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    def backward(self, y: Any, x: Tensor, dy: Any) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, (x, *self.leaves), dy)
 
 
@@ -200,6 +202,7 @@ CONTENDERS: dict[str, Callable[[Tensors], Contender]] = {
     "peft": peft,
     "addmm": addmm,
     "compile": compiled,
+    "auto": fastlora_backend("auto"),
     "torch": fastlora_backend("torch"),
     "cublas": fastlora_backend("cublas"),
     "triton": triton_with(s_inside=False),
@@ -209,4 +212,6 @@ CONTENDERS: dict[str, Callable[[Tensors], Contender]] = {
 
 def build(name: str, tensors: Tensors) -> Contender:
     """The contender `name`. Raises Unavailable with the reason where it cannot run."""
-    return CONTENDERS[name](tensors)
+    contender = CONTENDERS[name](tensors)
+    contender.parameters = (tensors.weight,) if tensors.bias is None else (tensors.weight, tensors.bias)
+    return contender

@@ -8,9 +8,9 @@ was measured in the same run. "backward" is the difference of the two medians.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -19,18 +19,15 @@ from typing import Any
 
 import torch
 
-from . import counting, machine
-from .contenders import CONTENDERS, Contender, Tensors, Unavailable, build
+from . import compare, counting, machine
+from .contenders import CONTENDERS, Tensors, build
 from .counting import Problem, Roof
-from .timing import Summary, Timer, timer_for
-
-MINIMUM_L2 = 60 * 2**20  # of an H200: inputs rotate over more than twice the device's L2
-
-MOST_ERROR = 2e-2  # of the output and each gradient beside eager's: a wrong kernel is wrong by 1, bf16 by about 5e-3
+from .timing import Timer, timer_for
 
 SHAPES = {  # (M, N, K): a Llama-3-8B block's linears on a GPU; what a CPU does in milliseconds elsewhere
     "cuda": [(8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336), (8192, 1024, 4096)],
     "cpu": [(512, 1024, 1024), (512, 4096, 1024), (512, 1024, 4096)],
+    "peers": [(m, n, n) for n in (4096, 5120, 8192) for m in (2048, 4096, 8192)],  # as the peers' papers measure
     "tiny": [(64, 48, 32)],
 }
 DTYPES = {  # name on the command line: (base, adapters)
@@ -51,126 +48,34 @@ def measure_case(
 ) -> dict[str, Any]:
     """Times every contender that can run on `problem`, in turns."""
     tensors = Tensors.random(problem, device)
-    inputs = tensors.inputs(rotation(problem, device), device)
-    contenders, unavailable = {}, {}
-    functions = {}
-    for name in names:
-        try:
-            contender = build(name, tensors)
-            check_values(contender, tensors, *inputs[0])
-        except Unavailable as error:
-            unavailable[name] = str(error)
-            continue
-        except Exception as error:  # one broken contender must not cost the measurement of the others
-            unavailable[name] = f"failed: {type(error).__name__}: {error}"
-            continue
-        contenders[name] = contender
-        functions[f"{name} forward"], functions[f"{name} both"] = passes(contender, inputs, device)
-    samples = timer.interleaved(functions, rounds)
-    calls = len(inputs) if device.type == "cuda" else 1
-    results = {}
-    for name in contenders:
-        forward, both = (Summary.of(samples[f"{name} {what}"], calls) for what in ("forward", "both"))
-        results[name] = {
-            "forward": asdict(forward),
-            "both": asdict(both),
-            "backward_median": both.median - forward.median,
-        }
-    add_ratios(results, problem, roof)
-    return {"problem": asdict(problem), "rotating_inputs": len(inputs), "results": results, "unavailable": unavailable}
+    case = compare.Case(
+        label(asdict(problem)),
+        asdict(problem),
+        work(problem),
+        tensors.inputs(rotation(problem, device), device),
+        {name: functools.partial(build, name, tensors) for name in CONTENDERS},
+        random=problem.dropout > 0,
+    )
+    return {"problem": asdict(problem), **compare.measure(case, names, device, timer, rounds, roof)}
+
+
+def work(problem: Problem) -> dict[str, compare.Work]:
+    return {
+        direction: compare.Work(
+            counting.useful_flops(problem, direction), counting.compulsory_bytes(problem, direction)
+        )
+        for direction in ("forward", "both")
+    }
 
 
 def rotation(problem: Problem, device: torch.device) -> int:
     """How many different inputs make more than twice the L2."""
-    if device.type != "cuda":
-        return 2
-    l2 = max(MINIMUM_L2, torch.cuda.get_device_properties(device).L2_cache_size)
-    return max(2, math.ceil(2 * l2 / (problem.x + problem.y)))
+    return compare.rotation(problem.x + problem.y, device)
 
 
-def passes(contender: Contender, inputs: list, device: torch.device):
-    """The functions that are timed: over all inputs in a captured graph, over one of them in turn on a CPU."""
-
-    def forward(pairs):
-        for x, _ in pairs:
-            contender.forward(x)
-
-    def both(pairs):
-        for x, dy in pairs:
-            contender.backward(contender.forward(x), x, dy)
-
-    if device.type == "cuda":
-        return lambda: forward(inputs), lambda: both(inputs)
-    turns = {"forward": 0, "both": 0}
-
-    def one(what, function):
-        turns[what] += 1
-        function([inputs[turns[what] % len(inputs)]])
-
-    return lambda: one("forward", forward), lambda: one("both", both)
-
-
-def check_values(contender: Contender, tensors: Tensors, x: torch.Tensor, dy: torch.Tensor) -> None:
-    """One step before anything is timed: what is fast but wrong is not measured. With dropout only finiteness is
-    checked."""
-    y = contender.forward(x)
-    got = (y.detach(), *contender.backward(y, x, dy))
-    if not all(bool(value.isfinite().all()) for value in got):
-        raise FloatingPointError("an output or a gradient is not finite")
-    if tensors.problem.dropout or contender.name == "frozen":
-        return
-    eager = build("eager", tensors)
-    y = eager.forward(x)
-    for value, want in zip(got, (y.detach(), *eager.backward(y, x, dy)), strict=True):
-        error = ((value.float() - want.float()).norm() / want.float().norm()).item()
-        if not error < MOST_ERROR:
-            raise ArithmeticError(f"differs from eager PyTorch by {error:.1e} (relative), allowed {MOST_ERROR:.0e}")
-
-
-def add_ratios(results: dict[str, dict[str, Any]], problem: Problem, roof: Roof) -> None:
-    for entry in results.values():
-        for direction in ("forward", "both"):
-            seconds = entry[direction]["median"]
-            facts = {
-                "tflops": counting.useful_flops(problem, direction) / seconds / 1e12,
-                "speed_of_light_percent": counting.speed_of_light(problem, direction, seconds, roof),
-            }
-            for other in ("frozen", "eager", "peft"):
-                if other in results:
-                    facts[f"over_{other}"] = seconds / results[other][direction]["median"]
-            entry[direction] |= facts
-
-
-def table(case: dict[str, Any]) -> str:
-    """A few lines for people: milliseconds, how much over the frozen layer, how many times faster than eager and
-    PEFT."""
-    p = case["problem"]
+def label(p: dict[str, Any]) -> str:
     kinds = p["dtype"] if p["dtype"] == p["adapter_dtype"] else f"{p['dtype']} with {p['adapter_dtype']} adapters"
-    lines = [
-        f"M={p['m']} {p['k']}->{p['n']} r={p['r']} {kinds}, dropout {p['dropout']}",
-        f"  {'':<16}{'fwd ms':>9}{'bwd ms':>9}{'both ms':>9}{'p20-p80':>16}"
-        f"{'over frozen':>13}{'x eager':>9}{'x peft':>8}{'roof':>7}",
-    ]
-    for name, entry in case["results"].items():
-        both = entry["both"]
-        spread = f"{both['p20'] * 1e3:.3f}-{both['p80'] * 1e3:.3f}"
-        over = f"{100 * (both['over_frozen'] - 1):+.1f} %" if "over_frozen" in both else ""
-        faster = [f"{1 / both[key]:.2f}" if key in both else "" for key in ("over_eager", "over_peft")]
-        lines.append(
-            f"  {name:<16}{entry['forward']['median'] * 1e3:>9.3f}{entry['backward_median'] * 1e3:>9.3f}"
-            f"{both['median'] * 1e3:>9.3f}{spread:>16}{over:>13}{faster[0]:>9}{faster[1]:>8}"
-            f"{both['speed_of_light_percent']:>6.0f}%"
-        )
-    lines += [f"  {name:<16}not measured: {why}" for name, why in case["unavailable"].items()]
-    return "\n".join(lines)
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Through a temporary file, so that a machine that vanishes leaves the last complete record."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
+    return f"M={p['m']} {p['k']}->{p['n']} r={p['r']} {kinds}, dropout {p['dropout']}"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -230,7 +135,8 @@ def cases(options: argparse.Namespace) -> list[Problem]:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.show:
-        print("\n".join(table(case) for case in json.loads(options.show.read_text())["cases"]))
+        for case in json.loads(options.show.read_text())["cases"]:
+            print(compare.table(label(case["problem"]), case))
         return 0
     device, begun = torch.device(options.device), time.monotonic()
     timer = timer_for(device, options.clock)
@@ -260,18 +166,12 @@ def main(arguments: list[str] | None = None) -> int:
         case = measure_case(problem, options.names, device, timer, rounds, roofs[problem.dtype])
         record["cases"].append(case)
         record["complete"] = len(record["cases"]) == len(options.cases)
-        write_json(out, record)
-        print(table(case), flush=True)
+        compare.write_json(out, record)
+        print(compare.table(label(case["problem"]), case), flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print(f"written: {out}")
-    failed = [
-        f"{name}: {why}"
-        for case in record["cases"]
-        for name, why in case["unavailable"].items()
-        if why.startswith("failed")
-    ]
-    return 1 if failed else 0
+    return 1 if compare.failures(record) else 0
 
 
 if __name__ == "__main__":
