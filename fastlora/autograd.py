@@ -39,7 +39,7 @@ class LoraLinearFunction(torch.autograd.Function):
         dropout_p: float,
         module: ModuleType,
     ) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1])
+        x2 = _as_2d(x)
         y, s, state = module.forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p)
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
@@ -54,25 +54,31 @@ class LoraLinearFunction(torch.autograd.Function):
         return _as_shaped(y, x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
+        if torch.is_grad_enabled():  # create_graph=True; asked here, since the decorator alone costs each call 2 µs
+            return LoraLinearFunction.gradients_once(ctx, dy)
         if autocast_enabled(dy):  # backward() within autocast: ATen would cast some operands and not others
             with torch.autocast(dy.device.type, enabled=False):
                 return LoraLinearFunction.gradients(ctx, dy)
         return LoraLinearFunction.gradients(ctx, dy)
 
     @staticmethod
+    @once_differentiable
+    def gradients_once(ctx: Any, dy: Tensor):
+        return LoraLinearFunction.backward(ctx, dy)
+
+    @staticmethod
     def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, s, state = ctx.saved_tensors
         module, scaling, dropout_p, shape = ctx.arguments
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        x2 = x.reshape(-1, x.shape[-1]) if x is not None else None
-        dy2 = dy.reshape(-1, dy.shape[-1])
+        x2 = _as_2d(x) if x is not None else None
+        dy2 = _as_2d(dy)
         dx, grad_a, grad_b = module.backward(
             dy2, x2, weight, lora_A, lora_B, s, state, scaling, dropout_p, (need_x, need_a, need_b)
         )
         return (
-            dx.view(shape) if dx is not None else None,
+            dx if dx is None or len(shape) == 2 else dx.view(shape),
             dy2.t().mm(x2) if need_w and x2 is not None else None,
             dy2.sum(0) if need_bias else None,
             grad_a,
@@ -97,7 +103,7 @@ def lora_linear(
     training."""
     if torch.compiler.is_compiling():
         return _compiled_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
-    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    x2 = _as_2d(x)
     module = dispatch.select(x2, weight, bias, lora_A, lora_B, dropout_p, backend).module
     if module is torch_backend and x.device.type == "cpu" and x.numel() < SMALL:
         # Without gradients too: reentrant checkpointing expects the same bits of both.
@@ -111,7 +117,11 @@ def lora_linear(
 
 def autocast_enabled(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device (the meta device knows none, and raises when asked)."""
-    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+    return torch._C._is_any_autocast_enabled() and not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
+def _as_2d(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _as_shaped(y: Tensor, x: Tensor) -> Tensor:
