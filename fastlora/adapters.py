@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from . import sharding
 from .layers import FusedLoraLinear
 from .targets import lora_layers
 
@@ -19,9 +20,15 @@ def merge(model: nn.Module) -> None:
 
     Sums in float32, rounds once, and keeps the former bits in host memory: `unmerge` restores them exactly. A weight
     that several modules use is untied for the time being. Raises ValueError where a merged weight would not be finite,
-    or where adapters are merged already; the model is then as it was.
+    or where adapters are merged already, or for a model that is sharded over processes; the model is then as it was.
     """
-    _merge(model, _require_layers(model, "merge"))
+    layers = _require_layers(model, "merge")
+    if sharding.has_shards(model):
+        raise ValueError(
+            "merge: model: its parameters are sharded over processes, and merging would be lost with the next step; "
+            "save_adapter, then load_adapter and merge in a model that is not"
+        )
+    _merge(model, layers)
 
 
 def _merge(model: nn.Module, layers: list[tuple[str, Any]]) -> None:

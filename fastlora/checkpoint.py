@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import patching, peft_format, starts, targets
+from . import patching, peft_format, sharding, starts, targets
 from .layers import FusedLoraLinear, check_adapter_arguments, scale_of
 from .peft_format import AdapterFile, Spec, some
 from .targets import lora_layers
@@ -39,10 +39,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         adapter_name: save this one, into `directory` itself. None: all of them, "default" into `directory` and each
             other one into the subdirectory of its name, as PEFT does.
 
+    Of a model that `fully_shard` has sharded, every process must call this; the first one writes, and all wait for it.
+    Of others, whoever calls this writes: one process is enough.
+
     Weights are saved in the dtype they have. What is saved of the scale is alpha, not a changed `scaling`, as in PEFT.
 
     Raises:
-        ValueError: no adapters, an unknown name, a directory that is a file, parameters sharded over processes.
+        ValueError: no adapters, an unknown name, a directory that is a file, parameters sharded by ZeRO-3.
         OSError: the directory cannot be written (PermissionError, no space left, ...); nothing in it was changed.
 
     Example:
@@ -60,16 +63,23 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     if adapter_name is not None and adapter_name not in names:
         raise ValueError(f"save_adapter: adapter_name: got {adapter_name!r}, want one of {names}")
     wanted = names if adapter_name is None else [adapter_name]
+    shards = sharding.has_shards(model)
+    if shards:
+        sharding.reshard(model)
     files: dict[Path, bytes] = {}
     for name in wanted:
         folder = root if name in ("default", adapter_name) else root / name
         contents = _peft_contents(model, name, root) if _is_peft_model(model) else _contents(model, name)
         files.update({(root if file == "README.md" else folder) / file: data for file, data in contents.items()})
-    try:
-        peft_format.write_files(files)
-    except OSError as error:
-        message = f"save_adapter: directory: cannot write to {str(root)!r}, nothing in it was changed: {error.strerror}"
-        raise OSError(error.errno, message, error.filename) from error
+
+    def write() -> None:
+        try:
+            peft_format.write_files(files)
+        except OSError as error:
+            message = f"cannot write to {str(root)!r}, nothing in it was changed: {error.strerror}"
+            raise OSError(error.errno, f"save_adapter: directory: {message}", error.filename) from error
+
+    sharding.on_first_process(write) if shards else write()
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -77,6 +87,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
 
     A plain model is patched as the adapter's configuration says, and the adapter is active. A patched model gets one
     more adapter, inactive until `set_adapter`, or has the one of that name overwritten. A `PeftModel` loads it itself.
+    In a model inside DistributedDataParallel, or sharded by `fully_shard`, adapters can be overwritten and not added:
+    every process must call this, and must be able to read the directory.
     Weights take the dtype of the layer's adapters: float32 on half-precision bases. An adapter that PEFT started with
     "pissa" or "olora" and did not convert runs on a changed base weight, as in PEFT: the change is computed again from
     the model's own weight (the one that the adapter was trained on), and `unpatch` takes it back.
@@ -84,20 +96,31 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     Raises:
         FileNotFoundError: the directory or one of its two files is not there.
         ValueError: files that are truncated, foreign or in use of features that are not supported; keys or shapes that
-            do not fit the model; an adapter of that name with other shapes, or merged. The model is then as it was.
+            do not fit the model; an adapter of that name with other shapes, or merged; a new one for a wrapped model.
+            The model is then as it was.
 
     Example:
         >>> fastlora.load_adapter(model, "runs/my-adapter")
     """
-    model = _unwrap(model, "load_adapter")
+    model, outermost = _unwrap(model, "load_adapter"), model
     root = Path(directory)
     config, tensors = peft_format.read(root)
+    wrapped = sharding.wrapper(outermost)
+    if sharding.has_shards(model):
+        sharding.reshard(model)
     if _is_peft_model(model):
+        _check_wrapped(wrapped, adapter_name, adapter_name not in model.peft_config)  # type: ignore[operator]
+        if sharding.has_shards(model):
+            _load_into_sharded_peft(model, root, config, tensors, adapter_name)
+            return
         _load_into_peft(model, root, adapter_name, peft_format.changes_base(config))
         return
     file = peft_format.parse(root, config, tensors)
     layers = dict(_modules_outside_adapters(model))
     _check_against_model(model, layers, file, adapter_name)
+    _check_wrapped(wrapped, adapter_name, any(not _has_adapter(layers[name], adapter_name) for name in file.lora_A))
+    if sharding.has_shards(model):
+        _check_starts_at_zero(file, layers, adapter_name)
     shifts = _shifts(model, {name: layers[name] for name in file.lora_A}, file, adapter_name)
     new = [name for name in file.lora_A if not _has_adapter(layers[name], adapter_name)]
     with _added(model, layers, file, adapter_name, new), torch.no_grad():
@@ -108,8 +131,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             _set_scale(layer, adapter_name, file.spec(name))
             if name in shifts:
                 layer.set_initial_factors(adapter_name, *shifts[name], exact=False)
-            layer.lora_A[adapter_name].copy_(file.lora_A[name])
-            layer.lora_B[adapter_name].copy_(file.lora_B[name])
+            for parameter, values in (
+                (layer.lora_A[adapter_name], file.lora_A[name]),
+                (layer.lora_B[adapter_name], file.lora_B[name]),
+            ):
+                parameter.copy_(sharding.spread(values, parameter))
 
 
 # Which model.
@@ -173,9 +199,7 @@ def _contents(model: nn.Module, adapter_name: str) -> dict[str, bytes]:
         lora_A, lora_B, r, _ = layer.as_plain_adapter(adapter_name)
         wanted = {"A": (r, layer.in_features), "B": (layer.out_features, r)}
         for side, parameter in (("A", lora_A), ("B", lora_B)):
-            tensor = parameter.detach()
-            if hasattr(tensor, "full_tensor"):  # DTensor
-                tensor = tensor.full_tensor()  # type: ignore[operator]
+            tensor = sharding.whole(parameter.detach())
             if tuple(tensor.shape) != wanted[side] or tensor.is_meta:
                 raise ValueError(
                     f"save_adapter: model: lora_{side} of {name!r} is a {tuple(tensor.shape)} tensor on "
@@ -248,12 +272,39 @@ def _peft_contents(model: Any, adapter_name: str, root: Path) -> dict[str, bytes
         card = root / "README.md"
         if card.is_file():  # PEFT updates a model card that is there
             shutil.copy(card, folder)
-        model.save_pretrained(folder, selected_adapters=[adapter_name])
+        state = _gathered_state(model, adapter_name) if sharding.has_shards(model) else None
+        model.save_pretrained(folder, selected_adapters=[adapter_name], state_dict=state)
         paths = [path for path in Path(folder).rglob("*") if path.is_file()]
         return {path.name: path.read_bytes() for path in paths}
 
 
+def _gathered_state(model: Any, adapter_name: str) -> dict[str, Any]:
+    """The model's state, of which what PEFT saves of this adapter is whole; the base stays in its shards."""
+    from peft import get_peft_model_state_dict  # the model brought it
+
+    state = model.state_dict()
+    saved = {id(value) for value in get_peft_model_state_dict(model, state, adapter_name).values()}
+    return {key: sharding.whole(value) if id(value) in saved else value for key, value in state.items()}
+
+
 # Reading, and checking before the model is touched.
+
+
+def _check_wrapped(wrapped: str | None, adapter_name: str, new: bool) -> None:
+    if wrapped is not None and new:
+        raise ValueError(
+            f"load_adapter: adapter_name: some of the layers have no {adapter_name!r}, and the model is in {wrapped}; "
+            f"want it loaded {sharding.BEFORE}"
+        )
+
+
+def _check_starts_at_zero(file: AdapterFile, layers: dict[str, nn.Module], adapter_name: str) -> None:
+    started = any(adapter_name in cast(FusedLoraLinear, layers[name]).lora_A0 for name in file.lora_A)
+    if file.shift is not None or started:
+        raise ValueError(
+            f"load_adapter: adapter_name: {adapter_name!r} {'in the file' if file.shift else 'in the model'} did not "
+            f"start at zero, and the model is sharded; want it loaded {sharding.BEFORE}"
+        )
 
 
 def _check_against_model(model: nn.Module, layers: dict[str, nn.Module], file: AdapterFile, adapter_name: str) -> None:
@@ -426,3 +477,20 @@ def _load_into_peft(model: Any, root: Path, adapter_name: str, changes_base: boo
         raise ValueError(f"load_adapter: {str(root)!r} does not fit this PeftModel: {error}") from error
     if fused:  # the adapter may have brought new layers
         patching.patch(model, backend=fused[0].backend)  # type: ignore[arg-type]
+
+
+def _load_into_sharded_peft(
+    model: Any, root: Path, config: dict[str, Any], tensors: dict[str, Tensor], adapter_name: str
+) -> None:
+    """Overwrites an adapter that is there: its tensors are laid out as the model's are, and the rest is PEFT's."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict  # the model brought it
+
+    there = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    shapes = [{key: tuple(value.shape) for key, value in some_of.items()} for some_of in (tensors, there)]
+    wrong = [key for key in {*tensors, *there} if shapes[0].get(key) != shapes[1].get(key)]
+    if wrong or peft_format.changes_base(config):
+        why = f"keys or shapes differ: {some(wrong)}" if wrong else "it changes the base weights, which are sharded"
+        raise ValueError(f"load_adapter: {str(root)!r} does not fit this PeftModel: {why}")
+    set_peft_model_state_dict(
+        model, {key: sharding.spread(value, there[key]) for key, value in tensors.items()}, adapter_name
+    )

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from . import grouping
+from . import grouping, sharding
 from .layers import FusedLoraLinear, check_adapter_arguments, check_backend
 from .peft_format import from_pattern
 from .starts import check_init, check_not_shared, shifts_weight
@@ -141,6 +141,8 @@ def patch(
     if peft_layers:
         _warn_of_ignored_settings(settings, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern})
         return _patch_peft(model, peft_layers, selection, backend, strict)
+    if (wrapped := sharding.wrapper(model)) is not None:
+        raise ValueError(f"patch: model: got {wrapped}, want patch {sharding.BEFORE}")
     report = PatchReport()
     plan: dict[str, nn.Module] = {}
     settings_of: dict[str, dict] = {}

@@ -17,6 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from . import sharding
+
 
 class StartedLinear(nn.Linear):
     """A factor of an adapter with a start: `trained` (r rows or columns) and the frozen `start` (as many).
@@ -32,11 +34,16 @@ class StartedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return torch.cat((self.trained, self.start), self.dim) if self.beside else self.trained
+        return self._both_halves(self.trained) if self.beside else self.trained
+
+    def _both_halves(self, trained: Tensor) -> Tensor:
+        """FSDP2 shards the trained half, a parameter, and gives it another dtype while its module runs; the frozen
+        one, a buffer, it leaves alone."""
+        return torch.cat((trained, sharding.replicated(self.start.to(trained.dtype), trained)), self.dim)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         trained = self.trained if keep_vars else self.trained.detach()
-        destination[prefix + "weight"] = torch.cat((trained, self.start), self.dim)
+        destination[prefix + "weight"] = self._both_halves(trained)
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
@@ -51,7 +58,7 @@ class StartedLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         own = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        whole = own.pop(prefix + "weight", None)
+        whole = sharding.whole(own.pop(prefix + "weight", None))
         if whole is not None:
             wanted = list(self.trained.shape)
             wanted[self.dim] *= 2
@@ -68,7 +75,7 @@ class StartedLinear(nn.Linear):
                     '(base="offset"): want an adapter of the same start.'
                 )
                 return
-            own |= {prefix + "trained": trained, prefix + "start": start}
+            own |= {prefix + "trained": sharding.spread(trained, self.trained), prefix + "start": start}
         missing: list[str] = []
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         halves = (prefix + "trained", prefix + "start")

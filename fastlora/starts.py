@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import linalg
+from . import linalg, sharding
 
 # PEFT's other initialisations, and what to do for them here.
 _ELSEWHERE = {
@@ -257,6 +257,10 @@ class AdapterStart(nn.Linear):
     def check_initial_factors(self, name: str, exact: bool) -> None:
         """Raises ValueError where `set_initial_factors` cannot work in the layer's present state."""
         self._check_not_merged("set_initial_factors")
+        if any(sharding.is_sharded(p) for p in (self.weight, self.lora_A[name], self.lora_B[name])):
+            raise ValueError(
+                f"FusedLoraLinear.set_initial_factors: the parameters are sharded, want this {sharding.BEFORE}"
+            )
         if not exact and self.shifted_by not in (None, name):
             raise ValueError(
                 f"FusedLoraLinear.set_initial_factors: adapter {self.shifted_by!r} has shifted this weight already; "
@@ -313,6 +317,11 @@ class AdapterStart(nn.Linear):
             for name, trained in like.items():
                 saved = state_dict.get(f"{prefix}{key}.{name}")
                 if saved is not None and (name not in factors or factors[name].shape != saved.shape):
+                    if sharding.is_sharded(trained):
+                        raise ValueError(
+                            f"FusedLoraLinear: {prefix}{key}.{name}: got a start {tuple(saved.shape)} for an adapter "
+                            f"that has none of that shape, want it loaded {sharding.BEFORE}"
+                        )
                     room = torch.zeros(saved.shape, dtype=trained.dtype, device=trained.device)
                     factors[name] = nn.Parameter(room, requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

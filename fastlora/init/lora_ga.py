@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import linalg, patching, peft_format, targets
+from .. import linalg, patching, peft_format, sharding, targets
 from ..layers import FusedLoraLinear
 from .peft_start import PeftConfiguration, PeftStart, has_start
 from .plain_start import PlainStart
@@ -147,8 +147,10 @@ def undo_lora_ga(model: nn.Module, adapter_name: str = "default") -> None:
     """Takes `init_lora_ga` back: adapters with a start become ordinary LoRA again (A random, B zero), at their trained
     rank, and weights that base="offset" has shifted get their bits back.
 
-    Raises ValueError while adapters are merged. The model is then as it was.
+    Raises ValueError while adapters are merged, or parameters sharded. The model is then as it was.
     """
+    if sharding.has_shards(model):
+        raise ValueError(f"undo_lora_ga: model: its parameters are sharded over processes, want this {sharding.BEFORE}")
     places = []
     for name, layer in targets.lora_layers(model):
         if isinstance(layer, FusedLoraLinear):
@@ -191,6 +193,11 @@ def _check_models(model: nn.Module, sketch: GradientSketch | SignFactors) -> Non
         raise ValueError(f"init_lora_ga: model: got {type(model).__name__}, want a torch.nn.Module")
     if not isinstance(sketch, (GradientSketch, SignFactors)):
         raise ValueError(f"init_lora_ga: sketch: got {type(sketch).__name__}, want a GradientSketch")
+    if (wrapped := sharding.wrapper(model)) is not None:
+        raise ValueError(
+            f"init_lora_ga: model: got {wrapped}, want init_lora_ga {sharding.BEFORE}. A sharded model can be "
+            "sketched: sketch.save, then GradientSketch.load and init_lora_ga in a model that is not wrapped yet"
+        )
     modules = dict(model.named_modules())
     lora_layers = dict(targets.lora_layers(model))
     for name, size in sketch.sizes.items():

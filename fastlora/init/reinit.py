@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import targets
+from .. import sharding, targets
 from ..layers import FusedLoraLinear
 from . import moments as optimizer_moments
 from .lora_ga import SPLITS, split_factors
@@ -173,6 +173,11 @@ def layers_to_restart(
         raise ValueError(
             f"{caller}: model: got PEFT's LoRA layers, which have no place for what was learned so far; want a model "
             "patched by fastlora.patch (fastlora.save_adapter writes what PEFT loads)"
+        )
+    if sharding.has_shards(model):
+        raise ValueError(
+            f"{caller}: model: its parameters are sharded over processes (fully_shard, DTensor), and factors of other "
+            "sizes would not be; want a model that is whole in every process (DistributedDataParallel)"
         )
     modules = dict(model.named_modules())
     layers: dict[str, FusedLoraLinear] = {}

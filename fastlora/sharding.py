@@ -1,0 +1,87 @@
+"""Models whose parameters are spread over processes: what is said of them, and how whole tensors go in and out.
+
+Under FSDP2 (`torch.distributed.fsdp.fully_shard`) a parameter is a DTensor but for the time that its module runs. After
+a forward the outermost module's may stay whole, as copies that the next step throws away: `reshard` lets go of them, so
+that nothing is read from or written to a copy. Nothing of torch.distributed is imported here before a model brings it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BEFORE = "before the model is wrapped: the parameters that it adds or changes would not be the wrapper's"
+
+
+def is_sharded(tensor: Any) -> bool:
+    """True for a DTensor."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def has_shards(model: nn.Module) -> bool:
+    """Whether some parameter is a DTensor, or is one while the model does not run."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        return True
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def wrapper(model: nn.Module) -> str | None:
+    """By what the parameters in a model are managed, in words; None where nothing is found."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return "DistributedDataParallel"
+        if fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+            return "FullyShardedDataParallel"
+    return "sharded parameters (fully_shard, DTensor)" if has_shards(model) else None
+
+
+def reshard(model: nn.Module) -> None:
+    """Lets go of FSDP2's whole copies: every parameter is its own shard afterwards."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules():
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            module.reshard()  # type: ignore[operator]
+
+
+def whole(tensor: Any) -> Any:
+    """A DTensor's whole value, to be asked for by all its processes; anything else as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every process has, laid out as another one is; nothing is sent."""
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor
+    distribute = sys.modules["torch.distributed.tensor"].distribute_tensor
+    parts: Any = like
+    return distribute(tensor.to(like.device), parts.device_mesh, parts.placements, src_data_rank=None)
+
+
+def replicated(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every process has, as a DTensor that can meet `like` in an operation."""
+    if not is_sharded(like):
+        return tensor
+    tensors: Any = sys.modules["torch.distributed.tensor"]
+    mesh = like.device_mesh  # type: ignore[attr-defined]
+    return tensors.DTensor.from_local(tensor, mesh, [tensors.Replicate()] * mesh.ndim, run_check=False)
+
+
+def on_first_process(do: Callable[[], None]) -> None:
+    """Runs it in the first of the processes, which all call this, and waits; what it raises is raised in all."""
+    distributed = torch.distributed
+    outcome: list[BaseException | None] = [None]
+    if distributed.get_rank() == 0:
+        try:
+            do()
+        except Exception as error:
+            outcome = [error]
+    distributed.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0]
