@@ -5,7 +5,7 @@ nothing else.
 """
 
 from . import functional, linalg
-from .adapters import disable_adapter, merge, set_adapter, unmerge
+from .adapters import adapter_names, disable_adapter, merge, set_adapter, unmerge
 from .checkpoint import load_adapter, save_adapter
 from .explanation import Explanation, explain
 from .init import AlignmentMonitor, GradientSketch, PeriodicReinit, init_lora_ga, reinit_lora_ga
@@ -23,6 +23,7 @@ __all__ = [
     "ModuleReport",
     "PatchReport",
     "PeriodicReinit",
+    "adapter_names",
     "allocate_ranks",
     "disable_adapter",
     "explain",

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from . import sharding
+from . import mixed_batches, sharding
 from .layers import FusedLoraLinear
 from .targets import lora_layers
 
@@ -103,6 +103,51 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         for (_, layer), attribute, value in zip(layers, attributes, before, strict=True):
             setattr(layer, attribute, value)
         _merge(model, [(name, layer) for name, layer in merged if not layer.merged_adapters])
+
+
+@contextmanager
+def adapter_names(model: nn.Module, names: Sequence[str], num_beams: int = 1) -> Iterator[nn.Module]:
+    """Within it every sequence of a batch runs the adapter named for it: several tenants in one forward, or several
+    adapters trained at once. The frozen layers run once for the whole batch.
+
+    Args:
+        model: patched, with fastlora's own layers or PEFT's.
+        names: one for each sequence of the batch, "__base__" for none. A layer that does not have an adapter runs its
+            base for those sequences, as in PEFT; which adapters are active does not matter.
+        num_beams: how many rows follow each other for a sequence where `generate` repeats its input: its `num_beams`,
+            or `num_return_sequences` when sampling. Parts that see the batch as it came (an encoder) may.
+
+    Works in training too: gradients reach the adapters that are trainable (`set_adapter(model, ["a", "b"])`) and have a
+    sequence. Activation checkpointing may recompute after the block is over; only a reentrant checkpoint within a
+    reentrant one needs the backward pass to be within it. Blocks may be nested, the inner one counts; they belong to
+    the model, not to a thread. Disabled adapters stay disabled.
+
+    Raises:
+        ValueError: a name that no layer has, a num_beams below 1, LoRA layers of PEFT that fastlora does not run
+            (`patch`'s report says why: pass PEFT's own `adapter_names=` instead); at a layer's call, an input of
+            another number of sequences, or merged adapters.
+
+    Example:
+        >>> with fastlora.adapter_names(model, ["french", "__base__", "german"]):
+        ...     model(**batch_of_three)
+    """
+    layers = _require_layers(model, "adapter_names")
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"adapter_names: names: got {names!r}, want a list with a name for each sequence")
+    known = sorted({name for _, layer in layers for name in layer.lora_A})
+    unknown = sorted(set(names) - {*known, mixed_batches.BASE_NAME})
+    if unknown:
+        raise ValueError(f"adapter_names: names: got {unknown}, want some of {known} or {mixed_batches.BASE_NAME!r}")
+    if not isinstance(num_beams, int) or num_beams < 1:
+        raise ValueError(f"adapter_names: num_beams: got {num_beams!r}, want an integer of at least 1")
+    foreign = [name for name, layer in layers if not hasattr(layer, "mixed_batch")]
+    if foreign:
+        raise ValueError(
+            f"adapter_names: model: {foreign[0]!r} and {len(foreign) - 1} other LoRA layers are PEFT's own: call "
+            "fastlora.patch(model) first, or, where its report leaves them alone, pass PEFT's adapter_names= instead"
+        )
+    with mixed_batches.running([layer for _, layer in layers], mixed_batches.MixedBatch(names, num_beams)):
+        yield model
 
 
 def _require_layers(model: nn.Module, caller: str) -> list[tuple[str, Any]]:

@@ -3,6 +3,7 @@ down."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, group_autograd, group_dispatch, reference
+from . import autograd, group_autograd, group_dispatch, reference, segments_autograd
+from .kernels.segment_plan import BASE, Segments
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -181,6 +183,87 @@ def lora_group(
     return tuple(outputs)
 
 
+def lora_mixed_batch(
+    x: Tensor,
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    adapter_ids: Sequence[int] | Tensor,
+    bias: Tensor | None = None,
+    training: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """A linear layer on a batch whose sequences use different adapters, or none: the frozen layer runs once for the
+    whole batch, and every pass over the adapters is one launch whatever their number.
+
+    Equivalent to:
+
+        for i, adapter_id in enumerate(adapter_ids):
+            chosen = [] if adapter_id == -1 else [adapters[adapter_id]]
+            y[i] = multi_lora_linear(x[i], weight, chosen, bias, training)
+
+    Args:
+        x: (batch, ..., K), dtypes as in `lora_linear`. weight: (N, K). bias: (N,) or None.
+        adapters: `Adapter`s; ranks, scales and dropout probabilities may differ. Where their dtypes differ they are
+            cast to the widest, and their gradients back.
+        adapter_ids: an adapter's number for each sequence of x, -1 for none. A list costs no synchronisation; an
+            integer tensor on a GPU is read back to the host once.
+        training, backend: as in `lora_linear` ("triton" and "cublas" are the same here).
+
+    Returns:
+        (batch, ..., N) in x's dtype. Differentiable once in x, weight, bias and every adapter that has a sequence; the
+        others get no gradient (None), as modules that are not called.
+
+    Raises:
+        ValueError: as `lora_linear`; as many ids as sequences, each from -1 to len(adapters) - 1.
+
+    Source: the batching is that of Punica (Chen et al. 2023, arXiv 2310.18547) and S-LoRA (Sheng et al. 2023, arXiv
+    2311.03285), here with a backward pass.
+    """
+    ids = [int(i) for i in (adapter_ids.tolist() if isinstance(adapter_ids, Tensor) else adapter_ids)]
+    if x.dim() < 2 or len(ids) != x.shape[0]:
+        raise ValueError(
+            f"lora_mixed_batch: adapter_ids: got {len(ids)} for x {tuple(x.shape)}, want x (batch, ..., K) and one id "
+            "for each sequence of the batch"
+        )
+    if any(not BASE <= i < len(adapters) for i in ids):
+        raise ValueError(
+            f"lora_mixed_batch: adapter_ids: got {min(ids)} to {max(ids)}, want numbers of the {len(adapters)} "
+            f"adapters, or {BASE} for none"
+        )
+    if not training:
+        adapters = [adapter._replace(dropout_p=0.0) for adapter in adapters]
+    segments = Segments(ids, math.prod(x.shape[1:-1]))
+    return run_segments(x, weight, [adapters[i] for i in segments.adapters], segments, bias, backend)
+
+
+def run_segments(
+    x: Tensor,
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    segments: Segments,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`lora_mixed_batch` where the batch is sorted already: one adapter for each of the segments."""
+    for adapter in adapters:
+        _check(x, weight, adapter, bias)
+    if segments.num_positions == 0:  # no adapter, or no row
+        return F.linear(x, weight, bias)
+    if autograd.autocast_enabled(x):
+        x, weight, bias = _autocast(x, weight, bias)
+    _check_one_dtype(x, weight, bias)
+    lora_As, lora_Bs, scalings, dropout_ps = (list(several) for several in zip(*adapters, strict=True))
+    fused = _takes_fused_path(x, weight, bias, *lora_As, *lora_Bs) and not torch.compiler.is_compiling()
+    if not fused or weight.numel() == 0 or x.is_nested:
+        return reference.mixed_batch_lora_linear(x, weight, adapters, segments.sequences, bias)
+    widest = lora_As[0].dtype
+    for factor in (*lora_As, *lora_Bs):
+        widest = torch.promote_types(widest, factor.dtype)
+    lora_As, lora_Bs = ([f.to(widest) for f in factors] for factors in (lora_As, lora_Bs))
+    scales, ps = tuple(map(float, scalings)), tuple(dropout_ps)
+    return segments_autograd.mixed_batch(x, weight, bias, lora_As, lora_Bs, scales, ps, segments, backend)
+
+
 def open_group(
     x: Tensor, members: Sequence[group_dispatch.Member], shared_mask: bool = False
 ) -> group_autograd.SharedInput | None:
@@ -236,12 +319,16 @@ def _fused(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, bac
     _check(x, weight, adapter, bias)
     if autograd.autocast_enabled(x):
         x, weight, bias = _autocast(x, weight, bias)
-    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
-        got = f"x {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
-        raise ValueError(f"lora_linear: x, weight and bias: got {got}, want one dtype (adapters may have another)")
+    _check_one_dtype(x, weight, bias)
     if weight.numel() == 0 or x.is_nested or not _takes_fused_path(x, weight, bias, lora_A, lora_B):
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     return autograd.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
+
+
+def _check_one_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        got = f"x {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
+        raise ValueError(f"lora_linear: x, weight and bias: got {got}, want one dtype (adapters may have another)")
 
 
 def _takes_fused_path(*tensors: Tensor | None) -> bool:

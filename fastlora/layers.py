@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, functional
+from . import dispatch, functional, mixed_batches
 from .starts import AdapterStart, check_init, shifts_weight
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -309,20 +309,27 @@ class FusedLoraLinear(AdapterStart):
 
     # Running.
 
+    mixed_batch: mixed_batches.MixedBatch | None = None  # set on the instance within `fastlora.adapter_names`
+
     def running_adapters(self) -> list[functional.Adapter]:
         """The low-rank terms that `forward` adds now: none while adapters are disabled or merged."""
         if self.disable_adapters or self.merged_adapters:
             return []
+        return self._adapters(self.active_adapters)
+
+    def _adapters(self, names: Sequence[str]) -> list[functional.Adapter]:
         lora_A, lora_B = _tensors(self._modules["lora_A"]), _tensors(self._modules["lora_B"])
         scaling, dropout = self.scaling, self.lora_dropout
         training = self.training
         adapters = [
             functional.Adapter(lora_A[name], lora_B[name], scaling[name], dropout[name] if training else 0.0)
-            for name in self.active_adapters
+            for name in names
         ]
-        return self._with_initial_factors(adapters) if len(self._modules["lora_A0"]) else adapters  # type: ignore[arg-type]
+        return self._with_initial_factors(names, adapters) if len(self._modules["lora_A0"]) else adapters  # type: ignore[arg-type]
 
-    def _with_initial_factors(self, adapters: list[functional.Adapter]) -> list[functional.Adapter]:
+    def _with_initial_factors(
+        self, names: Sequence[str], adapters: list[functional.Adapter]
+    ) -> list[functional.Adapter]:
         """One dropout mask for both halves, so that a step with dropout too starts from the base model's output."""
         return [
             adapter._replace(
@@ -331,12 +338,15 @@ class FusedLoraLinear(AdapterStart):
             )
             if self._runs_beside(name)
             else adapter
-            for name, adapter in zip(self.active_adapters, adapters, strict=True)
+            for name, adapter in zip(names, adapters, strict=True)
         ]
 
     def forward(self, input: Tensor) -> Tensor:
         if self.disable_adapters and self.merged_adapters:
             self.unmerge()
+        batch = mixed_batches.current(self)
+        if batch is not None and not self.disable_adapters:
+            return self._mixed_forward(input, batch)
         if self.group is not None and not torch.compiler.is_compiling():
             y = self.group[0].run(self, input)
             if y is not None:
@@ -345,6 +355,17 @@ class FusedLoraLinear(AdapterStart):
         if self.fan_in_fan_out:
             weight = weight.t()
         return functional.multi_lora_linear(input, weight, self.running_adapters(), self.bias, backend=self.backend)
+
+    def _mixed_forward(self, input: Tensor, batch: mixed_batches.MixedBatch) -> Tensor:
+        """Every sequence with its own adapter; names that this layer does not have run its base, as in PEFT."""
+        if self.merged_adapters:
+            raise ValueError(
+                f"FusedLoraLinear.forward: adapters {self.merged_adapters} are merged into the weight, which every "
+                "sequence of a mixed batch would see; call fastlora.unmerge(model) first"
+            )
+        names, segments = batch.segments(input, self.r)
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        return functional.run_segments(input, weight, self._adapters(names), segments, self.bias, self.backend)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

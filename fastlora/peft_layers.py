@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
-from . import functional
+from . import functional, mixed_batches
 from .layers import keep_off_the_fast_path
 from .peft_starts import StartedLinear
 
@@ -82,9 +82,15 @@ class FusedPeftLinear(FusedLayer, PeftLinear):
     # Set by `adopt`, taken away by `release`.
     STATE = ("backend", "calls", "undos")
     undos: list[_Undo]  # oldest first
+    mixed_batch: mixed_batches.MixedBatch | None = None  # set on the instance within `fastlora.adapter_names`
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan: Plan | str | None
+        if not self._disable_adapters:
+            names = kwargs.get("adapter_names")
+            batch = mixed_batches.current(self) if names is None else mixed_batches.of_names(tuple(names))
+            if batch is not None:
+                return self._mixed_forward(x, batch, args, kwargs)
         if args or kwargs:
             plan = why_not_arguments(args, kwargs)
         else:
@@ -94,10 +100,7 @@ class FusedPeftLinear(FusedLayer, PeftLinear):
                 return self._base_forward(x, **kwargs)
             plan = _plan(self, x)
         if isinstance(plan, str):
-            if not torch.compiler.is_compiling():  # a changing count would be a new graph for every call
-                counts = self.calls
-                counts.fallback[plan] = counts.fallback.get(plan, 0) + 1
-                counts.last_reason = plan
+            self._count_fallback(plan)
             return super().forward(x, *args, **kwargs)
         if not plan.adapters:
             return self._base_forward(x, **kwargs)
@@ -106,6 +109,26 @@ class FusedPeftLinear(FusedLayer, PeftLinear):
         return functional.multi_lora_linear(
             x, plan.weight, plan.adapters, plan.bias, training=True, backend=self.backend
         )
+
+    def _mixed_forward(self, x: Tensor, batch: mixed_batches.MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """PEFT's `adapter_names`: every sequence with its own adapter."""
+        given = {"adapter_names": batch.repeated(len(x)), **kwargs} if "adapter_names" not in kwargs else kwargs
+        self._check_forward_args(x, *args, **given)  # PEFT's errors: lengths, merged adapters, DoRA
+        names, segments = batch.segments(x, self.lora_A)
+        others = {name: value for name, value in kwargs.items() if name != "adapter_names"}
+        plan = why_not_arguments(args, others) or _plan(self, x, names)
+        if isinstance(plan, str):
+            self._count_fallback(plan)
+            return super().forward(x, *args, **given)
+        if not torch.compiler.is_compiling():
+            self.calls.fused += 1
+        return functional.run_segments(x, plan.weight, plan.adapters, segments, plan.bias, self.backend)
+
+    def _count_fallback(self, reason: str) -> None:
+        if not torch.compiler.is_compiling():  # a changing count would be a new graph for every call
+            counts = self.calls
+            counts.fallback[reason] = counts.fallback.get(reason, 0) + 1
+            counts.last_reason = reason
 
     def _base_forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         """PEFT's own forward where it comes down to the base layer; it unmerges first where adapters are disabled."""
@@ -351,8 +374,9 @@ def is_overridden(module: nn.Module) -> bool:
     )
 
 
-def _plan(layer: PeftLinear, x: Tensor | None) -> Plan | str:
-    """What to run, read off PEFT's attributes now, or why the call is left to PEFT. Without x: as far as is known."""
+def _plan(layer: PeftLinear, x: Tensor | None, mixed: Sequence[str] | None = None) -> Plan | str:
+    """What to run, read off PEFT's attributes now, or why the call is left to PEFT. Without x: as far as is known.
+    `mixed`: the adapters of a batch that mixes them, rather than the active ones."""
     modules = layer._modules
     base = modules["base_layer"]
     assert base is not None
@@ -371,7 +395,7 @@ def _plan(layer: PeftLinear, x: Tensor | None) -> Plan | str:
         if reason is not None:
             return reason
     plan = Plan(weight.t() if type(base) is Conv1D else weight, bias, [])
-    reason = add_adapters(plan, layer, x)
+    reason = add_adapters(plan, layer, x, mixed)
     if reason is not None:
         return reason
     if plan.bias is not None and plan.bias.dtype != weight.dtype:
@@ -379,13 +403,15 @@ def _plan(layer: PeftLinear, x: Tensor | None) -> Plan | str:
     return plan
 
 
-def add_adapters(plan: Plan, layer: Any, x: Tensor | None) -> str | None:
-    """Adds a layer's active adapters to the plan, or says why the call is left to PEFT."""
+def add_adapters(plan: Plan, layer: Any, x: Tensor | None, mixed: Sequence[str] | None = None) -> str | None:
+    """Adds a layer's active adapters (or these) to the plan, or says why the call is left to PEFT."""
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules, modules["lora_B"]._modules  # type: ignore[union-attr]
     dropouts = modules["lora_dropout"]._modules  # type: ignore[union-attr]
-    for name in layer.active_adapters:
+    for name in layer.active_adapters if mixed is None else mixed:
         if name in lora_a:
+            if mixed is not None and _parameters(lora_b[name])[1] is not None:  # type: ignore[arg-type]
+                return "lora_bias in a batch that mixes adapters"
             if name in layer.lora_variant:
                 return f"variant {type(layer.lora_variant[name]).__name__}"
             reason = _add_adapter(plan, layer, lora_a[name], lora_b[name], dropouts[name], layer.scaling[name], x)

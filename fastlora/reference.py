@@ -6,6 +6,8 @@ Every backend is tested against `lora_linear` in fp64. It is also what runs wher
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -39,3 +41,27 @@ def lora_linear(
     dropped = apply_dropout(x, dropout_p, keep_mask)
     s = F.linear(dropped, lora_A.to(x.dtype))
     return F.linear(x, weight, bias) + scaling * F.linear(s, lora_B.to(x.dtype))
+
+
+def mixed_batch_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    adapters: Sequence[tuple[torch.Tensor, torch.Tensor, float, float]],
+    sequences: Sequence[Sequence[int]],
+    bias: torch.Tensor | None = None,
+    keep_masks: Sequence[torch.Tensor | None] | None = None,
+) -> torch.Tensor:
+    """y = x W0ᵀ + b, and s·(drop(x) Aᵀ) Bᵀ in the sequences of each adapter.
+
+    x (batch, ..., K); adapters (lora_A, lora_B, scaling, dropout_p); `sequences[i]`: where in the batch adapter i is
+    used; keep_masks: one (its rows in order, K) for each adapter, or None. Returns (batch, ..., N).
+    """
+    y = F.linear(x, weight, bias)
+    for i, (lora_A, lora_B, scaling, dropout_p) in enumerate(adapters):
+        where = torch.tensor(sequences[i], dtype=torch.int64, device=x.device)
+        rows = x.index_select(0, where)
+        keep = None if keep_masks is None else keep_masks[i]
+        dropped = apply_dropout(rows, dropout_p, keep if keep is None else keep.view(rows.shape)).to(y.dtype)
+        s = F.linear(dropped, lora_A.to(y.dtype))
+        y = y.index_add(0, where, scaling * F.linear(s, lora_B.to(y.dtype)))
+    return y

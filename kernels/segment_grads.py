@@ -6,6 +6,8 @@
 The parts that programs make leave as fp32 partials and are added in a fixed order: the same bits on every run.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -149,8 +151,11 @@ def _chunk_length(segments: Segments, block_m: int, num_chunks: int) -> int:
 
 
 def _ds_db_config(dy: torch.Tensor, segments: Segments, factors: Factors) -> configs.DsDbConfig | None:
-    P = segments.num_positions
-    return configs.ds_db(P, dy.shape[1], factors.max_rank, dy.dtype, factors.like.dtype, dy.device)
+    N, R, dtype = dy.shape[1], factors.max_rank, factors.like.dtype
+    config = configs.ds_db(segments.num_positions, N, R, dy.dtype, dtype, dy.device)
+    if config is not None and config.block_r > 16 and dtype.itemsize > dy.dtype.itemsize:
+        config = replace(config, block_n=min(config.block_n, 128))  # with 256, ten stores and loads spill on sm_100
+    return config
 
 
 def _ds_db_sizes(dy: torch.Tensor, segments: Segments, factors: Factors, config: configs.DsDbConfig) -> tuple[int, int]:

@@ -176,6 +176,11 @@ def _shrink_config(x: torch.Tensor, segments: Segments, factors: Factors) -> con
     vectorised = x.stride(1) == 1 and x.stride(0) % 16 == 0
     dtype = factors.like.dtype
     config = configs.shrink(P, K, factors.max_rank, x.dtype, dtype, x.device, vectorised)
+    if factors.any_dropout and x.dtype != torch.float32:
+        # Rows in any order take registers in the mask too: with wider blocks 55 to 241 stores and loads spill.
+        wide = factors.like.dtype.itemsize > x.dtype.itemsize
+        narrow = config.block_r > 64 or (config.block_r == 32 and wide)
+        config = replace(config, block_k=min(config.block_k, 32 if narrow else 64))
     block_m = _rows_per_tile(segments, config.block_m)
     tiles = segments.chunks(block_m, x.device).count
     programs = tiles * configs.cdiv(factors.max_rank, config.block_r)
@@ -248,6 +253,18 @@ def segment_shrink(
         reduce_partials(target, out, splits)
 
 
+def _expand_config(s: torch.Tensor, segments: Segments, factors: Factors, out: torch.Tensor) -> configs.ExpandConfig:
+    R, N = factors.max_rank, out.shape[1]
+    config = configs.expand(s.shape[0], N, R, s.dtype, factors.like.dtype, s.device)
+    if s.dtype != torch.float32 and (out.stride(1) != 1 or out.stride(0) % 16):
+        # Element by element, 18 to 297 stores and loads spill with wider blocks.
+        config = replace(config, block_n=min(config.block_n, 64), block_r=min(config.block_r, 32))
+    block_m = _rows_per_tile(segments, config.block_m)
+    if block_m < config.block_m:
+        config = replace(config, block_m=block_m, block_r=min(config.block_r, 32))  # with 64 two stores spill on sm_80
+    return config
+
+
 def segment_expand(
     s: torch.Tensor,
     segments: Segments,
@@ -266,8 +283,8 @@ def segment_expand(
     """
     R, N = factors.max_rank, out.shape[1]
     assert s.shape == (segments.num_positions, R) and s.is_contiguous(), (s.shape, segments.num_positions, R)
-    config = configs.expand(s.shape[0], N, R, s.dtype, factors.like.dtype, s.device)
-    tiles = segments.chunks(_rows_per_tile(segments, config.block_m), s.device)
+    config = _expand_config(s, segments, factors, out)
+    tiles = segments.chunks(config.block_m, s.device)
     _segment_expand_kernel[(tiles.count, configs.cdiv(N, config.block_n))](
         s,
         segments.rows(s.device),
@@ -284,7 +301,7 @@ def segment_expand(
         R,
         0 if bias is None else bias.stride(0),
         *out.stride(),
-        BLOCK_M=_rows_per_tile(segments, config.block_m),
+        BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
         TRANSPOSED=not by_a,

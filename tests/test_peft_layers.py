@@ -405,13 +405,14 @@ def test_dora_falls_back():
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(fused_layers(fused), weights))
 
 
-def test_adapter_names_of_a_mixed_batch_fall_back():
+def test_adapter_names_of_a_mixed_batch_are_fused():
     model = peft_model().eval()
     model.add_adapter("second", peft.LoraConfig(target_modules=["up"], init_lora_weights=False))
     model.eval()
     fused = patched_copy(model)
     names = ["default", "second", "__base__", "default", "second"]
-    assert_falls_back(model, fused, "keyword argument adapter_names", adapter_names=names)
+    assert_agree(model, fused, torch.randn(5, K), adapter_names=names)
+    assert all(layer.calls.fused == 1 and not layer.calls.fallback for layer in fused_layers(fused))
 
 
 def test_hooks_inside_the_layer_fall_back_and_run():

@@ -88,7 +88,9 @@ def check_expand(batch, by_a=False, accumulate=True, bias=None, layout="contiguo
     n = batch.x.shape[1] if by_a else batch.dy.shape[1]
     dtype = batch.x.dtype
     before = torch.randn(batch.rows, n).to(dtype)
-    out = with_layout(before.clone(), layout) if accumulate else poisoned_empty(batch.rows, n, dtype=dtype, layout=layout)
+    out = (
+        with_layout(before.clone(), layout) if accumulate else poisoned_empty(batch.rows, n, dtype=dtype, layout=layout)
+    )
     seed = batch.seed if by_a else None
     segments.segment_expand(
         batch.s, batch.segments, batch.factors, out, by_a=by_a, bias=bias, accumulate=accumulate, seed=seed

@@ -1,0 +1,250 @@
+# pyright: reportOptionalMemberAccess=false
+
+"""`functional.lora_mixed_batch` on the CPU: values against fp64, and each sequence as its adapter alone."""
+
+import pytest
+import torch
+from numerics import assert_close_to_fp64, with_layout
+from torch.utils.checkpoint import checkpoint
+
+from fastlora import reference
+from fastlora.backends import segments_torch
+from fastlora.functional import Adapter, lora_mixed_batch, multi_lora_linear
+from fastlora.kernels.segment_plan import BASE, Segments
+
+BF16, FP32 = torch.bfloat16, torch.float32
+IDS = [1, 0, BASE, 1, 2, 0]
+
+
+def make(ids=IDS, tokens=5, k=33, n=20, ranks=(4, 7, 2, 3), dtype=FP32, adapter_dtypes=None, ps=None, seed=0):
+    """(x, weight, bias, adapters), of which those without an id take no part."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape, scale=1.0, to=dtype):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(to)
+
+    adapters = []
+    for i, r in enumerate(ranks):
+        adapter = (adapter_dtypes or [dtype] * len(ranks))[i]
+        lora_A = randn(r, k, scale=k**-0.5, to=adapter).requires_grad_()
+        lora_B = randn(n, r, scale=r**-0.5, to=adapter).requires_grad_()
+        adapters.append(Adapter(lora_A, lora_B, 0.5 + i, (ps or [0.0] * len(ranks))[i]))
+    x = randn(len(ids), tokens, k).requires_grad_()
+    return x, randn(n, k, scale=k**-0.5), randn(n), adapters
+
+
+def leaves_of(x, adapters):
+    return [x, *(factor for adapter in adapters for factor in adapter[:2])]
+
+
+def gradients(y, leaves):
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(y.dtype)
+    return torch.autograd.grad(y, leaves, dy, allow_unused=True)
+
+
+def one_by_one(x, weight, bias, adapters, ids):
+    outputs = [
+        multi_lora_linear(row, weight, [] if i == BASE else [adapters[i]], bias) for row, i in zip(x, ids, strict=True)
+    ]
+    return torch.stack(outputs)
+
+
+def specification(x, weight, bias, adapters, ids, keeps, double):
+    def change(tensor):
+        tensor = tensor.detach()
+        return (tensor.double() if double else tensor).requires_grad_()
+
+    x = change(x)
+    changed = [a._replace(lora_A=change(a.lora_A), lora_B=change(a.lora_B)) for a in adapters]
+    segments = Segments(ids, x.shape[1])
+    used = [changed[i] for i in segments.adapters]
+    y = reference.mixed_batch_lora_linear(
+        x, change(weight).detach(), used, segments.sequences, change(bias).detach(), keeps
+    )
+    return y.detach(), gradients(y, leaves_of(x, changed))
+
+
+def drawn_masks(x, adapters, ids, seed):
+    """What the ATen path keeps: a mask for each segment, in its order."""
+    torch.manual_seed(seed)
+    segments = Segments(ids, x.shape[1])
+    keeps = []
+    for i, (start, end) in zip(segments.adapters, zip(segments.starts, segments.starts[1:], strict=False), strict=True):
+        p = adapters[i].dropout_p
+        rows = torch.empty(end - start, x.shape[-1], dtype=x.dtype)
+        keeps.append(rows.bernoulli_(1 - p) if p else None)
+    return keeps
+
+
+@pytest.mark.parametrize("dtype, adapter_dtypes", [(FP32, None), (BF16, None), (BF16, (FP32,) * 4)])
+@pytest.mark.parametrize("ps", [None, (0.3, 0.0, 0.6, 0.1)], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("tokens", [5, 70], ids=["gathered", "views"])
+def test_output_and_gradients(dtype, adapter_dtypes, ps, tokens):
+    x, weight, bias, adapters = make(tokens=tokens, dtype=dtype, adapter_dtypes=adapter_dtypes, ps=ps)
+    torch.manual_seed(3)
+    y = lora_mixed_batch(x, weight, adapters, IDS, bias)
+    assert type(y.grad_fn).__name__ == "MixedBatchFunctionBackward"
+    got = gradients(y, leaves_of(x, adapters))
+    keeps = drawn_masks(x, adapters, IDS, 3)
+    exact_y, exact = specification(x, weight, bias, adapters, IDS, keeps, double=True)
+    eager_y, eager = specification(x, weight, bias, adapters, IDS, keeps, double=False)
+    assert_close_to_fp64(y.detach(), exact_y, eager_y, "y")
+    for i, (one, want, plain) in enumerate(zip(got, exact, eager, strict=True)):
+        if want is None:
+            assert one is None and i > 6  # the last adapter has no sequence
+        else:
+            assert_close_to_fp64(one, want, plain, f"gradient {i}")
+
+
+@pytest.mark.parametrize("ids", [IDS, [0] * 6, [BASE, 2, BASE, BASE, 2, 2], [3, 2, 1, 0, 3, 2]])
+@pytest.mark.parametrize("tokens", [1, 3, 64])
+def test_each_sequence_as_its_adapter_alone(ids, tokens):
+    x, weight, bias, adapters = make(ids, tokens)
+    leaves = leaves_of(x, adapters)
+    together, apart = lora_mixed_batch(x, weight, adapters, ids, bias), one_by_one(x, weight, bias, adapters, ids)
+    torch.testing.assert_close(together, apart)
+    for one, other in zip(gradients(together, leaves), gradients(apart, leaves), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=2e-5, atol=1e-4)  # sums in another order
+
+
+def test_base_rows_are_the_frozen_layers_bits():
+    x, weight, bias, adapters = make()
+    y = lora_mixed_batch(x, weight, adapters, IDS, bias)
+    assert torch.equal(y[2], torch.nn.functional.linear(x, weight, bias)[2])
+    assert torch.equal(
+        lora_mixed_batch(x, weight, adapters, [BASE] * 6, bias), torch.nn.functional.linear(x, weight, bias)
+    )
+
+
+def test_ids_in_a_tensor_and_without_sequences():
+    x, weight, bias, adapters = make()
+    want = lora_mixed_batch(x, weight, adapters, IDS, bias)
+    assert torch.equal(lora_mixed_batch(x, weight, adapters, torch.tensor(IDS, dtype=torch.int32), bias), want)
+    assert lora_mixed_batch(x[:0], weight, adapters, [], bias).shape == (0, 5, 20)
+    assert lora_mixed_batch(x[:, :0], weight, adapters, IDS, bias).shape == (6, 0, 20)
+    two_d = lora_mixed_batch(x[:, 0], weight, adapters, IDS, bias)
+    torch.testing.assert_close(two_d, want[:, 0])
+    four_d = lora_mixed_batch(x[:, :4].reshape(6, 2, 2, 33), weight, adapters, IDS, bias)
+    torch.testing.assert_close(four_d.flatten(1, 2), want[:, :4])
+
+
+@pytest.mark.parametrize("trained", ["x", "A", "B", "weight"])
+def test_only_what_is_needed(trained):
+    x, weight, bias, adapters = make()
+    x.requires_grad_(trained == "x")
+    weight.requires_grad_(trained == "weight")
+    bias.requires_grad_(trained == "weight")
+    for adapter in adapters:
+        adapter.lora_A.requires_grad_(trained == "A")
+        adapter.lora_B.requires_grad_(trained == "B")
+    leaves = [t for t in (x, weight, bias, *leaves_of(x, adapters)[1:5]) if t.requires_grad]
+    ids = [0, 1, 0, 1, 1, 0]
+    together, apart = lora_mixed_batch(x, weight, adapters, ids, bias), one_by_one(x, weight, bias, adapters, ids)
+    torch.testing.assert_close(gradients(together, leaves), gradients(apart, leaves))
+
+
+def test_frozen_adapters_beside_trained_ones():
+    x, weight, bias, adapters = make()
+    adapters[0].lora_A.requires_grad_(False)
+    adapters[1].lora_B.requires_grad_(False)
+    y = lora_mixed_batch(x, weight, adapters, IDS, bias)
+    leaves = [adapters[0].lora_B, adapters[1].lora_A]
+    torch.testing.assert_close(gradients(y, leaves), gradients(one_by_one(x, weight, bias, adapters, IDS), leaves))
+
+
+def test_adapters_of_different_dtypes_get_gradients_of_their_own():
+    x, weight, bias, adapters = make(dtype=BF16, adapter_dtypes=(FP32, BF16, torch.float16, BF16))
+    y = lora_mixed_batch(x, weight, adapters, IDS, bias)
+    got = gradients(y, leaves_of(x, adapters)[1:7])
+    assert [g.dtype for g in got] == [FP32, FP32, BF16, BF16, torch.float16, torch.float16]
+    want = gradients(one_by_one(x, weight, bias, adapters, IDS), leaves_of(x, adapters)[1:7])
+    torch.testing.assert_close(got, want, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_strides(layout):
+    x, weight, bias, adapters = make()
+    laid_out = with_layout(x.detach().view(30, 33), layout).unflatten(0, (6, 5)).requires_grad_()
+    leaves = leaves_of(laid_out, adapters)[:7]
+    together = lora_mixed_batch(laid_out, weight, adapters, IDS, bias)
+    apart = one_by_one(laid_out, weight, bias, adapters, IDS)
+    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(gradients(together, leaves), gradients(apart, leaves))
+
+
+def test_autocast():
+    x, weight, bias, adapters = make()
+    with torch.autocast("cpu", dtype=BF16):
+        together, apart = lora_mixed_batch(x, weight, adapters, IDS, bias), one_by_one(x, weight, bias, adapters, IDS)
+        assert together.dtype == BF16
+        leaves = leaves_of(x, adapters)[:7]
+        got, want = gradients(together, leaves), gradients(apart, leaves)
+    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_and_no_grad_give_the_same_bits(reentrant):
+    x, weight, bias, adapters = make(ps=(0.3, 0.0, 0.2, 0.0))
+    leaves = leaves_of(x, adapters)[:7]
+
+    def backward(run):
+        torch.manual_seed(5)
+        y = run(x, weight, adapters, IDS, bias)
+        for leaf in leaves:
+            leaf.grad = None
+        y.square().sum().backward()
+        return [y, *(leaf.grad for leaf in leaves)]
+
+    plain = backward(lora_mixed_batch)
+    again = backward(lambda *args: checkpoint(lora_mixed_batch, *args, use_reentrant=reentrant))
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+    torch.manual_seed(5)
+    with torch.no_grad():
+        assert torch.equal(lora_mixed_batch(x, weight, adapters, IDS, bias), plain[0])
+
+
+def test_under_torch_func_and_compile():
+    x, weight, bias, adapters = make()
+    loss = lambda x, run: run(x).square().sum()  # noqa: E731
+    mixed = lambda x: lora_mixed_batch(x, weight, adapters, IDS, bias)  # noqa: E731
+    apart = lambda x: one_by_one(x, weight, bias, adapters, IDS)  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(loss)(x, mixed), torch.func.grad(loss)(x, apart))
+    compiled = torch.compile(mixed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), apart(x))
+
+
+def test_long_runs_are_not_copied():
+    """One run, or runs of many rows: the rows of x are views."""
+    x, weight, bias, adapters = make([0, 0, 1, 1, 0, 0], tokens=64)
+    with torch.autograd.profiler.profile() as profile:
+        lora_mixed_batch(x, weight, adapters, [0, 0, 1, 1, 0, 0], bias)
+    names = {event.name for event in profile.function_events}
+    assert "aten::index_select" not in names and "aten::index_copy_" not in names
+    assert segments_torch.MIN_RUN <= 128
+
+
+def test_double_backward_raises():
+    x, weight, bias, adapters = make()
+    y = lora_mixed_batch(x, weight, adapters, IDS, bias)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_wrong_arguments():
+    x, weight, bias, adapters = make()
+    for ids in (IDS[1:], [0] * 7):
+        with pytest.raises(ValueError, match=r"lora_mixed_batch: adapter_ids: got \d for x \(6, 5, 33\)"):
+            lora_mixed_batch(x, weight, adapters, ids, bias)
+    for wrong in (4, -2):
+        with pytest.raises(ValueError, match="want numbers of the 4 adapters, or -1 for none"):
+            lora_mixed_batch(x, weight, adapters, [wrong] * 6, bias)
+    with pytest.raises(ValueError, match="lora_linear: shapes: got x"):
+        lora_mixed_batch(x[..., 1:], weight, adapters, IDS, bias)
+    with pytest.raises(ValueError, match="want one dtype"):
+        lora_mixed_batch(x.to(BF16), weight, adapters, IDS, bias)
+    with pytest.raises(ValueError, match="dropout_p"):
+        lora_mixed_batch(x, weight, [a._replace(dropout_p=1.5) for a in adapters], IDS, bias)
