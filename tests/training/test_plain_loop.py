@@ -1,0 +1,131 @@
+"""A loop of one's own: every model, optimisers, autocast, accelerate, generation afterwards, casts."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from training_runs import (
+    LEARNING_RATE,
+    MODELS,
+    adapters,
+    assert_fused,
+    assert_same_training,
+    batches,
+    through_the_function,
+    trainable_model,
+)
+
+import fastlora
+
+the_function = pytest.fixture(autouse=True)(through_the_function)
+
+
+def loop(model: Any, name: str, steps: int = 4, optimizer: Any = torch.optim.AdamW, **settings: Any) -> list[float]:
+    model.train()
+    optimizer = optimizer(
+        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE.get(name, 1e-2), **settings
+    )
+    torch.manual_seed(3)
+    losses = []
+    for batch in batches(name, steps):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@cache
+def peft_s(name: str, dropout: float = 0.0) -> tuple[list[float], Any]:
+    model = trainable_model(name, "PEFT", dropout=dropout)
+    return loop(model, name), model
+
+
+@pytest.mark.parametrize("way", ["PEFT patched", "patched"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_as_peft(name, way):
+    model = trainable_model(name, way)
+    assert_same_training(loop(model, name), model, *peft_s(name))
+    if way == "PEFT patched":
+        assert_fused(model)
+
+
+@pytest.mark.parametrize("way", ["PEFT patched", "patched"])
+def test_the_same_as_peft_with_dropout(way):
+    model = trainable_model("llama", way, dropout=0.2)
+    assert_same_training(loop(model, "llama"), model, *peft_s("llama", 0.2))
+
+
+@pytest.mark.parametrize(
+    "optimizer, settings",
+    [
+        (torch.optim.AdamW, {"foreach": True}),
+        (torch.optim.AdamW, {"fused": True}),
+        (torch.optim.SGD, {"momentum": 0.9, "fused": True}),
+        (torch.optim.Adafactor, {}),
+    ],
+    ids=["adamw foreach", "adamw fused", "sgd fused", "adafactor"],
+)
+def test_optimisers(optimizer, settings):
+    model, other = trainable_model("qwen3", "patched"), trainable_model("qwen3", "PEFT")
+    got, want = (loop(m, "qwen3", optimizer=optimizer, **settings) for m in (model, other))
+    assert_same_training(got, model, want, other)
+
+
+@pytest.mark.parametrize("way", ["PEFT patched", "patched"])
+def test_autocast(way):
+    """Losses in bf16 are at most twice as far from fp32's as PEFT's are; adapters and their gradients stay fp32."""
+    exact, _ = peft_s("llama")
+    runs = []
+    for one in (way, "PEFT"):
+        model = trainable_model("llama", one)
+        with torch.autocast("cpu", torch.bfloat16):
+            runs.append(torch.tensor(loop(model, "llama")))
+        assert {p.dtype for p in adapters(model).values()} == {torch.float32}
+    errors = [(losses - torch.tensor(exact)).norm().item() for losses in runs]
+    assert 0 < errors[0] <= 2 * errors[1] + torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_generation_with_a_cache_after_training(name):
+    """Greedy tokens of the trained model, cache or not, are those of PEFT's."""
+    model = trainable_model(name, "patched")
+    loop(model, name)
+    prompt = batches(name, 1)[0]["input_ids"]
+    settings: Any = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    model.eval()
+    other = peft_s(name)[1].eval()
+    tokens = model.generate(prompt, use_cache=True, **settings)
+    assert torch.equal(tokens, model.generate(prompt, use_cache=False, **settings))
+    assert torch.equal(tokens, other.generate(input_ids=prompt, use_cache=True, **settings))
+    other.train()
+
+
+@pytest.mark.parametrize("way", ["PEFT patched", "patched"])
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "to", "double"])
+def test_casting_the_patched_model(way, cast):
+    """`half()` and friends cast the adapters too, as they cast everything; the model goes on training in that dtype."""
+    model = trainable_model("llama", way)
+    model = model.to(torch.bfloat16) if cast == "to" else getattr(model, cast)()
+    dtype = {"half": torch.float16, "double": torch.float64}.get(cast, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    losses = loop(model, "llama", optimizer=torch.optim.SGD)
+    torch.testing.assert_close(losses[0], peft_s("llama")[0][0], rtol=1e-5 if cast == "double" else 1e-2, atol=0.0)
+    assert losses[0] != losses[-1] and all(loss == loss for loss in losses)
+
+
+def test_bf16_base_with_fp32_adapters_keeps_them_through_to():
+    """Moving a model does not change a dtype: fp32 adapters on a bf16 base stay fp32."""
+    model = trainable_model("llama", "patched").to(torch.bfloat16)
+    for parameter in adapters(model).values():
+        parameter.data = parameter.data.float()
+    moved = copy.deepcopy(model).to("cpu")
+    assert {p.dtype for p in adapters(moved).values()} == {torch.float32}
+    assert loop(moved, "llama") == loop(model, "llama")
+    fastlora.unpatch(moved)
+    assert {p.dtype for p in moved.parameters()} == {torch.bfloat16}
