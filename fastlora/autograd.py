@@ -144,6 +144,11 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
+    "lora_linear_any_scale(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? dropout_state, "
+    "Scalar scaling, float dropout_p, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? s, "
     "Tensor? dropout_state, float scaling, float dropout_p, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -166,8 +171,18 @@ def _compiled_lora_linear(
         state = torch_backend.draw_keep_mask(x2, dropout_p)
     elif dropout_p > 0.0:
         state = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-    y, _ = torch.ops.fastlora.lora_linear(x2, weight, bias, lora_A, lora_B, state, scaling, dropout_p, backend)
+    y = torch.ops.fastlora.lora_linear_any_scale(x2, weight, bias, lora_A, lora_B, state, scaling, dropout_p, backend)
     return y.view(*x.shape[:-1], lora_B.shape[0])
+
+
+def _op_any_scale(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend):
+    """`lora_linear`'s y. A scale that has become a symbol (the compiler has seen it change) goes into B, r·N numbers:
+    the compiler can keep a product's factor in a tensor, but makes any other op's argument a constant again, and would
+    compile anew for every value."""
+    if isinstance(scaling, torch.SymFloat):
+        lora_B, scaling = lora_B * scaling, 1.0
+    y, _ = torch.ops.fastlora.lora_linear(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend)
+    return y
 
 
 def _op_forward(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend):
@@ -217,6 +232,15 @@ def _op_autograd_backward(ctx: Any, dy: Tensor, _: Any):
     return dx, grad_w, dy.sum(0) if need_bias else None, grad_a, grad_b, None, None, None, None
 
 
+def _op_backward_twice(ctx: Any, *_: Any):
+    raise RuntimeError(
+        "fastlora: lora_linear is differentiable once, and a gradient of its gradient was asked for (create_graph=True); "
+        "torch.func.grad within torch.func.grad takes the eager path, which has one"
+    )
+
+
+# Composite: traced through, so that what it decides is decided while compiling.
+_library.impl("lora_linear_any_scale", _op_any_scale, "CompositeImplicitAutograd")
 _library.impl("lora_linear", _op_forward, "CompositeExplicitAutograd")
 _library.impl("lora_linear_backward", _op_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fastlora::lora_linear", _op_forward_fake, lib=_library)
@@ -224,3 +248,4 @@ torch.library.register_fake("fastlora::lora_linear_backward", _op_backward_fake,
 torch.library.register_autograd(
     "fastlora::lora_linear", _op_autograd_backward, setup_context=_op_setup_context, lib=_library
 )
+torch.library.register_autograd("fastlora::lora_linear_backward", _op_backward_twice, lib=_library)

@@ -70,11 +70,12 @@ def test_everything_dropped():
 
 
 def test_one_graph_for_many_batch_sizes():
+    """A scale that is dynamic goes into B: the same bits where it is a power of two."""
     counter = CompileCounterWithBackend("aot_eager")
     function = torch.compile(lora_linear, backend=counter, fullgraph=True, dynamic=True)
     counts = []
     for m in (12, 7, 30):
-        problem = make_problem(3, m, 20)
+        problem = make_problem(3, m, 20, scaling=2.0)
         want = fused(problem)
         got = run(problem, function)
         assert all(torch.equal(got[name], want[name]) for name in want)
