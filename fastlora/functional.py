@@ -335,7 +335,7 @@ def _takes_fused_path(*tensors: Tensor | None) -> bool:
     """False for what sees into operations: tensor subclasses (DTensor, quantised weights), torch.func transforms,
     torch.jit.trace."""
     if torch.compiler.is_compiling():
-        return True
+        return not torch._C._are_functorch_transforms_active()
     for tensor in tensors:  # a loop: a generator costs every call half a microsecond
         if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
             return False
