@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import autograd, dispatch, env, functional, tuning_cache
+from . import autograd, dispatch, env, functional, quantized, tuning_cache
 from . import measure as measuring
 from .layers import FusedLoraLinear
 
@@ -86,26 +86,32 @@ def explain(layer: nn.Module, x: Tensor, *, measure: bool = False) -> Explanatio
     )
 
 
-def _explain_peft(layer: nn.Module, x: Tensor, measure: bool) -> Explanation | None:
+def _explain_peft(layer: Any, x: Tensor, measure: bool) -> Explanation | None:
     """None for what is no LoRA layer of PEFT's."""
     from . import peft_layers
 
     name = type(layer).__name__
-    if not isinstance(layer, peft_layers.PeftLinear):
+    quantised = peft_layers._quantised(layer)
+    if quantised is None and not isinstance(layer, peft_layers.PeftLinear):
         return None
     _check_input(int(layer.in_features or 0), x)
-    if not isinstance(layer, peft_layers.FusedPeftLinear):
+    if "calls" not in layer.__dict__:  # not one that `patch` has swapped
         why_not = peft_layers.prediction(layer)
         reason = "PEFT's own layer" + (f", which cannot be fused: {why_not}" if why_not else "")
         return Explanation(name, "eager", "eager", reason, needed=() if why_not else ("fastlora.patch(model)",))
     if layer._disable_adapters or layer.merged_adapters:
         return _base(name, f"its adapters are {'disabled' if layer._disable_adapters else 'merged'}")
-    plan = peft_layers._plan(layer, x)
+    plan: Any = peft_layers._plan(layer, x) if quantised is None else quantised.read_plan(layer, x)
     if isinstance(plan, str):
-        return Explanation(name, "eager", "eager", f"left to PEFT's forward: {plan}", needed=("docs/peft.md",))
+        page = "docs/peft.md" if quantised is None else "docs/qlora.md"
+        return Explanation(name, "eager", "eager", f"left to PEFT's forward: {plan}", needed=(page,))
     if not plan.adapters:
         return _base(name, "none of the active adapters is in this layer")
-    return _fused(name, x, plan.weight, plan.bias, plan.adapters, layer.backend, measure)
+    if quantised is None:
+        return _fused(name, x, plan.weight, plan.bias, plan.adapters, str(layer.backend), measure)
+    weight = quantized.snapshot(layer.base_layer, plan.dtype)
+    with torch.autocast(x.device.type, enabled=False), quantized.room_for(weight) as matrix:
+        return _fused(name, x.to(plan.dtype), matrix, plan.bias, plan.adapters, str(layer.backend), measure, False)
 
 
 def _check_input(in_features: int, x: Any) -> None:
@@ -126,6 +132,7 @@ def _fused(
     adapters: list[functional.Adapter],
     backend: str,
     measure: bool,
+    composed: bool = True,
 ) -> Explanation:
     """Of `multi_lora_linear`: adapters without dropout run as one, each of the others but the first eagerly."""
     with torch.no_grad():
@@ -146,7 +153,7 @@ def _fused(
         peek = dispatch.peek(call, backend)
         needed = _needed(peek, x, backend)
     reason = peek.choice.reason
-    if peek.choice.name == "torch" and x.device.type == "cpu" and x.numel() < autograd.SMALL:
+    if composed and peek.choice.name == "torch" and x.device.type == "cpu" and x.numel() < autograd.SMALL:
         reason += "; x is small: ATen's own autograd differentiates it"
     if beside:
         reason += f"; {beside} of {len(adapters)} adapters have dropout of their own and run eagerly beside it"

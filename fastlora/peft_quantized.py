@@ -11,6 +11,7 @@ The layers of bitsandbytes are in peft_bnb.py, which is imported only where a mo
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -50,12 +51,12 @@ class FusedQuantisedLayer(FusedLayer):
             self.calls.fallback[plan] = self.calls.fallback.get(plan, 0) + 1
             self.calls.last_reason = plan
             return peft_forward(x, *args, **kwargs)
-        if plan.adapter is None:
+        if not plan.adapters:
             self.calls.base += 1
             return peft_forward(x, **kwargs)
         self.calls.fused += 1
         weight = quantized.snapshot(layer.base_layer, plan.dtype)
-        y = quantised_lora_linear(x.to(plan.dtype), weight, plan.bias, *plan.adapter, self.backend)
+        y = quantised_lora_linear(x.to(plan.dtype), weight, plan.bias, *plan.adapters[0], self.backend)
         return y.to(x.dtype)
 
 
@@ -65,11 +66,13 @@ class FusedTorchaoLinear(FusedQuantisedLayer, TorchaoLoraLinear):  # type: ignor
     PLAIN = TorchaoLoraLinear
 
 
+@dataclass
 class Plan:
-    """What a call runs: the dtype it is computed in, the bias in that dtype, and the adapters as one (None: none)."""
+    """What a call runs: the dtype it is computed in, the bias in that dtype, and the adapters, as one (or none)."""
 
-    def __init__(self, dtype: torch.dtype, bias: Tensor | None, adapter: functional.Adapter | None) -> None:
-        self.dtype, self.bias, self.adapter = dtype, bias, adapter
+    dtype: torch.dtype
+    bias: Tensor | None
+    adapters: list[functional.Adapter]
 
 
 def unsupported(layer: nn.Module) -> str | None:
@@ -142,7 +145,8 @@ def read_plan(layer: Any, x: Tensor | None) -> Plan | str:
         return "several adapters, of which one drops something"
     if adapter is not None and x is not None and adapter.lora_A.device != x.device:
         return f"adapters on {adapter.lora_A.device}, input on {x.device}"
-    return Plan(dtype, read.bias if read.bias is None else read.bias.to(dtype), adapter)
+    adapters = [] if adapter is None else [adapter]
+    return Plan(dtype, read.bias if read.bias is None else read.bias.to(dtype), adapters)
 
 
 def _compute_dtype(base: Any, x: Tensor) -> torch.dtype | str:

@@ -272,9 +272,14 @@ _buffers = _Buffers()
 @contextlib.contextmanager
 def materialised(weight: QuantisedWeight) -> Iterator[Tensor]:
     """The weight as a matrix (N, K), for as long as the context lasts: whoever keeps it will see another layer's."""
-    with _buffers.lend(weight.shape, weight.dtype, weight.device) as out:
+    with room_for(weight) as out:
         weight.write(out)
         yield out
+
+
+def room_for(weight: QuantisedWeight) -> contextlib.AbstractContextManager[Tensor]:
+    """A matrix (N, K) such as the weight would be written to, with anything in it."""
+    return _buffers.lend(weight.shape, weight.dtype, weight.device)
 
 
 def release_buffers() -> None:

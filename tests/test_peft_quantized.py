@@ -25,6 +25,7 @@ from fastlora.peft_quantized import INFERENCE, FusedQuantisedLayer
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+INT4: Any = getattr(torch, "int4", None)  # torch's own type stubs do not know it
 K, N, R = 128, 192, 8
 
 
@@ -51,7 +52,7 @@ def model_of(kind: str, dtype: torch.dtype = FP32, bias: bool = True, **config: 
     if kind.startswith("torchao"):
         torchao: Any = pytest.importorskip("torchao.quantization", reason="torchao is optional")
         group = torchao.PerGroup(32)
-        int4 = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group)
+        int4 = torchao.IntxWeightOnlyConfig(weight_dtype=INT4, granularity=group)
         torchao.quantize_(model.to(dtype), torchao.Int8WeightOnlyConfig() if kind == "torchao8" else int4)
         return lora(model, **config)
     options = {"bnb4fp4": {"quant_type": "fp4", "compress_statistics": False}}.get(kind, {})
@@ -284,7 +285,7 @@ def test_inference_and_merged_weights_are_pefts(bits):
     for ours, theirs in zip(layers_of(fused), layers_of(model), strict=True):
         assert torch.equal(ours.base_layer.weight, theirs.base_layer.weight)
     with torch.no_grad():
-        model.train()(**batch), fused.train()(**batch)
+        fused.train()(**batch)
     assert all(calls == 1 for calls in fused_calls(fused))  # in training mode as with gradients, for checkpointing
 
 
@@ -367,6 +368,19 @@ def test_calls_left_to_peft_and_why():
     report = fastlora.patch(fresh)
     assert "not quantised yet" in report.left_alone["base_model.model.up"]
     assert peft_layers.unsupported(fresh.base_model.model.up) == report.left_alone["base_model.model.up"]
+
+
+def test_explain():
+    model = model_of("bnb4", BF16)
+    x = torch.randn(3, K, dtype=BF16)
+    up = model.base_model.model.up
+    assert fastlora.explain(up, x).needed == ("fastlora.patch(model)",)
+    fastlora.patch(model)
+    explained = fastlora.explain(up, x)
+    assert (explained.forward, explained.backward) == ("torch", "torch") and "small" not in explained.reason
+    assert "computed in torch.bfloat16" in fastlora.explain(up, x.float()).reason
+    with model.disable_adapter():
+        assert fastlora.explain(up, x).forward == "base"
 
 
 def test_compiled_graphs_are_pefts():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastlora import quantized
 from fastlora.quantized import FourBitWeight, dequantised, materialised, snapshot
 
+INT4: Any = getattr(torch, "int4", None)  # torch's own type stubs do not know it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -200,7 +201,7 @@ def test_torchao_weights(bits, dtype):
         torchao.quantize_(layer, torchao.Int8WeightOnlyConfig())
     else:
         group = torchao.PerGroup(32)
-        torchao.quantize_(layer, torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group))
+        torchao.quantize_(layer, torchao.IntxWeightOnlyConfig(weight_dtype=INT4, granularity=group))
     assert quantized.why_not(layer) is None
     weight: Any = layer.weight
     assert torch.equal(written(layer, dtype), weight.dequantize())
