@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .compare import Case, Pair, Work
 from .contenders import Contender, Unavailable
 from .counting import BYTES, Problem, compulsory_bytes, useful_flops
+from .forms import stack_work
 
 ALPHA_OVER_R = 2
 # Between two contenders' values in a whole block. Rounding grows on its way through softmax and seven layers: with
@@ -255,18 +256,15 @@ class Adapted:
 
 def work(layers: dict[str, nn.Linear], settings: Settings, hidden: int, attention: int) -> dict[str, Work]:
     """Of the linear layers, and of causal or full attention over `attention` features: 4·T FLOPs per token and feature
-    forward, twice that backward. Bytes are the parameters', in both passes, and the block's input, output and their
-    gradients: what lies between need not leave the chip."""
+    forward, twice that backward."""
     m = settings.sequences * settings.tokens
+    problems = [
+        Problem(m, layer.out_features, layer.in_features, settings.r, settings.dtype, settings.adapter_dtype)
+        for layer in layers.values()
+    ]
+    found = stack_work(problems, m * hidden * BYTES[settings.dtype])
     scores = 4 * m * settings.tokens * attention
-    flops, nbytes = [scores, 3 * scores], [0, 0]
-    for layer in layers.values():
-        problem = Problem(m, layer.out_features, layer.in_features, settings.r, settings.dtype, settings.adapter_dtype)
-        for i, direction in enumerate(("forward", "both")):
-            flops[i] += useful_flops(problem, direction)
-            nbytes[i] += compulsory_bytes(problem, direction) - (1, 3)[i] * problem.x - (1, 2)[i] * problem.y
-    passed = m * hidden * BYTES[settings.dtype]
-    return {"forward": Work(flops[0], nbytes[0] + 2 * passed), "both": Work(flops[1], nbytes[1] + 4 * passed)}
+    return {"forward": found["forward"] + Work(scores, 0), "both": found["both"] + Work(3 * scores, 0)}
 
 
 def sequences_of(name: str, sequences: int, tokens: int) -> tuple[int, int]:

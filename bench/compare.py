@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +49,7 @@ class Case:
     label: str
     facts: dict[str, Any]  # its sizes and dtypes, for the JSON
     work: dict[str, Work]  # "forward" and "both"
-    inputs: list[Pair]  # (x, dY), rotated over
+    inputs: Sequence[Pair]  # (x, dY), rotated over
     builders: Mapping[str, Callable[[], Contender]]
     random: bool = False  # with dropout the values of two contenders are not comparable
     most_error: float = MOST_ERROR
@@ -109,7 +109,7 @@ def rotation(nbytes: int, device: torch.device) -> int:
     return max(2, math.ceil(2 * l2 / nbytes))
 
 
-def passes(contender: Contender, inputs: list[Pair], device: torch.device):
+def passes(contender: Contender, inputs: Sequence[Pair], device: torch.device):
     """The functions that are timed: over all inputs in a captured graph, over one of them in turn on a CPU."""
 
     def forward(pairs):

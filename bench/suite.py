@@ -1,6 +1,7 @@
 """Larger pieces than a layer, all contenders in turns: `python -m bench.suite` (docs/benchmarks.md).
 
-Groups of layers that share x, whole transformer blocks at real shapes, and a training step of a small language model.
+Groups of layers that share x, gated MLPs, whole transformer blocks at real shapes, and a training step of a small
+language model.
 Prints a short table per case and writes everything as JSON, as bench.lora_linear does.
 """
 
@@ -21,7 +22,7 @@ import torch
 from . import blocks, compare, forms, machine
 from .compare import Case
 from .contenders import Unavailable
-from .counting import Roof
+from .counting import Problem, Roof
 from .lora_linear import DTYPES
 from .timing import timer_for
 
@@ -30,7 +31,7 @@ from .timing import timer_for
 class Sizes:
     """What is measured on one sort of device."""
 
-    groups: str  # a key of forms.GROUPS
+    groups: str  # a key of forms.GROUPS and forms.MLPS
     blocks: tuple[str, ...]
     sequences: int
     tokens: int
@@ -53,7 +54,7 @@ SIZES = {
     ),
     "tiny": Sizes("tiny", ("tiny",), 2, 16, "llama-tiny", 2, 16, ("fp32",), (0.0, 0.1), 2),
 }  # fmt: skip
-FORMS = ("group", "block", "train")
+FORMS = ("group", "mlp", "block", "train")
 
 
 def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Callable[[], Case]]:
@@ -67,6 +68,9 @@ def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Callabl
                     for name, (m, k, ns) in forms.GROUPS[sizes.groups].items():
                         group = forms.Group(m, k, ns, options.r, dtype, adapter_dtype, p)
                         yield lambda name=name, group=group: forms.group_case(name, group, device)
+                elif form == "mlp":
+                    like = Problem(0, 0, 0, options.r, dtype, adapter_dtype, dropout=p)
+                    yield lambda like=like: forms.mlp_case(*forms.MLPS[sizes.groups], like, device)
                 elif form == "block":
                     for name in options.models or sizes.blocks:
                         amount = blocks.sequences_of(name, sizes.sequences, sizes.tokens)
