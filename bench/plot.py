@@ -16,18 +16,29 @@ from typing import Any
 from .counting import Problem, Roof, compulsory_bytes, useful_flops
 
 
-def label(problem: dict[str, Any]) -> str:
-    kinds = (
-        problem["dtype"]
-        if problem["dtype"] == problem["adapter_dtype"]
-        else f"{problem['dtype']}+{problem['adapter_dtype']}"
-    )
+def label(case: dict[str, Any]) -> str:
+    """What stands under a group of bars."""
+    facts = case.get("problem") or case["facts"]
+    kinds = facts["dtype"] if facts["dtype"] == facts["adapter_dtype"] else f"{facts['dtype']}+{facts['adapter_dtype']}"
     kinds = kinds.replace("bfloat16", "bf16").replace("float32", "fp32")
-    return f"{problem['k']}→{problem['n']}\nM={problem['m']}, {kinds}\np={problem['dropout']}"
+    if "problem" in case:
+        return f"{facts['k']}→{facts['n']}\nM={facts['m']}, {kinds}\np={facts['dropout']}"
+    what = facts.get("model") or facts.get("name") or f"{facts['hidden']}→{facts['intermediate']}"
+    m = facts["m"] if "m" in facts else facts["sequences"] * facts["tokens"]
+    return f"{facts['form']}\n{what}\nM={m}, {kinds}\np={facts['dropout']}"
+
+
+def work(case: dict[str, Any], both: dict[str, Any]) -> tuple[int, int]:
+    """(FLOPs, bytes) that forward + backward must do."""
+    if "flops" in both:
+        return both["flops"], both["bytes"]
+    problem = Problem(**case["problem"])  # a file from before they were written down
+    return useful_flops(problem, "both"), compulsory_bytes(problem, "both")
 
 
 def draw(record: dict[str, Any], target: Path) -> None:
-    """Writes the picture of `record` (what bench.lora_linear wrote) to `target`, in the format of its suffix."""
+    """Writes the picture of `record` (what bench.lora_linear or bench.suite wrote) to `target`, in its suffix's
+    format."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -44,9 +55,10 @@ def draw(record: dict[str, Any], target: Path) -> None:
     _draw_bars(bars, cases, names, colours)
     _draw_roofline(roofline, record, names, colours)
     machine = record["machine"]
+    what = "LoRA linear" if "problem" in cases[0] else "LoRA layers together, and whole models"
     figure.suptitle(
-        f"LoRA linear, forward + backward, on {machine.get('gpu') or machine['cpu']}"
-        f" (torch {machine['torch']}, triton {machine['triton']}, commit {machine['fastlora_commit']})"
+        f"{what}, forward + backward, on {machine.get('gpu') or machine['cpu']}"
+        f"\n(torch {machine['torch']}, triton {machine['triton']}, commit {machine['fastlora_commit']})"
     )
     figure.tight_layout()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +79,7 @@ def _draw_bars(axes, cases, names, colours) -> None:
         ]
         offsets = [i - 0.4 + (index + 0.5) * width for i in places]
         axes.bar(offsets, heights, width, yerr=spread, label=name, color=colours[name], error_kw={"linewidth": 0.8})
-    axes.set_xticks(range(len(cases)), [label(case["problem"]) for case in cases], fontsize=8)
+    axes.set_xticks(range(len(cases)), [label(case) for case in cases], fontsize=8)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_ylabel("time over the frozen layer's (median; 20th to 80th percentile)")
     axes.legend(fontsize=8)
@@ -85,10 +97,9 @@ def _draw_roofline(axes, record, names, colours) -> None:
         points = []
         for case in record["cases"]:
             if name in case["results"]:
-                problem = Problem(**case["problem"])
-                flops = useful_flops(problem, "both")
-                seconds = case["results"][name]["both"]["median"]
-                points.append((flops / compulsory_bytes(problem, "both"), flops / seconds / 1e12))
+                both = case["results"][name]["both"]
+                flops, nbytes = work(case, both)
+                points.append((flops / nbytes, flops / both["median"] / 1e12))
         axes.scatter(*zip(*points), s=18, color=colours[name], label=name)
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -98,11 +109,11 @@ def _draw_roofline(axes, record, names, colours) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("json", type=Path, help="what python -m bench.lora_linear wrote")
+    parser.add_argument("json", type=Path, help="what python -m bench.lora_linear or bench.suite wrote")
     parser.add_argument("--out", type=Path, help="the picture (default: the JSON's name with .png)")
     options = parser.parse_args(arguments)
     if not options.json.is_file():
-        parser.error(f"json: got {options.json}, want a file that python -m bench.lora_linear wrote")
+        parser.error(f"json: got {options.json}, want a file that python -m bench.lora_linear or bench.suite wrote")
     target = options.out or options.json.with_suffix(".png")
     draw(json.loads(options.json.read_text()), target)
     print(f"written: {target}")

@@ -1,7 +1,7 @@
 """Larger pieces than a layer, all contenders in turns: `python -m bench.suite` (docs/benchmarks.md).
 
-Groups of layers that share x, gated MLPs, whole transformer blocks at real shapes, and a training step of a small
-language model.
+Groups of layers that share x, gated MLPs, batches of several adapters, whole transformer blocks at real shapes, and a
+training step of a small language model.
 Prints a short table per case and writes everything as JSON, as bench.lora_linear does.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import blocks, compare, forms, machine
+from . import blocks, compare, forms, machine, mixed
 from .compare import Case
 from .contenders import Unavailable
 from .counting import Problem, Roof
@@ -31,7 +31,7 @@ from .timing import timer_for
 class Sizes:
     """What is measured on one sort of device."""
 
-    groups: str  # a key of forms.GROUPS and forms.MLPS
+    groups: str  # a key of forms.GROUPS, forms.MLPS and mixed.BATCHES
     blocks: tuple[str, ...]
     sequences: int
     tokens: int
@@ -54,7 +54,7 @@ SIZES = {
     ),
     "tiny": Sizes("tiny", ("tiny",), 2, 16, "llama-tiny", 2, 16, ("fp32",), (0.0, 0.1), 2),
 }  # fmt: skip
-FORMS = ("group", "mlp", "block", "train")
+FORMS = ("group", "mlp", "mixed", "block", "train")
 
 
 def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Callable[[], Case]]:
@@ -71,6 +71,9 @@ def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Callabl
                 elif form == "mlp":
                     like = Problem(0, 0, 0, options.r, dtype, adapter_dtype, dropout=p)
                     yield lambda like=like: forms.mlp_case(*forms.MLPS[sizes.groups], like, device)
+                elif form == "mixed":
+                    like = Problem(0, 0, 0, options.r, dtype, adapter_dtype, dropout=p)
+                    yield lambda like=like: mixed.mixed_case(mixed.BATCHES[sizes.groups], like, device)
                 elif form == "block":
                     for name in options.models or sizes.blocks:
                         amount = blocks.sequences_of(name, sizes.sequences, sizes.tokens)

@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import blocks, compare, forms, suite  # noqa: E402
+from bench import blocks, compare, forms, mixed, suite  # noqa: E402
 from bench.contenders import Contender, Tensors, build  # noqa: E402
 from bench.counting import Problem, Roof  # noqa: E402
 from bench.memory import saved_bytes  # noqa: E402
@@ -43,6 +43,31 @@ def test_a_groups_work_reads_x_once():
     assert two["forward"].bytes == one["forward"].bytes + weight + y + adapters
     assert two["both"].bytes == one["both"].bytes + 2 * weight + 2 * y + 3 * adapters
     assert two["both"].flops == 2 * one["both"].flops
+
+
+@pytest.mark.parametrize("kinds", [("float32", "float32"), ("bfloat16", "float32")])
+def test_mlps_and_mixed_batches_agree(kinds):
+    pytest.importorskip("peft")
+    like = Problem(0, 0, 0, 4, *kinds)
+    allowed = 1e-5 if kinds[0] == "float32" else 2e-2
+    case = forms.mlp_case(512, 264, 320, like, CPU)
+    want = values_of(case, "eager")
+    for name in ("peft", "addmm", "one by one", "mlp"):
+        compare.check_close(values_of(case, name), want, allowed)
+    case = mixed.mixed_case(mixed.Batch(9, 60, 40, 264, 3), like, CPU)
+    want = values_of(case, "eager")
+    assert len(want) == 2 + 2 * 3
+    for name in ("peft", "mixed batch"):
+        compare.check_close(values_of(case, name), want, allowed)
+
+
+def test_a_mixed_batchs_work_by_hand():
+    batch = mixed.Batch(sequences=8, tokens=2, n=6, k=10, adapters=3)
+    assert batch.ids == [0, 1, 2, 0, 1, 2, 0, -1]
+    found = mixed.work(Problem(16, 6, 10, 4, "float32", "float32"), batch)
+    assert found["forward"].flops == 2 * 16 * 60 + 2 * 14 * 4 * 16
+    assert found["forward"].bytes == 4 * (160 + 60 + 96 + 3 * 4 * 16)
+    assert found["both"].flops == 2 * (2 * 16 * 60) + 3 * (2 * 14 * 4 * 16)
 
 
 @pytest.mark.parametrize("name", ["tiny", "llama-tiny"])
@@ -143,6 +168,11 @@ def test_runs_end_to_end(tmp_path, capsys):
     capsys.readouterr()
     assert suite.main(["--show", str(out)]) == 0
     assert "block of tiny" in capsys.readouterr().out
+    pytest.importorskip("matplotlib")
+    from bench import plot
+
+    assert plot.main([str(out)]) == 0
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("arguments", [["--forms", "nothing"], ["--models", "gpt-9"], ["--size", "huge"]])
