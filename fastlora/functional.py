@@ -187,7 +187,7 @@ def lora_mixed_batch(
     x: Tensor,
     weight: Tensor,
     adapters: Sequence[Adapter],
-    adapter_ids: Sequence[int] | Tensor,
+    adapter_ids: Sequence[int] | Tensor | Segments,
     bias: Tensor | None = None,
     training: bool = True,
     backend: str = "auto",
@@ -206,7 +206,8 @@ def lora_mixed_batch(
         adapters: `Adapter`s; ranks, scales and dropout probabilities may differ. Where their dtypes differ they are
             cast to the widest, and their gradients back.
         adapter_ids: an adapter's number for each sequence of x, -1 for none. A list costs no synchronisation; an
-            integer tensor on a GPU is read back to the host once.
+            integer tensor on a GPU is read back to the host once. Several layers on one batch, and CUDA graphs, take
+            `functional.Segments(ids, tokens)`, sorted and sent to the device once.
         training, backend: as in `lora_linear` ("triton" and "cublas" are the same here).
 
     Returns:
@@ -219,20 +220,24 @@ def lora_mixed_batch(
     Source: the batching is that of Punica (Chen et al. 2023, arXiv 2310.18547) and S-LoRA (Sheng et al. 2023, arXiv
     2311.03285), here with a backward pass.
     """
-    ids = [int(i) for i in (adapter_ids.tolist() if isinstance(adapter_ids, Tensor) else adapter_ids)]
-    if x.dim() < 2 or len(ids) != x.shape[0]:
+    tokens = math.prod(x.shape[1:-1])
+    if isinstance(adapter_ids, Segments):
+        segments = adapter_ids
+    else:
+        ids = adapter_ids.tolist() if isinstance(adapter_ids, Tensor) else adapter_ids
+        segments = Segments([int(i) for i in ids], tokens)
+    if x.dim() < 2 or (segments.batch, segments.tokens) != (x.shape[0], tokens):
         raise ValueError(
-            f"lora_mixed_batch: adapter_ids: got {len(ids)} for x {tuple(x.shape)}, want x (batch, ..., K) and one id "
-            "for each sequence of the batch"
+            f"lora_mixed_batch: adapter_ids: got {segments.batch} (for {segments.tokens} rows each) for x "
+            f"{tuple(x.shape)}, want x (batch, ..., K) and one id for each sequence of the batch"
         )
-    if any(not BASE <= i < len(adapters) for i in ids):
+    if any(not BASE <= i < len(adapters) for i in segments.adapters):
         raise ValueError(
-            f"lora_mixed_batch: adapter_ids: got {min(ids)} to {max(ids)}, want numbers of the {len(adapters)} "
+            f"lora_mixed_batch: adapter_ids: got {list(segments.adapters)}, want numbers of the {len(adapters)} "
             f"adapters, or {BASE} for none"
         )
     if not training:
         adapters = [adapter._replace(dropout_p=0.0) for adapter in adapters]
-    segments = Segments(ids, math.prod(x.shape[1:-1]))
     return run_segments(x, weight, [adapters[i] for i in segments.adapters], segments, bias, backend)
 
 

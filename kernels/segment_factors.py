@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dropout import threshold_and_scale
-from .segment_plan import place_of, to_device
+from .segment_plan import is_capturing, places_of, to_device
 
 
 class Factors(NamedTuple):
@@ -29,7 +29,7 @@ class Factors(NamedTuple):
     any_dropout: bool
 
 
-_MOST_KEPT = 4096  # sets of adapters; a 7B model has 224 layers
+_MOST_KEPT = 8192  # sets of adapters, under two places each; a 7B model has 224 layers
 _kept: dict[tuple[object, ...], Factors] = {}
 
 
@@ -46,8 +46,8 @@ def factors_of(
     """
     like = lora_As[0]
     device = like.device
+    places = places_of(device)
     key = (
-        place_of(device),
         like.dtype,
         *(a.data_ptr() for a in lora_As),
         *(b.data_ptr() for b in lora_Bs),
@@ -55,8 +55,9 @@ def factors_of(
         *scalings,
         *dropout_ps,
     )
-    if key in _kept:
-        return _kept[key]._replace(like=like)
+    found = _kept.get((places[0], *key))
+    if found is not None:
+        return found._replace(like=like)
     ranks = [a.shape[0] for a in lora_As]
     rank_starts = [sum(ranks[:i]) for i in range(len(ranks))]
     dropout = [threshold_and_scale(p) for p in dropout_ps]
@@ -72,7 +73,10 @@ def factors_of(
         aligned=all(address % 16 == 0 for row in addresses for address in row) and all(r % 8 == 0 for r in ranks),
         any_dropout=any(p > 0.0 for p in dropout_ps),
     )
-    if len(_kept) >= _MOST_KEPT:
-        _kept.pop(next(iter(_kept)))
-    _kept[key] = factors._replace(like=like.new_empty(0))  # not the adapter itself: it would stay alive
+    if not is_capturing(places):
+        kept = factors._replace(like=like.new_empty(0))  # not the adapter itself: it would stay alive
+        for place in places:
+            if len(_kept) >= _MOST_KEPT:
+                _kept.pop(next(iter(_kept)))
+            _kept[(place, *key)] = kept
     return factors

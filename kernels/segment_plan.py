@@ -20,13 +20,24 @@ BASE = -1  # the row is left to the frozen layer
 
 
 Place = tuple[torch.device, int]
+_BEFORE_A_CAPTURE = -1  # in a Place, for a stream
 
 _captured: list[Tensor] = []  # a replay of a CUDA graph copies from them, and reads the copies, again
 
 
-def place_of(device: torch.device) -> Place:
-    """The device and its current stream: what one stream has sent, another could read too early."""
-    return device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+def places_of(device: torch.device) -> tuple[Place, ...]:
+    """Where to look for what was sent to the device (the first), and where to keep it: under the stream that sent it,
+    since another could read too early; and for captures, which begin with everything done. What is sent during one is
+    not kept: it is there only once that graph has run."""
+    if device.type != "cuda":
+        return ((device, 0),)
+    if torch.cuda.is_current_stream_capturing():
+        return ((device, _BEFORE_A_CAPTURE),)
+    return (device, torch.cuda.current_stream(device).cuda_stream), (device, _BEFORE_A_CAPTURE)
+
+
+def is_capturing(places: tuple[Place, ...]) -> bool:
+    return places[0][1] == _BEFORE_A_CAPTURE
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -93,17 +104,21 @@ class Segments:
 
     def rows(self, device: torch.device) -> Tensor:
         """(num_positions,) int32: the row of x at each position."""
-        place = place_of(device)
-        if place not in self._rows:
+        places = places_of(device)
+        rows = self._rows.get(places[0])
+        if rows is None:
             order = torch.tensor([sequence for several in self.sequences for sequence in several], dtype=torch.int32)
             rows = order[:, None] * self.tokens + torch.arange(self.tokens, dtype=torch.int32)
-            self._rows[place] = to_device(rows.reshape(-1), device)
-        return self._rows[place]
+            rows = to_device(rows.reshape(-1), device)
+            if not is_capturing(places):
+                self._rows.update(dict.fromkeys(places, rows))
+        return rows
 
     def chunks(self, length: int, device: torch.device) -> Chunks:
         """Every segment cut into parts of at most `length` positions."""
-        key = place_of(device), length
-        if key not in self._chunks:
+        places = places_of(device)
+        chunks = self._chunks.get((places[0], length))
+        if chunks is None:
             table, first = [], [0]
             for segment, (start, end) in enumerate(zip(self.starts, self.starts[1:], strict=False)):
                 table += [(segment, at, min(at + length, end)) for at in range(start, end, length)]
@@ -111,5 +126,7 @@ class Segments:
             flat = [number for row in table for number in row] + first
             sent = to_device(torch.tensor(flat, dtype=torch.int32), device)
             split = 3 * len(table)
-            self._chunks[key] = Chunks(sent[:split].view(-1, 3), len(table), sent[split:])
-        return self._chunks[key]
+            chunks = Chunks(sent[:split].view(-1, 3), len(table), sent[split:])
+            if not is_capturing(places):
+                self._chunks.update({(place, length): chunks for place in places})
+        return chunks

@@ -1,4 +1,5 @@
 # pyright: reportOptionalMemberAccess=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportIndexIssue=false, reportCallIssue=false
 
 """`fastlora.adapter_names`: a whole model's batch with an adapter for each sequence, beside each sequence alone and
 beside PEFT's `adapter_names=`."""
@@ -146,8 +147,9 @@ def test_blocks_nest_and_end_on_exceptions():
     model, x = tower(), inputs(4, 5, 12)
     with fastlora.adapter_names(model, ["a"] * 4):
         a = model(x)
-        with pytest.raises(KeyError), fastlora.adapter_names(model, ["b"] * 4):
+        with fastlora.adapter_names(model, ["b"] * 4):
             b = model(x)
+        with pytest.raises(KeyError), fastlora.adapter_names(model, ["b"] * 4):
             raise KeyError
         assert torch.equal(model(x), a) and not torch.equal(a, b)
     torch.testing.assert_close(a, alone(model, x, ["a"] * 4))

@@ -1,4 +1,4 @@
-# pyright: reportOptionalMemberAccess=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalIterable=false
 
 """`functional.lora_mixed_batch` on the CPU: values against fp64, and each sequence as its adapter alone."""
 
@@ -122,6 +122,7 @@ def test_ids_in_a_tensor_and_without_sequences():
     x, weight, bias, adapters = make()
     want = lora_mixed_batch(x, weight, adapters, IDS, bias)
     assert torch.equal(lora_mixed_batch(x, weight, adapters, torch.tensor(IDS, dtype=torch.int32), bias), want)
+    assert torch.equal(lora_mixed_batch(x, weight, adapters, Segments(IDS, 5), bias), want)
     assert lora_mixed_batch(x[:0], weight, adapters, [], bias).shape == (0, 5, 20)
     assert lora_mixed_batch(x[:, :0], weight, adapters, IDS, bias).shape == (6, 0, 20)
     two_d = lora_mixed_batch(x[:, 0], weight, adapters, IDS, bias)
@@ -237,11 +238,13 @@ def test_double_backward_raises():
 def test_wrong_arguments():
     x, weight, bias, adapters = make()
     for ids in (IDS[1:], [0] * 7):
-        with pytest.raises(ValueError, match=r"lora_mixed_batch: adapter_ids: got \d for x \(6, 5, 33\)"):
+        with pytest.raises(ValueError, match=r"lora_mixed_batch: adapter_ids: got \d \(for 5 rows each\) for x"):
             lora_mixed_batch(x, weight, adapters, ids, bias)
     for wrong in (4, -2):
         with pytest.raises(ValueError, match="want numbers of the 4 adapters, or -1 for none"):
             lora_mixed_batch(x, weight, adapters, [wrong] * 6, bias)
+    with pytest.raises(ValueError, match="want x"):
+        lora_mixed_batch(x, weight, adapters, Segments(IDS, 4), bias)
     with pytest.raises(ValueError, match="lora_linear: shapes: got x"):
         lora_mixed_batch(x[..., 1:], weight, adapters, IDS, bias)
     with pytest.raises(ValueError, match="want one dtype"):
