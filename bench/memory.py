@@ -1,7 +1,13 @@
-"""How many bytes a forward pass keeps for its backward pass, counted by autograd's own hooks: on any device."""
+"""How many bytes a forward pass keeps for its backward pass, counted by autograd's own hooks: on any device. And what
+a CPU's allocator is asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -29,3 +35,28 @@ def saved_bytes(contender: Contender, x: Tensor) -> int:
         y = contender.forward(x)
     del y
     return sum(found.values())
+
+
+@dataclass(frozen=True)
+class Allocations:
+    """Bytes beyond those held at the start: at the peak, and at the end; and the sizes of all that was allocated."""
+
+    peak: int
+    held: int
+    sizes: tuple[int, ...]
+
+
+def allocations_of(work: Callable[[], Any]) -> tuple[Any, Allocations]:
+    """(what `work` returns, still alive; what was allocated on the CPU meanwhile), by torch's profiler: it sees every
+    allocation of torch's, those inside of libraries' operations too."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = work()
+    kineto: Any = profile.profiler.kineto_results  # type: ignore[union-attr]
+    changes = [event for event in kineto.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    now = peak = 0
+    for event in changes:
+        now += event.nbytes()
+        peak = max(peak, now)
+    return result, Allocations(peak, now, tuple(event.nbytes() for event in changes if event.nbytes() > 0))

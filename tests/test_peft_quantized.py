@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from memory import allocations_of
 from numerics import assert_close_to_fp64
 from peft.tuners.lora import bnb as peft_bnb
 from quantised_models import qlora, quantise, quantised_model
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import fastlora
+from bench.memory import allocations_of
 from fastlora import peft_layers, quantized, reference
 from fastlora.peft_bnb import FusedLinear4bit, FusedLinear8bitLt
 from fastlora.peft_quantized import INFERENCE, FusedQuantisedLayer
