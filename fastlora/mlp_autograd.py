@@ -78,8 +78,8 @@ class ActivatedLinear(torch.autograd.Function):
                 dh, ds, _as_rows(gate), _as_rows(up), activation, lora_A, state, dropout_p, (need_h, need_a)
             )
         return (
-            dgate.view(gate.shape) if need_gate else None,
-            dup.view(gate.shape) if need_up else None,
+            dgate.view(gate.shape) if need_gate and dgate is not None else None,
+            dup.view(gate.shape) if need_up and dup is not None else None,
             None,
             dy2.sum(0) if need_bias else None,
             grad_a,

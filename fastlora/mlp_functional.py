@@ -20,7 +20,7 @@ def lora_mlp(
     training: bool = True,
     backend: str = "auto",
 ) -> Tensor:
-    """An MLP of LoRA layers, gated (SwiGLU, GeGLU, ReGLU) or plain (up is None): x, gate, up and S are all that is kept.
+    """An MLP of LoRA layers, gated (SwiGLU, GeGLU, ReGLU) or plain (up is None): x, gate, up and S are kept.
 
     Equivalent to:
 
@@ -28,7 +28,8 @@ def lora_mlp(
         multi_lora_linear(h, *down)
 
     Args:
-        x: (..., K). gate, up: `GroupLayer`s with weight (N, K); down: with weight (K', N). Adapters as in `lora_linear`.
+        x: (..., K). gate, up: `GroupLayer`s with weight (N, K); down: with weight
+            (K', N). Adapters as in `lora_linear`.
         activation: "silu", "gelu" (with erf), "gelu_tanh" or "relu".
         training, backend: as in `lora_linear`.
 

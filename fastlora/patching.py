@@ -16,7 +16,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from . import grouping, sharding
+from . import grouping, progress, sharding
+from . import mlp as mlps
 from .layers import FusedLoraLinear, check_adapter_arguments, check_backend
 from .peft_format import from_pattern
 from .starts import check_init, check_not_shared, shifts_weight
@@ -43,6 +44,8 @@ class PatchReport:
 
     modules: list[ModuleReport] = field(default_factory=list)
     groups: list[tuple[str, ...]] = field(default_factory=list)  # names of the layers that `group` has put together
+    mlps: dict[str, str] = field(default_factory=dict)  # names of the modules that `mlp` has fused: what each is
+    mlps_left_alone: dict[str, str] = field(default_factory=dict)  # of those that look like an MLP: why not
 
     @property
     def patched(self) -> list[str]:
@@ -66,6 +69,7 @@ class PatchReport:
             for row in rows
         )
         grouped = f", {len(self.groups)} groups" if self.groups else ""
+        grouped += f", {len(self.mlps)} MLPs" if self.mlps else ""
         return f"fastlora: {len(self.patched)} modules patched, {len(self.left_alone)} left alone{grouped}\n{table}"
 
     __repr__ = __str__
@@ -87,6 +91,7 @@ def patch(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     group: str | Sequence[Sequence[str]] | None = None,
+    mlp: str | bool | None = None,
 ) -> PatchReport:
     """Swaps fused LoRA layers into a model, in place.
 
@@ -114,6 +119,9 @@ def patch(
         group: "auto" lets layers that lie side by side and are fed the same tensor, by their usual names (q_proj,
             k_proj, v_proj; gate_proj, up_proj; ...), share their passes over it; or the sets of names; None leaves
             them as they are. Same numbers, to rounding; layers without dropout only, on a CPU. docs/grouping.md.
+        mlp: "auto" lets modules that compute down(act(gate(x)) * up(x)) or down(act(up(x))), which is found out by
+            running them, keep less for the backward pass and read it less often; on a CPU only where that is no slower,
+            with True there too. Same numbers, to rounding. docs/kernels/mlp.md.
 
     Returns:
         A `PatchReport`: a line per module, patched or left alone and why.
@@ -134,13 +142,16 @@ def patch(
     check_backend(backend, "patch")
     check_init(init_lora_weights, "patch", r)
     names_of_groups = grouping.check_names(group, "patch")
+    mlps.check_mode(mlp, "patch")
     _check_patterns(rank_pattern, alpha_pattern)
     selection = Selection(model, target_modules, exclude_modules)
     peft_layers = dict(peft_lora_layers(model))
     settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": float(lora_dropout), "use_rslora": use_rslora}
     if peft_layers:
         _warn_of_ignored_settings(settings, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern})
-        return _patch_peft(model, peft_layers, selection, backend, strict)
+        report = _patch_peft(model, peft_layers, selection, backend, strict)
+        report.mlps, report.mlps_left_alone = mlps.form(model, mlp)
+        return report
     if (wrapped := sharding.wrapper(model)) is not None:
         raise ValueError(f"patch: model: got {wrapped}, want patch {sharding.BEFORE}")
     report = PatchReport()
@@ -171,6 +182,7 @@ def patch(
     _check_patterns_used(settings_of, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, strict)
     _apply(model, plan, adapter_name, settings_of, init_lora_weights, backend)
     report.groups = grouping.form_groups(model, names_of_groups)
+    report.mlps, report.mlps_left_alone = mlps.form(model, mlp)
     return report
 
 
@@ -191,6 +203,8 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
                 f"unpatch: {name!r} has become a {type(module).__name__} since it was patched, want a FusedLoraLinear: "
                 "undo that first (a parametrisation, sharding)"
             )
+    for module in mlps.fused_mlps(model):
+        mlps.release(module)
     for module in list(model.modules()):
         if isinstance(module, FusedLoraLinear) and _ORIGINAL_CLASS in module.__dict__:
             if not (keep_merged and module.merged_adapters):
@@ -303,7 +317,7 @@ def _apply(
     active = {name for m in model.modules() if isinstance(m, FusedLoraLinear) for name in m.active_adapters}
     done: list[nn.Module] = []
     try:
-        for name, module in plan.items():
+        for name, module in progress.bar(plan.items(), "patch", len(plan)):
             done.append(module)
             if not isinstance(module, FusedLoraLinear):
                 _swap_class(module, backend)

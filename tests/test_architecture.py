@@ -40,6 +40,7 @@ FLOORS = {
     "fastlora.starts": 4,
     "fastlora.layers": 4,
     "fastlora.grouping": 5,
+    "fastlora.mlp": 5,
     "fastlora.targets": 5,
     "fastlora.peft_layers": 5,
     "fastlora.peft_starts": 5,

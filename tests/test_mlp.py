@@ -1,3 +1,4 @@
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOptionalMemberAccess=false
 """`lora_mlp` against fp64, for every activation; what it saves; where it leaves the work to eager PyTorch."""
 
 from __future__ import annotations
