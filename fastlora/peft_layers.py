@@ -222,8 +222,10 @@ class FusedPeftLinear(FusedLayer, PeftLinear):
             finite = torch.isfinite(total).all() and (total_bias is None or torch.isfinite(total_bias).all())
         if not finite:
             raise ValueError(
-                f"fastlora: merge: adapters {list(names)}, scaled by {[float(self.scaling[name]) for name in names]}, "
-                f"would make the {weight.dtype} base weights infinite or NaN: want finite weights; nothing was changed"
+                # PEFT's own words come first: scripts look for them.
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: scaled by "
+                f"{[float(self.scaling[name]) for name in names]} it would make the {weight.dtype} base weights "
+                "infinite or NaN, want finite weights; nothing was changed"
             )
         return total, total_bias
 
