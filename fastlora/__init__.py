@@ -4,6 +4,8 @@
 nothing else.
 """
 
+import logging
+
 from . import functional, linalg
 from .adapters import adapter_names, disable_adapter, merge, set_adapter, unmerge
 from .checkpoint import load_adapter, save_adapter
@@ -13,6 +15,8 @@ from .init.ranks import allocate_ranks
 from .init.sign_passes import sign_factors
 from .layers import FusedLoraLinear
 from .patching import ModuleReport, PatchReport, is_patched, patch, unpatch
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # whether and where its messages show is the program's
 
 __version__ = "0.1.0"
 __all__ = [

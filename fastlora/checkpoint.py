@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import patching, peft_format, sharding, starts, targets
+from . import patching, peft_format, progress, sharding, starts, targets
 from .layers import FusedLoraLinear, check_adapter_arguments, scale_of
 from .peft_format import AdapterFile, Spec, some
 from .targets import lora_layers
@@ -377,7 +377,7 @@ def _shifts(
         return found
     caller = f"load_adapter: init_lora_weights={file.shift!r}"
     starts.check_not_shared(model, layers, caller)
-    for name, layer in layers.items():
+    for name, layer in progress.bar(layers.items(), "load", len(layers)):
         spec = file.spec(name)
         if file.shift == "olora" and _is_stored_in_out(layer):
             raise ValueError(

@@ -22,6 +22,7 @@ PREFIX = "FASTLORA_"
 BACKENDS = ("auto", "torch", "cublas", "triton")
 LINALG = ("auto", "torch", "native")
 MEASURE = ("auto", "off", "always")
+PROGRESS = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,13 @@ VARIABLES: dict[str, Variable] = {
             lambda: "auto",
             _choice(*MEASURE),
         ),
+        Variable(
+            "FASTLORA_PROGRESS",
+            "progress bars on long work: auto (where stderr is a terminal, after two seconds), on, off",
+            "auto",
+            lambda: "auto",
+            _choice(*PROGRESS),
+        ),
     )
 }
 
@@ -189,3 +197,8 @@ def linalg() -> str:
 def measure() -> str:
     """Whether the dispatcher may time backends at first use."""
     return get("FASTLORA_MEASURE")
+
+
+def progress() -> str:
+    """Whether long work shows a progress bar."""
+    return get("FASTLORA_PROGRESS")

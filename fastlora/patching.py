@@ -7,9 +7,11 @@ search for. No class and no source is touched.
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -25,6 +27,9 @@ from .targets import Selection, candidates, peft_lora_layers, why_not_patchable
 
 _FROZEN = "_fastlora_requires_grad"  # on each module of a patched model: {its own parameter: requires_grad before}
 _ORIGINAL_CLASS = "_fastlora_class"  # on a patched layer
+_REPR_ROWS = 40
+
+logger = logging.getLogger("fastlora")
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,25 @@ class PatchReport:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + f"  {row[3]}"
             for row in rows
         )
+        return f"{self.summary}\n{table}"
+
+    @property
+    def summary(self) -> str:
+        """The table's first line: how many modules were patched and left alone."""
         grouped = f", {len(self.groups)} groups" if self.groups else ""
         grouped += f", {len(self.mlps)} MLPs" if self.mlps else ""
-        return f"fastlora: {len(self.patched)} modules patched, {len(self.left_alone)} left alone{grouped}\n{table}"
+        return f"fastlora: {len(self.patched)} modules patched, {len(self.left_alone)} left alone{grouped}"
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        """The table, or for a model of many layers what a prompt can show: how many have which reason."""
+        if len(self.modules) <= _REPR_ROWS:
+            return str(self)
+        counts = Counter((line.patched, line.kind, line.reason) for line in self.modules)
+        rows = [
+            f"  {count} × {kind} {'patched' if patched else 'left alone'}: {reason}"
+            for (patched, kind, reason), count in counts.most_common(_REPR_ROWS)
+        ]
+        return "\n".join([self.summary, *rows, "  (print the report for a line each)"])
 
 
 def patch(
@@ -151,6 +170,7 @@ def patch(
         _warn_of_ignored_settings(settings, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern})
         report = _patch_peft(model, peft_layers, selection, backend, strict)
         report.mlps, report.mlps_left_alone = mlps.form(model, mlp)
+        _log(model, report)
         return report
     if (wrapped := sharding.wrapper(model)) is not None:
         raise ValueError(f"patch: model: got {wrapped}, want patch {sharding.BEFORE}")
@@ -183,7 +203,14 @@ def patch(
     _apply(model, plan, adapter_name, settings_of, init_lora_weights, backend)
     report.groups = grouping.form_groups(model, names_of_groups)
     report.mlps, report.mlps_left_alone = mlps.form(model, mlp)
+    _log(model, report)
     return report
+
+
+def _log(model: nn.Module, report: PatchReport) -> None:
+    logger.info("patch: %s: %s", type(model).__name__, report.summary.removeprefix("fastlora: "))
+    for line in report.modules:
+        logger.debug("patch: %s: %s: %s", line.name, "patched" if line.patched else "left alone", line.reason)
 
 
 def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:

@@ -58,6 +58,7 @@ def test_values(monkeypatch, name, text, value):
         ("FASTLORA_CACHE_DIR", "relative/path", "absolute"),
         ("FASTLORA_LINALG", "cusolver", "auto, torch, native"),
         ("FASTLORA_MEASURE", "yes", "auto, off, always"),
+        ("FASTLORA_PROGRESS", "perhaps", "auto, on, off"),
     ],
 )
 def test_bad_values_name_the_variable_what_came_and_what_is_wanted(monkeypatch, name, text, wanted):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import linalg, patching, peft_format, sharding, targets
+from .. import linalg, patching, peft_format, progress, sharding, targets
 from ..layers import FusedLoraLinear
 from .peft_start import PeftConfiguration, PeftStart, has_start
 from .plain_start import PlainStart
@@ -122,7 +122,8 @@ def init_lora_ga(
         peft = PeftConfiguration(model, adapter_name) if _is_peft(model) else None
         starts: dict[str, _Start | None] = {}
         starts.update(dict.fromkeys(places))
-        for name, a, b in _factors(places, sketch, split, seed):
+        factors = _factors(places, sketch, split, seed)
+        for name, a, b in progress.bar(factors, "LoRA-GA", len(places)):
             starts[name] = _scaled(places[name], a, b, scale, gamma, norm_clip)
         for name, start in starts.items():
             if not plain:

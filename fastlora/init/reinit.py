@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import sharding, targets
+from .. import progress, sharding, targets
 from ..layers import FusedLoraLinear
 from . import moments as optimizer_moments
 from .lora_ga import SPLITS, split_factors
@@ -121,7 +121,7 @@ def reinit_lora_ga(
         sketch.check_complete()
     plans = [
         _plan(name, layer, sketch.layers[name], adapter_name, options)
-        for name, layer in layers.items()
+        for name, layer in progress.bar(layers.items(), "re-initialisation", len(layers))
         if name not in skipped
     ]
     changes = [change for plan in plans for change in (plan.commit, *_moment_changes(plan, optimizer, moments, caller))]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import linalg
+from .. import linalg, progress
 from . import taps
 from .lora_ga import SPLITS, split_factors
 from .sign import SignFactors, SignLayer
@@ -109,7 +109,8 @@ def sign_factors(
         gradients.at_once = finish
         _run(chosen, names, passes, gradients.add, dropout)
     else:
-        for first in range(0, len(names), layers_at_once):
+        groups = range(0, len(names), layers_at_once)
+        for first in progress.bar(groups, "sign(G)", len(groups), "pass"):
             group = names[first : first + layers_at_once]
             _run(chosen, group, passes, gradients.add, dropout)
             for name in group:

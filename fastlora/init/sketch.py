@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import targets
+from .. import progress, targets
 from ..peft_format import some
 from . import taps
 from .report import LayerReport, SketchReport
@@ -297,7 +297,7 @@ class GradientSketch:
         """What the sketch holds, a line per layer; `str` of it is a table."""
         lines = []
         triplets = self.triplets([name for name in self.names if self.has_gradient(name)], 2 * self.r)
-        for name, (n, m) in self.sizes.items():
+        for name, (n, m) in progress.bar(self.sizes.items(), "sketch report", len(self._modules)):
             layer = self.layers.get(name)
             if layer is None or not layer.has_gradient:
                 skipped = layer.skipped if layer else 0

@@ -1,0 +1,111 @@
+"""fastlora.progress: bars where somebody looks, and nothing anywhere else; the logger; the report's repr."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora import progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def model(layers: int = 3) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+
+
+@pytest.fixture
+def stderr(monkeypatch):
+    """Replaces stderr by a terminal (or what is asked for), and returns it."""
+
+    def replace(stream: io.StringIO) -> io.StringIO:
+        monkeypatch.setattr(sys, "stderr", stream)
+        return stream
+
+    monkeypatch.delenv("FASTLORA_PROGRESS", raising=False)
+    return replace
+
+
+@pytest.mark.parametrize("choice", ["auto", "off"])
+def test_nothing_where_nobody_looks(choice, stderr, monkeypatch):
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    monkeypatch.setenv("FASTLORA_PROGRESS", choice)
+    shown = stderr(io.StringIO() if choice == "auto" else Terminal())
+    assert list(progress.bar("abc", "letters", 3)) == ["a", "b", "c"]
+    assert shown.getvalue() == ""
+
+
+def test_a_bar_on_a_terminal(stderr, monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(progress, "DELAY", 0.0)
+    shown = stderr(Terminal())
+    assert list(progress.bar(iter("abc"), "letters", 3)) == ["a", "b", "c"]
+    assert "fastlora: letters" in shown.getvalue() and "3" in shown.getvalue()
+
+
+def test_short_work_shows_none(stderr):
+    shown = stderr(Terminal())
+    assert list(progress.bar("abc", "letters", 3)) == ["a", "b", "c"]
+    assert "letters" not in shown.getvalue()
+
+
+def test_on_without_a_terminal_and_for_each_long_job(stderr, monkeypatch, tmp_path):
+    pytest.importorskip("tqdm")
+    monkeypatch.setenv("FASTLORA_PROGRESS", "on")
+    shown = stderr(io.StringIO())
+    net = model()
+    with fastlora.GradientSketch(net, r=2) as sketch:
+        net(torch.randn(16, 8)).square().sum().backward()
+    sketch.report()
+    fastlora.init_lora_ga(net, sketch)
+    for words in ("sketch report", "patch", "LoRA-GA"):
+        assert f"fastlora: {words}" in shown.getvalue(), words
+
+
+def test_without_tqdm(stderr, monkeypatch):
+    monkeypatch.setenv("FASTLORA_PROGRESS", "on")
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    shown = stderr(Terminal())
+    assert list(progress.bar("abc", "letters", 3)) == ["a", "b", "c"]
+    assert shown.getvalue() == ""
+
+
+@pytest.mark.parametrize("stream", [None, object()])
+def test_a_stderr_that_is_no_file(stream, stderr):
+    stderr(stream)
+    assert list(progress.bar("ab", "letters", 2)) == ["a", "b"]
+
+
+def test_a_choice_that_makes_no_sense(monkeypatch):
+    monkeypatch.setenv("FASTLORA_PROGRESS", "perhaps")
+    with pytest.raises(ValueError, match="FASTLORA_PROGRESS='perhaps': wanted one of auto, on, off"):
+        list(progress.bar("ab", "letters", 2))
+
+
+def test_patch_is_logged(caplog):
+    with caplog.at_level(logging.DEBUG, logger="fastlora"):
+        fastlora.patch(model(), r=2)
+    assert "patch: Sequential: 3 modules patched, 0 left alone" in caplog.messages
+    assert "patch: 1: patched: adapter 'default', r=2" in caplog.messages
+    assert any(isinstance(handler, logging.NullHandler) for handler in logging.getLogger("fastlora").handlers)
+
+
+def test_the_report_of_many_layers_fits_a_prompt():
+    report = fastlora.patch(model(50), r=2, target_modules=[str(i) for i in range(49)])
+    assert repr(report).splitlines() == [
+        "fastlora: 49 modules patched, 1 left alone",
+        "  49 × Linear patched: adapter 'default', r=2",
+        "  1 × Linear left alone: " + report.left_alone["49"],
+        "  (print the report for a line each)",
+    ]
+    assert len(str(report).splitlines()) == 52
