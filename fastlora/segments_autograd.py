@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import segments_dispatch
+from . import autograd, segments_dispatch
 from .autograd import _as_shaped, autocast_enabled
+from .backends import segments_torch
 from .kernels.segment_plan import Segments
 
 
@@ -93,6 +94,11 @@ def mixed_batch(
     each segment, all of one dtype."""
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     module = segments_dispatch.select(x2, weight, bias, lora_As, lora_Bs, dropout_ps, backend)
+    if module is segments_torch and x.device.type == "cpu" and x.numel() < autograd.SMALL:
+        # Without gradients too: reentrant checkpointing expects the same bits of both.
+        return _as_shaped(
+            segments_torch.composed(x2, weight, bias, lora_As, lora_Bs, scalings, dropout_ps, segments), x
+        )
     if not torch.is_grad_enabled():
         return _as_shaped(module.forward(x2, weight, bias, lora_As, lora_Bs, scalings, dropout_ps, segments)[0], x)
     if x.dim() != 2 and not x2._is_view():  # reshape had to copy x: once is enough

@@ -76,7 +76,9 @@ class Segments:
         for several in self.sequences:
             starts.append(starts[-1] + len(several) * tokens)
         self.starts = tuple(starts)
+        self._runs: dict[int, list[slice]] = {}
         self._rows: dict[Place, Tensor] = {}
+        self._indices: dict[tuple[Place, int], Tensor] = {}
         self._chunks: dict[tuple[Place, int], Chunks] = {}
 
     @property
@@ -91,8 +93,15 @@ class Segments:
     def longest(self) -> int:
         return max((end - start for start, end in zip(self.starts, self.starts[1:], strict=False)), default=0)
 
-    def pieces(self, segment: int) -> list[slice]:
+    def runs(self, segment: int) -> list[slice]:
         """The rows of a segment as runs of neighbouring ones, in order."""
+        if self.tokens == 0:
+            return []
+        if segment not in self._runs:
+            self._runs[segment] = self._find_runs(segment)
+        return self._runs[segment]
+
+    def _find_runs(self, segment: int) -> list[slice]:
         pieces: list[slice] = []
         for sequence in self.sequences[segment]:
             first = sequence * self.tokens
@@ -113,6 +122,17 @@ class Segments:
             if not is_capturing(places):
                 self._rows.update(dict.fromkeys(places, rows))
         return rows
+
+    def index(self, segment: int, device: torch.device) -> Tensor:
+        """The rows of a segment in int64, as ATen wants them."""
+        key = places_of(device)[0], segment
+        if key not in self._indices:
+            start, end = self.starts[segment : segment + 2]
+            index = self.rows(device)[start:end].long()
+            if is_capturing((key[0],)):
+                return index
+            self._indices[key] = index
+        return self._indices[key]
 
     def chunks(self, length: int, device: torch.device) -> Chunks:
         """Every segment cut into parts of at most `length` positions."""

@@ -5,6 +5,7 @@
 import pytest
 import torch
 from numerics import assert_close_to_fp64, with_layout
+from problems import path
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import reference
@@ -14,6 +15,12 @@ from fastlora.kernels.segment_plan import BASE, Segments
 
 BF16, FP32 = torch.bfloat16, torch.float32
 IDS = [1, 0, BASE, 1, 2, 0]
+
+
+@pytest.fixture(autouse=True, params=["function", "composed"])
+def every_path(request):
+    with path(request.param):
+        yield request.param
 
 
 def make(ids=IDS, tokens=5, k=33, n=20, ranks=(4, 7, 2, 3), dtype=FP32, adapter_dtypes=None, ps=None, seed=0):
@@ -40,6 +47,13 @@ def leaves_of(x, adapters):
 def gradients(y, leaves):
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(y.dtype)
     return torch.autograd.grad(y, leaves, dy, allow_unused=True)
+
+
+def assert_near(got, want):
+    """To 2 % in norm: bfloat16 on two paths that round at different places."""
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == other.dtype
+        assert (one.double() - other.double()).norm() < 2e-2 * other.double().norm()
 
 
 def one_by_one(x, weight, bias, adapters, ids):
@@ -79,11 +93,11 @@ def drawn_masks(x, adapters, ids, seed):
 @pytest.mark.parametrize("dtype, adapter_dtypes", [(FP32, None), (BF16, None), (BF16, (FP32,) * 4)])
 @pytest.mark.parametrize("ps", [None, (0.3, 0.0, 0.6, 0.1)], ids=["no dropout", "dropout"])
 @pytest.mark.parametrize("tokens", [5, 70], ids=["gathered", "views"])
-def test_output_and_gradients(dtype, adapter_dtypes, ps, tokens):
+def test_output_and_gradients(dtype, adapter_dtypes, ps, tokens, every_path):
     x, weight, bias, adapters = make(tokens=tokens, dtype=dtype, adapter_dtypes=adapter_dtypes, ps=ps)
     torch.manual_seed(3)
     y = lora_mixed_batch(x, weight, adapters, IDS, bias)
-    assert type(y.grad_fn).__name__ == "MixedBatchFunctionBackward"
+    assert (type(y.grad_fn).__name__ == "MixedBatchFunctionBackward") == (every_path == "function")
     got = gradients(y, leaves_of(x, adapters))
     keeps = drawn_masks(x, adapters, IDS, 3)
     exact_y, exact = specification(x, weight, bias, adapters, IDS, keeps, double=True)
@@ -161,7 +175,7 @@ def test_adapters_of_different_dtypes_get_gradients_of_their_own():
     got = gradients(y, leaves_of(x, adapters)[1:7])
     assert [g.dtype for g in got] == [FP32, FP32, BF16, BF16, torch.float16, torch.float16]
     want = gradients(one_by_one(x, weight, bias, adapters, IDS), leaves_of(x, adapters)[1:7])
-    torch.testing.assert_close(got, want, rtol=5e-2, atol=5e-2)
+    assert_near(got, want)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
@@ -182,8 +196,7 @@ def test_autocast():
         assert together.dtype == BF16
         leaves = leaves_of(x, adapters)[:7]
         got, want = gradients(together, leaves), gradients(apart, leaves)
-    torch.testing.assert_close(together, apart)
-    torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
+    assert_near([together, *got], [apart, *want])
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -207,7 +220,9 @@ def test_checkpointing_and_no_grad_give_the_same_bits(reentrant):
         assert torch.equal(lora_mixed_batch(x, weight, adapters, IDS, bias), plain[0])
 
 
-def test_under_torch_func_and_compile():
+def test_under_torch_func_and_compile(every_path):
+    if every_path == "composed":
+        pytest.skip("as without: neither is asked")
     x, weight, bias, adapters = make()
     loss = lambda x, run: run(x).square().sum()  # noqa: E731
     mixed = lambda x: lora_mixed_batch(x, weight, adapters, IDS, bias)  # noqa: E731
@@ -217,8 +232,10 @@ def test_under_torch_func_and_compile():
     torch.testing.assert_close(compiled(x), apart(x))
 
 
-def test_long_runs_are_not_copied():
+def test_long_runs_are_not_copied(every_path):
     """One run, or runs of many rows: the rows of x are views."""
+    if every_path == "composed":
+        pytest.skip("small problems are gathered")
     x, weight, bias, adapters = make([0, 0, 1, 1, 0, 0], tokens=64)
     with torch.autograd.profiler.profile() as profile:
         lora_mixed_batch(x, weight, adapters, [0, 0, 1, 1, 0, 0], bias)
@@ -227,7 +244,9 @@ def test_long_runs_are_not_copied():
     assert segments_torch.MIN_RUN <= 128
 
 
-def test_double_backward_raises():
+def test_double_backward_raises(every_path):
+    if every_path == "composed":
+        pytest.skip("ATen's own autograd differentiates as often as one likes")
     x, weight, bias, adapters = make()
     y = lora_mixed_batch(x, weight, adapters, IDS, bias)
     (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)

@@ -33,8 +33,8 @@ def forward(
 ) -> tuple[Tensor, list[Tensor], Tensors]:
     """(y, each segment's S, each segment's keep mask or None): y = x W0ᵀ + b, and s·S Bᵀ in the segments' rows.
 
-    x (M, K), weight (N, K), one adapter per segment. S (without the dropout's scale: a rounding less) and the masks have
-    the segment's rows in the segment's order.
+    x (M, K), weight (N, K), one adapter per segment. S (without the dropout's scale: a rounding less) and the masks
+    have the segment's rows in the segment's order.
     """
     y = F.linear(x, weight, bias)
     s: list[Tensor] = []
@@ -95,12 +95,34 @@ def backward(
     return dx, grad_as, grad_bs
 
 
+def composed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+    segments: Segments,
+) -> Tensor:
+    """The same y, differentiated by ATen's own autograd: the faster one for small problems on a CPU."""
+    y = F.linear(x, weight, bias)
+    for i, (a, b, scaling, p) in enumerate(zip(lora_As, lora_Bs, scalings, dropout_ps, strict=True)):
+        index = segments.index(i, x.device)
+        # Whichever is smaller is cast: the factors down, or the few rows up.
+        dtype = torch.promote_types(x.dtype, a.dtype) if len(index) < len(a) else x.dtype
+        rows = x.index_select(0, index).to(dtype)
+        s = F.linear(F.dropout(rows, p) if p > 0.0 else rows, a.to(dtype))
+        y = y.index_add_(0, index, F.linear(s, b.to(dtype)).to(y.dtype), alpha=scaling)
+    return y
+
+
 def _pieces(segments: Segments, segment: int, device: torch.device) -> list[tuple[Rows, slice]]:
     """(rows, which of the segment's positions they are): runs as slices, or one tensor of row numbers."""
-    runs = segments.pieces(segment)
+    runs = segments.runs(segment)
     start, end = segments.starts[segment : segment + 2]
     if len(runs) > 1 and end - start < MIN_RUN * len(runs):
-        return [(segments.rows(device)[start:end].long(), slice(0, end - start))]
+        return [(segments.index(segment, device), slice(0, end - start))]
     pieces: list[tuple[Rows, slice]] = []
     at = 0
     for run in runs:
