@@ -56,8 +56,7 @@ class FusedQuantisedLayer(FusedLayer):
             return peft_forward(x, **kwargs)
         self.calls.fused += 1
         weight = quantized.snapshot(layer.base_layer, plan.dtype)
-        y = quantised_lora_linear(x.to(plan.dtype), weight, plan.bias, *plan.adapters[0], self.backend)
-        return y.to(x.dtype)
+        return quantised_lora_linear(x, weight, plan.bias, *plan.adapters[0], self.backend, plan.out_dtype)
 
 
 class FusedTorchaoLinear(FusedQuantisedLayer, TorchaoLoraLinear):  # type: ignore[misc]
@@ -68,9 +67,11 @@ class FusedTorchaoLinear(FusedQuantisedLayer, TorchaoLoraLinear):  # type: ignor
 
 @dataclass
 class Plan:
-    """What a call runs: the dtype it is computed in, the bias in that dtype, and the adapters, as one (or none)."""
+    """What a call runs: the dtype it is computed in and that of its output, the bias in the former, and the adapters,
+    as one (or none)."""
 
     dtype: torch.dtype
+    out_dtype: torch.dtype
     bias: Tensor | None
     adapters: list[functional.Adapter]
 
@@ -128,13 +129,14 @@ def read_plan(layer: Any, x: Tensor | None) -> Plan | str:
         return "hooks on the base layer, or its forward replaced"
     if nn_module._has_any_global_hook():
         return "global module hooks"
-    dtype: torch.dtype | str = torch.float32
+    dtype = out_dtype = torch.float32
     if x is not None:
         if not (torch.is_grad_enabled() or layer.training):
             return INFERENCE
-        dtype = _compute_dtype(base, x)
-        if isinstance(dtype, str):
-            return dtype
+        dtypes = _dtypes(base, x)
+        if isinstance(dtypes, str):
+            return dtypes
+        dtype, out_dtype = dtypes
     bias = base._parameters.get("bias")
     read = peft_layers.Plan(base._parameters["weight"], bias if bias is None else bias.to(dtype), [])
     reason = peft_layers.add_adapters(read, layer, x)
@@ -146,29 +148,33 @@ def read_plan(layer: Any, x: Tensor | None) -> Plan | str:
     if adapter is not None and x is not None and adapter.lora_A.device != x.device:
         return f"adapters on {adapter.lora_A.device}, input on {x.device}"
     adapters = [] if adapter is None else [adapter]
-    return Plan(dtype, read.bias if read.bias is None else read.bias.to(dtype), adapters)
+    return Plan(dtype, out_dtype, read.bias if read.bias is None else read.bias.to(dtype), adapters)
 
 
-def _compute_dtype(base: Any, x: Tensor) -> torch.dtype | str:
-    """The dtype that the call is computed in, as the library would; or why it is left to PEFT."""
+def _dtypes(base: Any, x: Tensor) -> tuple[torch.dtype, torch.dtype] | str:
+    """The dtypes that the call is computed in and returned in, as the library would; or why it is left to PEFT."""
     if type(x) not in peft_layers.PLAIN_TENSORS or x.is_nested:
         return f"input of class {type(x).__name__}"
     if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
         return "torch.func transforms or torch.jit.trace"
     if x.dim() < 1 or x.shape[-1] != base.in_features or x.device != base.weight.device:
         return f"input of shape {tuple(x.shape)} on {x.device}"
-    kind, dtype = quantized.kind_of(base), x.dtype
+    kind, dtype, out_dtype = quantized.kind_of(base), x.dtype, x.dtype
+    autocast = torch.is_autocast_enabled(x.device.type)
+    low_rank_dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     if kind == quantized.FOUR_BIT:
         if not base.compute_type_is_set:  # the first input decides, in bitsandbytes' words
             base.set_compute_type(x)
             base.compute_type_is_set = True
         dtype = base.compute_dtype or x.dtype
+    elif kind == quantized.EIGHT_BIT and autocast:
+        # Autocast reaches into bitsandbytes' product on a CPU, and not on a GPU, whose output has its input's dtype.
+        dtype = low_rank_dtype
+        out_dtype = x.dtype if x.is_cuda else dtype
     elif kind != quantized.EIGHT_BIT and base.weight.dtype != x.dtype:
         return f"{x.dtype} input into a {base.weight.dtype} base layer"
-    if dtype not in quantized.DTYPES:
-        return f"{dtype} input"
-    autocast = torch.is_autocast_enabled(x.device.type)
-    lora_dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    if lora_dtype != dtype or (x.dtype != dtype and kind != quantized.FOUR_BIT):
-        return f"{x.dtype} input, computed in {dtype}" + (f" under autocast to {lora_dtype}" if autocast else "")
-    return dtype
+    if dtype not in quantized.DTYPES or x.dtype not in quantized.DTYPES:
+        return f"{x.dtype} input"
+    if low_rank_dtype != dtype:
+        return f"{x.dtype} input, computed in {dtype}" + (f" under autocast to {low_rank_dtype}" if autocast else "")
+    return dtype, out_dtype

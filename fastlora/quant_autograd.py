@@ -1,12 +1,15 @@
 """The LoRA linear layer on a quantised base, in autograd: the frozen weight is there while a pass runs, and only then.
 
 The same two passes as in autograd.py, by the same backends. Where they take W0, it is written into a buffer that all
-layers share, and written again for the backward pass: saved are x, S, the dropout state, references to A and B, and the
-packed weight. Nothing of size N×K, and no cast copy of x beyond the one that the layer's own compute dtype asks for.
+layers share, and written again for the backward pass. Saved are x, S, the dropout state, references to A and B, and the
+packed weight: nothing of size N×K. Where x comes in another dtype than the layer computes in (fp32 under autocast),
+what is saved is its copy in that dtype, one for all the layers that are given the same x.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
 from typing import Any
 
 import torch
@@ -15,11 +18,12 @@ from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from .autograd import _as_shaped, autocast_enabled
-from .quantized import QuantisedWeight, materialised
+from .quantized import QuantisedWeight, materialised, stream_of
 
 
 class QuantLoraLinearFunction(torch.autograd.Function):
-    """y = x W0ᵀ + b + s·(drop(x) Aᵀ) Bᵀ for x (..., K) of the weight's dtype, differentiable in x, b, A and B."""
+    """y = x W0ᵀ + b + s·(drop(x) Aᵀ) Bᵀ for x (..., K) of any dtype, computed in the weight's and returned in
+    `out_dtype`; differentiable in x, b, A and B."""
 
     @staticmethod
     def forward(
@@ -32,19 +36,21 @@ class QuantLoraLinearFunction(torch.autograd.Function):
         scaling: float,
         dropout_p: float,
         backend: str,
+        out_dtype: torch.dtype,
     ) -> Tensor:
-        x2 = x.reshape(-1, x.shape[-1])
+        cast = cast_once(x, weight.dtype)
+        x2 = cast.reshape(-1, x.shape[-1])
         module, y, s, state = _forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
         need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
         ctx.save_for_backward(
-            x if need_a else None,
+            cast if need_a else None,
             lora_A if need_x or need_a else None,
             lora_B if need_x or need_a or need_b else None,
             s if need_b else None,
             state if need_x or need_a else None,
         )
-        ctx.arguments = (module, weight if need_x else None, scaling, dropout_p, x.shape)
-        return _as_shaped(y, x)
+        ctx.arguments = (module, weight if need_x else None, weight.dtype, scaling, dropout_p, x.shape, x.dtype)
+        return _as_shaped(y.to(out_dtype), x)
 
     @staticmethod
     @once_differentiable
@@ -57,10 +63,10 @@ class QuantLoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, s, state = ctx.saved_tensors
-        module, weight, scaling, dropout_p, shape = ctx.arguments
+        module, weight, dtype, scaling, dropout_p, shape, x_dtype = ctx.arguments
         need_x, need_bias, need_a, need_b = ctx.needs_input_grad[:4]
         x2 = x.reshape(-1, x.shape[-1]) if x is not None else None
-        dy2 = dy.reshape(-1, dy.shape[-1])
+        dy2 = dy.reshape(-1, dy.shape[-1]).to(dtype)
         needs = (need_x, need_a, need_b)
         if need_x:
             with materialised(weight) as matrix:
@@ -69,7 +75,8 @@ class QuantLoraLinearFunction(torch.autograd.Function):
             grads = module.backward(dy2, x2, None, lora_A, lora_B, s, state, scaling, dropout_p, needs)
         dx, grad_a, grad_b = grads
         grad_bias = dy2.sum(0) if need_bias else None
-        return dx.view(shape) if dx is not None else None, grad_bias, grad_a, grad_b, None, None, None, None
+        dx = dx.view(shape).to(x_dtype) if dx is not None else None
+        return dx, grad_bias, grad_a, grad_b, None, None, None, None, None
 
 
 def quantised_lora_linear(
@@ -81,13 +88,17 @@ def quantised_lora_linear(
     scaling: float,
     dropout_p: float,
     backend: str,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    """Runs the chosen backend under autograd. x and bias are of `weight.dtype`, and autocast has been applied."""
+    """Runs the chosen backend under autograd, in `weight.dtype` (the bias's too) whatever autocast says."""
     with torch.autocast(x.device.type, enabled=False):
         if not torch.is_grad_enabled():
-            x2 = x.reshape(-1, x.shape[-1])
-            return _as_shaped(_forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)[1], x)
-        return QuantLoraLinearFunction.apply(x, bias, lora_A, lora_B, weight, scaling, dropout_p, backend)  # type: ignore[return-value]
+            x2 = cast_once(x, weight.dtype).reshape(-1, x.shape[-1])
+            y = _forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)[1]
+            return _as_shaped(y.to(out_dtype), x)
+        return QuantLoraLinearFunction.apply(  # type: ignore[return-value]
+            x, bias, lora_A, lora_B, weight, scaling, dropout_p, backend, out_dtype
+        )
 
 
 def _forward(
@@ -106,3 +117,31 @@ def _forward(
         module = dispatch.select(x2, matrix, bias, lora_A, lora_B, dropout_p, backend).module
         y, s, state = module.forward(x2, matrix, bias, lora_A, lora_B, scaling, dropout_p)
     return module, y, s, state
+
+
+class _LastCast(threading.local):
+    """The tensor that was cast last, and its copy: known by weak references, so that nothing lives longer for it."""
+
+    source: weakref.ref[Tensor] | None = None
+    copy: weakref.ref[Tensor] | None = None
+    state: tuple = ()
+
+
+_last = _LastCast()
+
+
+def cast_once(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in another dtype, not differentiable: the same copy as last time while that is alive and x is unchanged, as
+    where q, k and v are called with one x."""
+    if x.dtype == dtype:
+        return x
+    if x.is_inference():  # counts no versions
+        return x.to(dtype)
+    state = (x._version, dtype, stream_of(x.device))
+    if _last.source is not None and _last.source() is x and _last.state == state:
+        copy = _last.copy() if _last.copy is not None else None
+        if copy is not None:
+            return copy
+    copy = x.detach().to(dtype)
+    _last.source, _last.copy, _last.state = weakref.ref(x), weakref.ref(copy), state
+    return copy

@@ -242,11 +242,10 @@ class _Buffers:
     @contextlib.contextmanager
     def lend(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
         n = shape[0] * shape[1]
-        cuda = device.type == "cuda"
-        if cuda and torch.cuda.is_current_stream_capturing():
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             yield torch.empty(shape, dtype=dtype, device=device)
             return
-        key = (device, dtype, torch.cuda.current_stream(device).cuda_stream if cuda else 0)
+        key = (device, dtype, stream_of(device))
         with self.lock:
             buffer = self.free.pop(key, None)
         if buffer is None or buffer.numel() < n:
@@ -267,6 +266,11 @@ class _Buffers:
 
 
 _buffers = _Buffers()
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream of a GPU; 0 elsewhere."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @contextlib.contextmanager

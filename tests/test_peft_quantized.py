@@ -151,10 +151,11 @@ def test_at_most_twice_pefts_error(kind, dropout, dtype, adapter_dtype):
         assert_close_to_fp64(ours, want, theirs, name)
 
 
+@BITS
 @pytest.mark.parametrize("x_dtype", [FP32, BF16])
-def test_autocast_to_the_compute_dtype(x_dtype):
-    """Trainer's way: the layer's output has its input's dtype, as bitsandbytes' has."""
-    model = model_of("bnb4", BF16)
+def test_autocast_to_the_compute_dtype(x_dtype, bits):
+    """Trainer's way: outputs and gradients have PEFT's dtypes."""
+    model = model_of(f"bnb{bits}", BF16)
     fused = patched_copy(model)
     x = torch.randn(6, K).to(x_dtype)
     with torch.autocast("cpu", torch.bfloat16):
@@ -163,6 +164,31 @@ def test_autocast_to_the_compute_dtype(x_dtype):
     for name, tensor in want.items():
         assert got[name].dtype == tensor.dtype
         assert (got[name] - tensor).norm() <= 0.03 * tensor.norm(), name
+
+
+def test_layers_with_one_input_share_its_copy():
+    """q, k and v under autocast: one bf16 copy of x is saved, for as long as it is unchanged."""
+    torch.manual_seed(0)
+    model = lora(quantise(nn.ModuleList(nn.Linear(K, N) for _ in range(3)), 4, BF16), target_modules=["0", "1", "2"])
+    layers = layers_of(patched_copy(model))
+    x = torch.randn(16, K, requires_grad=True)
+    saved: list[Tensor] = []
+
+    def copies_of_x() -> int:
+        return len({tensor.data_ptr() for tensor in saved if tensor.shape == (16, K)})
+
+    with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        outputs = [layer(x) for layer in layers]
+        assert copies_of_x() == 1
+        with torch.no_grad():
+            x.mul_(2)
+        outputs.append(layers[0](x))
+        assert copies_of_x() == 2
+        wanted = [layer(x.detach() / 2) for layer in layers_of(model)] + [layers_of(model)[0](x.detach())]
+    for got, want in zip(outputs, wanted, strict=True):
+        assert (got - want).norm() <= 0.02 * want.norm()
+    sum(y.sum() for y in outputs).backward()  # type: ignore[union-attr]
+    assert x.grad is not None and x.grad.dtype == FP32
 
 
 def test_lora_bias_and_a_trained_bias():
