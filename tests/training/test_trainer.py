@@ -123,7 +123,8 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, way):
     assert all(torch.equal(parameter, wanted[name]) for name, parameter in adapters(model).items())
 
 
-@pytest.mark.parametrize("way", ["patched", pytest.param("PEFT patched", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@PATCHED
 def test_torch_compile_in_the_trainer(peft_s, tmp_path, way):
     model = trainable_model("llama", way)
     try:
