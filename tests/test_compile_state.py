@@ -66,6 +66,18 @@ def set_adapter(model: Any, name: str) -> None:
     model.set_adapter(name) if isinstance(model, peft.PeftModel) else fastlora.set_adapter(model, name)
 
 
+def disabled(model: Any) -> Any:
+    return model.disable_adapter() if isinstance(model, peft.PeftModel) else fastlora.disable_adapter(model)
+
+
+def merge(model: Any) -> None:
+    model.merge_adapter() if isinstance(model, peft.PeftModel) else fastlora.merge(model)
+
+
+def unmerge(model: Any) -> None:
+    model.unmerge_adapter() if isinstance(model, peft.PeftModel) else fastlora.unmerge(model)
+
+
 def step(model: nn.Module, forward: Any, x: Tensor) -> dict[str, Tensor]:
     """The output, and every gradient by its name."""
     model.zero_grad()
@@ -104,16 +116,25 @@ def test_a_scale_that_changes(way, dynamic):
 
 @WAYS
 def test_adapters_that_take_turns(way):
-    """A graph for each, and for none; none is made twice."""
+    """A graph for each of the states, and none is made twice."""
     model, x = make(way), torch.randn(2, 6, 20)
-    forward = compiled(model)
-    for layer in layers(model):
-        layer.scaling["second"] = layer.scaling["default"]
+    forward, seen = compiled(model), []
     for again in (False, True):
         with torch._dynamo.config.patch(error_on_recompile=again):
             for name in ("default", "second"):
                 set_adapter(model, name)
-                torch.testing.assert_close(step(model, forward, x), step(model, model, x))
+                want = step(model, model, x)
+                torch.testing.assert_close(step(model, forward, x), want)
+                seen.append(want["y"])
+            with torch.no_grad():
+                with disabled(model):
+                    torch.testing.assert_close(forward(x), model(x))
+                    seen.append(model(x))
+                merge(model)
+                torch.testing.assert_close(forward(x), seen[-2])
+                unmerge(model)
+    first, second, none = seen[:3]
+    assert not torch.allclose(first, second) and not torch.allclose(second, none)
 
 
 @WAYS
@@ -204,6 +225,11 @@ def test_jit_trace(architecture):
     x = x.flip(-1)
     torch.testing.assert_close(traced(x), Logits()(x), rtol=1e-4, atol=1e-5)
     assert "fastlora::" not in str(traced.inlined_graph)
+
+
+def test_jit_script_is_not_supported():
+    with pytest.raises(torch.jit.frontend.NotSupportedError):
+        torch.jit.script(make("patched"))
 
 
 # torch.func transforms and second derivatives.
