@@ -74,6 +74,8 @@ def measure(case: Case, names: list[str], device: torch.device, timer: Timer, ro
             if name != "frozen" and not case.random:
                 want = want or step_values(case.builders[REFERENCE](), *case.inputs[0])[1]
                 check_close(values, want, case.most_error)
+            timed = passes(contender, case.inputs, device)
+            timer.check(timed[1])
         except Unavailable as error:
             unavailable[name] = str(error)
             continue
@@ -82,7 +84,7 @@ def measure(case: Case, names: list[str], device: torch.device, timer: Timer, ro
             continue
         del values
         contenders[name] = contender
-        functions[f"{name} forward"], functions[f"{name} both"] = passes(contender, case.inputs, device)
+        functions[f"{name} forward"], functions[f"{name} both"] = timed
         if time.monotonic() - begun > 30:
             print(f"  {name}: {time.monotonic() - begun:.0f} s to build and to check", flush=True)
     del want

@@ -140,7 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
     facts = machine.describe(device)
     out = options.out or machine.ROOT / "bench" / "results" / machine.slug(facts) / "suite.json"
     roofs: dict[str, Roof] = {}
-    record: dict[str, Any] = {"machine": facts, "rounds": options.rounds, "clock": options.clock, "cases": []}
+    record: dict[str, Any] = {"machine": facts, "rounds": options.rounds, "clock": options.clock}
+    record |= {"cases": [], "failed": []}
     print(", ".join(f"{key} {value}" for key, value in facts.items() if value is not None), flush=True)
     makers = list(cases(options, device))
     for make in makers:
@@ -152,6 +153,11 @@ def main(arguments: list[str] | None = None) -> int:
         except Unavailable as error:
             print(f"left out: {error}", flush=True)
             continue
+        except Exception as error:  # the other cases are still to be measured
+            failed = f"{type(error).__name__}: {error}"
+            record["failed"].append(failed)
+            print(f"FAILED: {failed}", flush=True)
+            continue
         record["cases"].append(case)
         record["roofs"] = {dtype: asdict(roof) for dtype, roof in roofs.items()}
         record["complete"] = len(record["cases"]) == len(makers)
@@ -160,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print(f"written: {out}")
-    return 1 if compare.failures(record) else 0
+    return 1 if record["failed"] or compare.failures(record) else 0
 
 
 if __name__ == "__main__":

@@ -49,6 +49,10 @@ class Timer:
     def interleaved(self, functions: dict[str, Callable[[], object]], rounds: int) -> Samples:
         raise NotImplementedError
 
+    def check(self, function: Callable[[], object]) -> None:
+        """Raises what timing the function would raise: a caller can then leave out that one alone."""
+        function()
+
 
 class CpuTimer(Timer):
     """`perf_counter`, or processor time (`clock="cpu"`, summed over threads), which others on the machine disturb
@@ -94,6 +98,9 @@ class CudaTimer(Timer):
                 if turn:  # the first replay uploads the graph
                     samples[name].append(start.elapsed_time(end) * 1e-3)
         return samples
+
+    def check(self, function: Callable[[], object]) -> None:
+        self.capture(function)
 
     @staticmethod
     def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import blocks, compare, forms, mixed, suite  # noqa: E402
+from bench import blocks, compare, forms, mixed, suite, summary  # noqa: E402
 from bench.contenders import Contender, Tensors, build  # noqa: E402
 from bench.counting import Problem, Roof  # noqa: E402
 from bench.memory import saved_bytes  # noqa: E402
@@ -186,3 +186,45 @@ def test_a_blocks_x_is_of_one_size_whatever_its_width():
     assert blocks.sequences_of("llama-3-8b", 4, 2048) == (4, 2048)
     assert blocks.sequences_of("t5-base", 4, 2048) == (80, 512)
     assert blocks.sequences_of("vit-l", 1, 128) == (4, 128)
+
+
+def test_a_case_that_breaks_does_not_stop_the_rest(monkeypatch, tmp_path):
+    def broken(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(forms, "mlp_case", broken)
+    out = tmp_path / "suite.json"
+    arguments = ["--device", "cpu", "--size", "tiny", "--dropout", "0", "--forms", "mlp,group", "--out", str(out)]
+    assert suite.main(arguments) == 1
+    record = json.loads(out.read_text())
+    assert record["failed"] == ["RuntimeError: out of memory"]
+    assert [case["facts"]["form"] for case in record["cases"]] == ["group"]
+
+
+def test_what_cannot_be_timed_is_left_out():
+    class Timer(CpuTimer):
+        def check(self, function):
+            checked.append(function)
+            if len(checked) == 2:
+                raise RuntimeError("not while capturing")
+
+    checked = []
+    case = forms.group_case("qkv", forms.Group(16, 8, (8, 8), 2, "float32", "float32"), CPU)
+    found = compare.measure(case, ["frozen", "group", "eager"], CPU, Timer(), 2, ROOF)
+    assert list(found["results"]) == ["frozen", "eager"]
+    assert found["unavailable"] == {"group": "failed: RuntimeError: not while capturing"}
+
+
+def test_the_summary_has_a_line_for_each_case(tmp_path, capsys):
+    case = forms.group_case("qkv", forms.Group(16, 8, (8, 8), 2, "float32", "float32"), CPU)
+    found = compare.measure(case, ["frozen", "eager", "addmm"], CPU, CpuTimer(), 3, ROOF)
+    found["results"]["frozen"]["both"]["median"] = 2e-3
+    found["results"]["eager"]["both"]["median"] = 3e-3
+    record = {"machine": {"cpu": "one", "fastlora_commit": "abc"}, "cases": [{"facts": case.facts, **found}]}
+    (tmp_path / "suite.json").write_text(json.dumps(record))
+    (tmp_path / "questions.json").write_text(json.dumps({"answers": {}}))
+    assert summary.main([str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "group qkv M=16, fp32 p=0.0: frozen 2.000 ms | eager +50.0%" in printed
+    with pytest.raises(SystemExit):
+        summary.main([str(tmp_path / "nothing")])
