@@ -41,7 +41,12 @@ def why_not(device: torch.device) -> str | None:
         return "not checked on this device before the capture of a CUDA graph began"
     failure = _failures[device] = check(device)
     if failure is not None:
-        warnings.warn(f"fastlora: the compiled linear algebra is not used on {device}: {failure}", stacklevel=3)
+        warnings.warn(
+            f"fastlora: the compiled linear algebra is not used on {device}, and torch's is: {failure}. "
+            "Run `python -m fastlora.doctor` for details.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return failure
 
 
