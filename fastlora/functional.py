@@ -424,3 +424,4 @@ def _check(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None) -> 
 # Below, because it is made of what is above.
 from .mlp_functional import lora_activated_linear as lora_activated_linear  # noqa: E402
 from .mlp_functional import lora_mlp as lora_mlp  # noqa: E402
+from .mlp_functional import rms_norm_lora as rms_norm_lora  # noqa: E402

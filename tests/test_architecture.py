@@ -30,6 +30,7 @@ FLOORS = {
     "fastlora.mlp_dispatch": 1,
     "fastlora.autograd": 2,
     "fastlora.mlp_autograd": 2,
+    "fastlora.norm_autograd": 2,
     "fastlora.group_autograd": 2,
     "fastlora.segments_autograd": 2,
     "fastlora.quantized": 1,

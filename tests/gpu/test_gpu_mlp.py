@@ -1,0 +1,131 @@
+"""The MLP's and the norm's kernels on a GPU, against fp64, with outputs poisoned by NaN; and a whole MLP on each
+backend. These tests have not run so far."""
+
+import pytest
+import torch
+from numerics import assert_close_to_fp64, assert_surroundings_untouched, poisoned_empty
+
+from fastlora import mlp_dispatch, norm_autograd
+from fastlora.backends import mlp_torch
+from fastlora.functional import Adapter, GroupLayer, lora_mlp, rms_norm_lora
+
+pytestmark = pytest.mark.gpu
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+LARGE, ODD, ROW = (2048, 5632), (777, 1001), (1, 4096)  # M, K
+CASES = [("silu", BF16, BF16, size, 16, 0.1) for size in (LARGE, ODD, ROW)]
+CASES += [(activation, BF16, FP32, LARGE, 64, 0.0) for activation in ("gelu", "gelu_tanh", "relu")]
+CASES += [("silu", FP16, FP16, ODD, 16, 0.0), ("gelu", FP32, FP32, ODD, 16, 0.1), ("silu", FP32, FP32, ODD, 8, 0.0)]
+
+
+def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(sum(shape))
+    return (torch.randn(shape, device="cuda", generator=generator) * scale).to(dtype)
+
+
+def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return poisoned_empty(*shape, dtype=dtype, device="cuda", layout="offset")
+
+
+def workspace(size: int) -> torch.Tensor | None:
+    return torch.full((size,), float("nan"), device="cuda") if size else None
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)).replace("torch.", ""))
+def test_activation_and_its_gradients(case, gated):
+    from fastlora.kernels import mlp
+    from fastlora.kernels.dropout import reference_keep_mask, threshold_and_scale
+
+    activation, dtype, adapter_dtype, (m, k), r, p = case
+    gate, dh, ds = normal(m, k, dtype=dtype), normal(m, k, dtype=dtype, scale=0.5), normal(m, r, dtype=dtype)
+    up = normal(k, m, dtype=dtype).t().contiguous() if gated else None
+    a = normal(r, k, dtype=adapter_dtype, scale=k**-0.5)
+    seed = torch.tensor([4711], device="cuda")
+    dropout = {"seed": seed, "dropout_p": p} if p else {}
+    keep = reference_keep_mask(seed, m, k, p) * threshold_and_scale(p)[1] if p else torch.ones(m, k, device="cuda")
+    got = {"h": empty(m, k, dtype=dtype), "S": empty(m, r, dtype=dtype)}
+    mlp.activate(gate, up, activation, got["h"], a, got["S"], workspace(mlp.activate_workspace(gate, a)), **dropout)
+    got |= {"dgate": empty(m, k, dtype=dtype), "dA": empty(r, k, dtype=adapter_dtype)}
+    if gated:
+        got["dup"] = empty(m, k, dtype=dtype)
+    space = workspace(mlp.activate_backward_workspace(gate, r))
+    mlp.activate_backward(dh, ds, gate, up, activation, a, got["dgate"], got.get("dup"), got["dA"], space, **dropout)
+
+    def eager(of: torch.dtype) -> dict[str, torch.Tensor]:
+        inputs = [t.to(of).requires_grad_() for t in (gate, up) if t is not None]
+        value = mlp_torch.ACTIVATIONS[activation].value(inputs[0])
+        h = value if up is None else value * inputs[1]
+        cast, mask = a.to(dtype).to(of), keep.to(of)
+        grads = torch.autograd.grad(h, inputs, dh.to(of) + (ds.to(of) @ cast) * mask)
+        dropped = h.detach() * mask
+        found = {"h": h.detach(), "S": dropped @ cast.t(), "dA": ds.to(of).t() @ dropped}
+        return found | dict(zip(("dgate", "dup"), grads, strict=False))
+
+    exact, near = eager(torch.float64), eager(dtype)
+    for name, value in got.items():
+        assert_close_to_fp64(value, exact[name], near[name].to(value.dtype), name)
+        assert_surroundings_untouched(value)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("m, k, r", [(2048, 4096, 48), (777, 1001, 20), (1, 4096, 16)])
+def test_norm(dtype, m, k, r):
+    from fastlora.kernels import rmsnorm
+
+    x, dy, weight = normal(m, k, dtype=dtype, scale=3.0), normal(m, k, dtype=dtype), normal(k, dtype=dtype)
+    a = normal(r, k, dtype=dtype, scale=k**-0.5)
+    y, s, dx = empty(m, k, dtype=dtype), empty(m, r, dtype=dtype), empty(m, k, dtype=dtype)
+    rstd = torch.full((m,), float("nan"), device="cuda")
+    rmsnorm.norm_shrink(x, weight, 1e-5, y, rstd, a, s)
+    rmsnorm.norm_backward(dy, x, weight, rstd, dx)
+
+    def eager(of: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaf = x.to(of).requires_grad_()
+        normed = torch.nn.functional.rms_norm(leaf, (k,), weight.to(of), 1e-5)
+        (grad,) = torch.autograd.grad(normed, leaf, dy.to(of))
+        return normed.detach(), normed.detach() @ a.to(of).t(), grad
+
+    for name, got, exact, near in zip(("y", "S", "dx"), (y, s, dx), eager(torch.float64), eager(dtype), strict=True):
+        assert_close_to_fp64(got, exact, near, name)
+        assert_surroundings_untouched(got)
+
+
+@pytest.mark.parametrize("activation", mlp_dispatch.ACTIVATIONS)
+@pytest.mark.parametrize("dropout", [False, True])
+def test_self_checks_pass(activation, dropout, device):
+    from fastlora.backends import mlp_kernels, norm_kernels
+
+    for dtype, adapter_dtype in ((BF16, FP32), (FP32, FP32)):
+        assert mlp_dispatch.self_check(mlp_kernels, device, dtype, adapter_dtype, dropout, activation) is None
+        assert norm_autograd.self_check(norm_kernels, device, dtype, adapter_dtype) is None
+
+
+def test_an_mlp_and_a_norm(kernel_backend):
+    """Without dropout the fused forms give what plain ATen gives, to rounding, and the same bits on every run."""
+    layers = [
+        GroupLayer(
+            normal(n, k, dtype=BF16, scale=k**-0.5),
+            [
+                Adapter(
+                    normal(16, k, dtype=FP32, scale=k**-0.5).requires_grad_(),
+                    normal(n, 16, dtype=FP32, scale=0.25).requires_grad_(),
+                    2.0,
+                )
+            ],
+        )
+        for n, k in ((2816, 1024), (2816, 1024), (1024, 2816))
+    ]
+    x, norm = normal(2, 500, 1024, dtype=BF16).requires_grad_(), normal(1024, dtype=BF16)
+    leaves = [x, *(t for layer in layers for t in layer.adapters[0][:2])]
+
+    def step(backend: str) -> list[torch.Tensor]:
+        y = lora_mlp(x, *layers, "silu", backend=backend)
+        outputs = rms_norm_lora(x, norm, 1e-5, layers[:2], backend=backend)
+        loss = y.float().square().mean() + sum(out.float().square().mean() for out in outputs)
+        return [y.detach(), *torch.autograd.grad(loss, leaves)]
+
+    first, second, plain = step(kernel_backend), step(kernel_backend), step("torch")
+    for one, other, want in zip(first, second, plain, strict=True):
+        assert torch.equal(one, other)
+        assert (one.double() - want.double()).norm() <= 2e-2 * want.double().norm()
