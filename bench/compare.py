@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .contenders import Contender, Unavailable
 from .counting import Roof
-from .memory import saved_bytes
+from .memory import allocations_of, saved_bytes
 from .timing import Summary, Timer
 
 MOST_ERROR = 2e-2  # of the output and each gradient beside eager's: a wrong kernel is wrong by 1, bf16 by about 5e-3
@@ -68,7 +68,7 @@ def measure(case: Case, names: list[str], device: torch.device, timer: Timer, ro
             contender = case.builders[name]()
             peak, values = step_values(contender, *case.inputs[0])
             check_finite(values)
-            memory[name] = {"peak_bytes": peak} if peak else {}
+            memory[name] = {"peak_bytes": peak}
             if name != "compile":  # a compiled graph would be compiled once more under the hooks
                 memory[name]["saved_bytes"] = saved_bytes(contender, case.inputs[0][0])
             if name != "frozen" and not case.random:
@@ -134,17 +134,18 @@ def passes(contender: Contender, inputs: Sequence[Pair], device: torch.device):
 
 
 def step_values(contender: Contender, x: Tensor, dy: Tensors) -> tuple[int, list[Tensor]]:
-    """The outputs and gradients of one step, and on a GPU the bytes that a second step has beside what was there."""
+    """The outputs and gradients of one step, and the most bytes that a second step holds beside what was there."""
 
     def step() -> list[Tensor]:
         y = contender.forward(x)
         outputs = y if isinstance(y, tuple) else (y,)
         return [*(output.detach() for output in outputs), *contender.backward(y, x, dy)]
 
-    values = step()  # the first one compiles, checks and chooses
+    step()  # the first one compiles, checks and chooses
     if x.device.type != "cuda":
-        return 0, values
-    del values
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes two lines about each run of it otherwise
+        values, allocated = allocations_of(step)
+        return allocated.peak, values
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -128,6 +128,8 @@ def test_a_block_saves_fewer_bytes():
     saved = {name: saved_bytes(case.builders[name](), x) for name in ("eager", "peft", "fastlora", "fastlora grouped")}
     assert saved["fastlora"] < min(saved["eager"], saved["peft"])
     assert saved["fastlora grouped"] <= saved["fastlora"]
+    peaks = {name: compare.step_values(case.builders[name](), *case.inputs[0])[0] for name in saved}
+    assert peaks["fastlora"] < min(peaks["eager"], peaks["peft"])
 
 
 def test_saved_storages_are_counted_once_and_parameters_not():
