@@ -46,6 +46,7 @@ def _dequantise_kernel(
     offset_ptr,  # () fp32, read only with NESTED
     out_ptr,  # (n,)
     n,
+    num_bytes,  # ⌈n/2⌉, an argument because bytes leave memory 16 at a time where it is known to be a multiple of 16
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
     NESTED_BLOCK: tl.constexpr,
@@ -61,7 +62,7 @@ def _dequantise_kernel(
 
     pairs = tl.arange(0, BLOCK // 2)[None, :]
     positions = blocks[:, None] * (BLOCK // 2) + pairs
-    packed = tl.load(packed_ptr + positions, mask=2 * positions < n, other=0).to(tl.int32)
+    packed = tl.load(packed_ptr + positions, mask=positions < num_bytes, other=0).to(tl.int32)
     high = tl.load(code_ptr + (packed >> 4)) * absmax[:, None]
     low = tl.load(code_ptr + (packed & 15)) * absmax[:, None]
 
@@ -110,6 +111,7 @@ def dequantise_4bit(
         offset,
         out,
         n,
+        packed.numel(),
         BLOCK=block,
         BLOCKS=per_program,
         NESTED_BLOCK=NESTED_BLOCK,

@@ -60,7 +60,9 @@ def test_products_and_sums_are_rounded_apart(compiled, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_elements_leave_16_bytes_at_a_time(compiled, arch):
+def test_memory_is_read_and_written_16_bytes_at_a_time(compiled, arch):
     """Where the weight is bf16 and 4096², in blocks of 64."""
     launch, _ = compiled[arch][0]
-    assert "st.global.v4.b32" in launch.compile().asm["ptx"]
+    ptx = launch.compile().asm["ptx"]
+    assert "st.global.v4.b32" in ptx
+    assert "ld.global.v4.b32" in ptx
