@@ -61,7 +61,7 @@ def _load_factor(ptr, r, column, rank, width, ROWS: tl.constexpr, COLUMNS: tl.co
     return load_tile(ptr, r, column, rank, width, width, 1, ROWS, COLUMNS, False)
 
 
-@triton.jit(do_not_specialize=["P", "k_per_split"])
+@triton.jit(do_not_specialize=["P"])
 def _segment_shrink_kernel(
     x_ptr,  # (rows, K)
     rows_ptr,  # (P,) int32
@@ -176,11 +176,6 @@ def _shrink_config(x: torch.Tensor, segments: Segments, factors: Factors) -> con
     vectorised = x.stride(1) == 1 and x.stride(0) % 16 == 0
     dtype = factors.like.dtype
     config = configs.shrink(P, K, factors.max_rank, x.dtype, dtype, x.device, vectorised)
-    if factors.any_dropout and x.dtype != torch.float32:
-        # Rows in any order take registers in the mask too: with wider blocks 55 to 241 stores and loads spill.
-        wide = factors.like.dtype.itemsize > x.dtype.itemsize
-        narrow = config.block_r > 64 or (config.block_r == 32 and wide)
-        config = replace(config, block_k=min(config.block_k, 32 if narrow else 64))
     block_m = _rows_per_tile(segments, config.block_m)
     tiles = segments.chunks(block_m, x.device).count
     programs = tiles * configs.cdiv(factors.max_rank, config.block_r)
