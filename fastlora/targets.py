@@ -138,6 +138,8 @@ def why_not_patchable(module: nn.Module) -> str | None:
     if type(module) is not nn.Linear and not is_conv1d(module):
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return "nn.MultiheadAttention reads this layer's weight itself and never calls its forward"
+        if type(module).__module__.startswith("bitsandbytes.") and isinstance(module, nn.Linear):
+            return f"{kind} is quantised: put PEFT's LoRA on it (peft.get_peft_model), and patch that model"
         if isinstance(module, nn.Linear):
             return f"{kind} is a subclass of nn.Linear with behaviour of its own (quantised, parametrised or custom)"
         return f"{kind} is not a linear layer"
