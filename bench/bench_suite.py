@@ -24,7 +24,7 @@ GPU = DEVICE.type == "cuda"
 SIZE = "cuda" if GPU else "tiny"
 FORMS = ("group", "mlp", "mixed", "block", "train")
 CONTENDERS = ("frozen", "eager", "peft", "addmm", "one by one", "group", "mlp", "mixed batch", "fastlora",
-              "fastlora grouped")  # fmt: skip
+              "fastlora grouped", "fastlora fused")  # fmt: skip
 
 
 def case_of(form: str, kind: str) -> Case:

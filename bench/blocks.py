@@ -251,6 +251,7 @@ class Adapted:
             "compile": self.compiled,
             "fastlora": self.fastlora,
             "fastlora grouped": lambda: self.fastlora(group="auto"),
+            "fastlora fused": lambda: self.fastlora(group="auto", mlp=True),
         }
 
 

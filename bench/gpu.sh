@@ -145,7 +145,7 @@ measure() {
         --contenders frozen,eager,peft,addmm,auto,cublas,triton,triton_s_inside --out "$OUT/lora_linear.json"
     step questions 35 "${BENCH[@]}" bench.questions --out "$OUT/questions.json"
     step suite 75 "${BENCH[@]}" bench.suite --device cuda --time-limit %LEFT% --out "$OUT/suite.json" \
-        --contenders "frozen,eager,peft,addmm,one by one,group,mlp,mixed batch,fastlora,fastlora grouped"
+        --contenders "frozen,eager,peft,addmm,one by one,group,mlp,mixed batch,fastlora,fastlora grouped,fastlora fused"
     step lora_ga 40 "${BENCH[@]}" bench.lora_ga --shapes llama-2-7b --device cuda --whole --layers 2 --out "$OUT/lora_ga.json"
     # torch.compile takes seconds for each shape, so one shape is enough.
     step compiled 30 "${BENCH[@]}" bench.lora_linear --device cuda --shape 8192x4096x4096 --rounds 20 --time-limit %LEFT% \
