@@ -12,11 +12,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from problems import make_problem, path
+from numerics import assert_close_to_fp64
+from problems import eager, make_problem, path, run
 from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.jit.frontend import NotSupportedError
 
 import fastlora
 from fastlora import autograd
@@ -112,6 +114,16 @@ def test_a_scale_that_changes(way, dynamic):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
         seen.append(want["y"])
     assert not any(torch.allclose(a, b) for a, b in pairwise(seen))
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_scale_in_the_graph_is_as_right_as_eager(adapter_dtype):
+    """It rounds B once more, within the rule: at most twice eager PyTorch's error."""
+    problem = make_problem(12, 20, dtype=torch.bfloat16, adapter_dtype=adapter_dtype, scaling=0.7)
+    got = run(problem, torch.compile(lora_linear, backend="aot_eager", fullgraph=True, dynamic=True))
+    in_same_dtype, exact = eager(problem), eager(problem.mapped(Tensor.double))
+    for name, value in got.items():
+        assert_close_to_fp64(value, exact[name], in_same_dtype[name], what=name)
 
 
 @WAYS
@@ -228,7 +240,7 @@ def test_jit_trace(architecture):
 
 
 def test_jit_script_is_not_supported():
-    with pytest.raises(torch.jit.frontend.NotSupportedError):
+    with pytest.raises(NotSupportedError):
         torch.jit.script(make("patched"))
 
 

@@ -51,7 +51,7 @@ def test_gradient_accumulation(peft_s, tmp_path, name, way):
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
-@pytest.mark.parametrize("name, way", [("llama", "patched"), ("t5", "patched"), ("llama", "PEFT patched")])
+@pytest.mark.parametrize("name, way", [("t5", "patched"), ("llama", "PEFT patched")])
 def test_gradient_checkpointing(peft_s, tmp_path, name, way, reentrant):
     model = trainable_model(name, way)
     kwargs = {"use_reentrant": reentrant}
@@ -72,9 +72,7 @@ def test_bf16(peft_s, tmp_path, way):
     assert 0 < errors[0] <= 2 * errors[1] + torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.parametrize(
-    "name, way", [("llama", "patched"), ("qwen3", "patched"), ("t5", "patched"), ("llama", "PEFT patched")]
-)
+@pytest.mark.parametrize("name, way", [("qwen3", "patched"), ("t5", "patched"), ("llama", "PEFT patched")])
 def test_resuming_from_a_checkpoint(tmp_path, name, way):
     """Stopped after two of four steps and resumed in a new model, started elsewhere: the same bits, with dropout."""
     settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import peft
+import pytest
 import torch
 import transformers
-from encoder import DEFAULT_MODEL, find_model
+from encoder import DEFAULT_MODEL, MINILM_PACKAGE, find_model
 from problems import path
 from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ def through_the_function() -> Iterator[None]:
 def base_model(name: str) -> Any:
     if name != "minilm":
         return tiny_model(name)
+    pytest.importorskip(MINILM_PACKAGE, reason="MiniLM's weights are not installed")
     source = find_model(DEFAULT_MODEL)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for the head
