@@ -10,6 +10,7 @@ import pytest
 import torch
 from numerics import assert_surroundings_untouched, poisoned_empty
 
+from fastlora import quantized
 from fastlora.kernels.nf4 import DequantiseConfig, dequantise_4bit
 
 bnb: Any = pytest.importorskip("bitsandbytes", reason="bitsandbytes is the reference")
@@ -80,3 +81,9 @@ def test_any_number_of_blocks_a_program():
 def test_nothing_to_do():
     empty = torch.empty(0, dtype=torch.uint8)
     dequantise_4bit(empty, torch.zeros(16), torch.empty(0), torch.empty(0), 64)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_the_check_before_first_use_passes(dtype):
+    """What a GPU is asked once: the kernel behind a layer's weight, beside bitsandbytes' function."""
+    assert quantized.compare_kernel(torch.device("cpu"), dtype) is None
