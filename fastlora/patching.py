@@ -7,6 +7,7 @@ search for. No class and no source is touched.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 import sys
@@ -167,7 +168,9 @@ def patch(
     peft_layers = dict(peft_lora_layers(model))
     settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": float(lora_dropout), "use_rslora": use_rslora}
     if peft_layers:
-        _warn_of_ignored_settings(settings, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern})
+        patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "group": group}
+        others = {"init_lora_weights": init_lora_weights, "adapter_name": adapter_name}
+        _warn_of_ignored_settings(settings | others, patterns)
         report = _patch_peft(model, peft_layers, selection, backend, strict)
         report.mlps, report.mlps_left_alone = mlps.form(model, mlp)
         _log(model, report)
@@ -282,13 +285,14 @@ def _check_patterns_used(names: Iterable[str], patterns: dict[str, Any], strict:
 
 
 def _warn_of_ignored_settings(settings: dict, patterns: dict) -> None:
-    defaults = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": False}
+    defaults = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": False, "init_lora_weights": True}
+    defaults["adapter_name"] = "default"
     ignored = [f"{key}={value!r}" for key, value in settings.items() if value != defaults[key]]
     ignored += [f"{key}={value!r}" for key, value in patterns.items() if value]
     if ignored:
         warnings.warn(
             f"fastlora.patch: this model carries PEFT's LoRA layers, which keep their own adapters; "
-            f"{', '.join(ignored)} had no effect",
+            f"{', '.join(ignored)} had no effect. What PEFT knows of it belongs in its LoraConfig",
             UserWarning,
             stacklevel=3,
         )
@@ -318,13 +322,26 @@ def _check_something_matched(model: nn.Module, report: PatchReport, selection: S
         reasons = "; ".join(f"{line.name}: {line.reason}" for line in report.modules if line.targeted)
         raise ValueError(
             f"patch: target_modules: {selection.targets!r} selects nothing that can be patched in this "
-            f"{type(model).__name__}; {found}" + (f" ({reasons})" if reasons else "")
+            f"{type(model).__name__}; {found}"
+            + (f" ({reasons})" if reasons else "")
+            + _hint(selection.targets, {line.name.rpartition(".")[2] for line in report.modules})
         )
     if selection.unused and not selection.all_linear:
         message = f"patch: target_modules: no module is called {', '.join(map(repr, sorted(selection.unused)))}"
         if strict:
             raise ValueError(f"{message} (strict=True)")
-        warnings.warn(f"fastlora.{message}; the other targets were patched", UserWarning, stacklevel=3)
+        hint = _hint(selection.unused, {line.name.rpartition(".")[2] for line in report.modules})
+        warnings.warn(f"fastlora.{message}; the other targets were patched{hint}", UserWarning, stacklevel=3)
+
+
+def _hint(targets: str | Iterable[str], names: set[str]) -> str:
+    """What the user may have meant by targets that select nothing; empty where nothing comes to mind."""
+    if isinstance(targets, str):
+        meant = [name for name in re.split(r"[\s,|]+", targets) if name in names]
+        return f". A string is a regular expression that matches whole names; want a list, {meant}" if meant else ""
+    close = {target: difflib.get_close_matches(target.rpartition(".")[2], names, n=1) for target in sorted(targets)}
+    likely = [f"{found[0]!r} for {target!r}" for target, found in close.items() if found and found[0] != target]
+    return f". Did you mean {', '.join(likely)}?" if likely else ""
 
 
 # The swap.

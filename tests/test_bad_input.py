@@ -87,6 +87,8 @@ WRONG_SETTINGS = [
     ({"target_modules": []}, "target_modules: [] selects nothing", "called conv, down, up"),
     ({"target_modules": "q_proj"}, "target_modules: 'q_proj' selects nothing", "called conv, down, up"),
     ({"target_modules": "u"}, "target_modules: 'u' selects nothing", "called conv, down, up"),
+    ({"target_modules": "up,down"}, "A string is a regular expression", "want a list, ['up', 'down']"),
+    ({"target_modules": ["dowm"]}, "['dowm'] selects nothing", "Did you mean 'down' for 'dowm'?"),
     ({"target_modules": ["norm"]}, "['norm'] selects nothing", "norm: LayerNorm is not a linear layer"),
     ({"target_modules": "*up"}, "target_modules: got '*up'", "regular expression", "nothing to repeat"),
     ({"exclude_modules": "(up"}, "exclude_modules: got '(up'", "regular expression"),

@@ -1,4 +1,4 @@
-"""fastlora.progress: bars where somebody looks, and nothing anywhere else; the logger; the report's repr."""
+"""What a user is shown: progress bars where somebody looks and nothing anywhere else, log messages, reprs, hints."""
 
 from __future__ import annotations
 
@@ -109,3 +109,20 @@ def test_the_report_of_many_layers_fits_a_prompt():
         "  (print the report for a line each)",
     ]
     assert len(str(report).splitlines()) == 52
+
+
+def test_the_repr_of_a_sketch():
+    net = model()
+    sketch = fastlora.GradientSketch(net, r=2)
+    start = "GradientSketch(3 layers, r=2, width=32: "
+    assert repr(sketch).startswith(start + "0 layers have seen backward passes, of up to 0 tokens")
+    with sketch:
+        net(torch.randn(16, 8)).square().sum().backward()
+    assert repr(sketch).startswith(start + "3 layers have seen backward passes, of up to 16 tokens")
+
+
+def test_settings_that_peft_s_layers_ignore_are_named():
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model(), peft.LoraConfig(target_modules=["0"]))
+    with pytest.warns(UserWarning, match="init_lora_weights='pissa', adapter_name='other' had no effect. What PEFT"):
+        fastlora.patch(adapted, init_lora_weights="pissa", adapter_name="other")

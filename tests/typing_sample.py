@@ -67,7 +67,7 @@ def mistakes(model: nn.Module, sketch: fastlora.GradientSketch) -> None:
     fastlora.patch(model, r="16")  # pyright: ignore[reportArgumentType]
     fastlora.patch("model")  # pyright: ignore[reportArgumentType]
     fastlora.patch(model, target_modules=3)  # pyright: ignore[reportArgumentType]
-    print(fastlora.patch(model).layers)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownArgumentType]
+    assert fastlora.patch(model).layers  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
     fastlora.patched(model)  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
     fastlora.init_lora_ga(model)  # pyright: ignore[reportCallIssue]
     fastlora.init_lora_ga(sketch, model)  # pyright: ignore[reportArgumentType]

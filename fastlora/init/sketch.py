@@ -153,6 +153,13 @@ class GradientSketch:
             merge_across_ranks(self)
             self._merged = True
 
+    def __repr__(self) -> str:
+        seen = [layer.tokens for layer in self.layers.values()]
+        return (
+            f"GradientSketch({len(self._modules)} layers, r={self.r}, width={self.width}: {len(seen)} layers have seen "
+            f"backward passes, of up to {max(seen, default=0)} tokens; report() has the rest)"
+        )
+
     def _undo(self) -> None:
         while self._restore:
             self._restore.pop()()
