@@ -25,8 +25,8 @@ def quantised(rows: int, columns: int, *, kind: str = "nf4", block: int = 64, ne
 
 
 def formula(packed: Any, state: Any) -> torch.Tensor:
-    """What docs/qlora.md says, in fp32. bitsandbytes 0.50.2's CPU kernel has it wrong where a row is longer than a block
-    and no whole number of them (16 x 96: off by 2.5 where weights are 1), so it is the reference only elsewhere."""
+    """code · maximum, in fp32. bitsandbytes 0.50.2's CPU kernel has some weights wrong whose rows are no whole number
+    of blocks (16 x 96: off by 2.5 where weights are around 1), so it is the reference only elsewhere."""
     n = torch.Size(state.shape).numel()
     absmax = state.absmax
     if state.nested:
