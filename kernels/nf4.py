@@ -1,6 +1,6 @@
 """Four-bit weights back to floating point: bitsandbytes' NF4 and FP4, with plain or doubly quantised block maxima.
 
-A weight of n elements lies in memory as blocks of B elements, two to a byte the earlier one in the high half. Block
+A weight of n elements lies in memory as blocks of B elements, two to a byte, the earlier one in the high half. Block
 i has one maximum,
 
     absmax[i]                                         as fp32, or, quantised itself in blocks of 256,
