@@ -28,6 +28,10 @@ def label(case: dict[str, Any]) -> str:
     return f"{facts['form']}\n{what}\nM={m}, {kinds}\np={facts['dropout']}"
 
 
+def legend(name: str) -> str:
+    return f"fastlora ({name})" if name in ("auto", "torch", "cublas", "triton", "triton_s_inside") else name
+
+
 def work(case: dict[str, Any], both: dict[str, Any]) -> tuple[int, int]:
     """(FLOPs, bytes) that forward + backward must do."""
     if "flops" in both:
@@ -78,7 +82,9 @@ def _draw_bars(axes, cases, names, colours) -> None:
             [(entry["p80"] - entry["median"]) / floor for entry, floor in zip(both, floors)],
         ]
         offsets = [i - 0.4 + (index + 0.5) * width for i in places]
-        axes.bar(offsets, heights, width, yerr=spread, label=name, color=colours[name], error_kw={"linewidth": 0.8})
+        axes.bar(
+            offsets, heights, width, yerr=spread, label=legend(name), color=colours[name], error_kw={"linewidth": 0.8}
+        )
     axes.set_xticks(range(len(cases)), [label(case) for case in cases], fontsize=8)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_ylabel("time over the frozen layer's (median; 20th to 80th percentile)")
