@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import sys
 import types
-from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -90,12 +89,9 @@ def form(model: nn.Module, mode: str | bool | None) -> tuple[dict[str, str], dic
 
 
 def release(module: FusedMlp) -> None:
-    """Gives a module its own class back. Raises ValueError where something else has changed its class since."""
-    cls = type(module)
-    if FusedMlp not in cls.__bases__:
-        raise ValueError(f"unpatch: a fused MLP has become a {cls.__name__} since it was patched: undo that first")
+    """Gives a module its own class back."""
     module.__dict__.pop(_RECIPE, None)
-    cast(nn.Module, module).__class__ = cls._fastlora_original
+    cast(nn.Module, module).__class__ = type(module)._fastlora_original
 
 
 def check_mode(mode: Any, caller: str) -> None:
@@ -125,8 +121,8 @@ def _applies(module: nn.Module, recipe: Recipe, x: Any) -> bool:
 
 
 def _gains_on_cpu(recipe: Recipe, x: Tensor) -> bool:
-    """On a CPU making act(gate) again costs what is saved, except in float32 with a gate (docs/kernels/mlp.md)."""
-    return recipe.up is not None and x.dtype == torch.float32
+    """On a CPU making act(gate) again costs more than is saved, except in float32 with a gate (docs/kernels/mlp.md)."""
+    return recipe.up is not None and x.dtype == torch.float32 and recipe.activation != "gelu_tanh"
 
 
 def _layer(down: Any, gate: Tensor) -> tuple[functional.GroupLayer, str] | None:
@@ -394,8 +390,16 @@ def _rebuild(original: type[nn.Module]) -> Any:
     return cls.__new__(cls)
 
 
-def fused_mlps(model: nn.Module) -> Iterator[FusedMlp]:
-    """The model's modules that `form` has swapped."""
-    for module in list(model.modules()):
+def fused_mlps(model: nn.Module) -> list[FusedMlp]:
+    """The model's modules that `form` has swapped. Raises ValueError where something else has changed the class of one
+    since."""
+    found = []
+    for name, module in model.named_modules():
         if isinstance(module, FusedMlp):
-            yield module
+            if FusedMlp not in type(module).__bases__:
+                raise ValueError(
+                    f"unpatch: {name!r} has become a {type(module).__name__} since it was patched, want a fused MLP: "
+                    "undo that first (sharding)"
+                )
+            found.append(module)
+    return found

@@ -257,7 +257,7 @@ def activate_backward_config(gate: torch.Tensor, rank: int) -> ActivateBackwardC
         ampere = target < (9, 0)
         block_m = 32 if ampere or not aligned else 64
         block_k, num_warps = 32 if not aligned or (ampere and block_r > 32) else 64, 8
-    chunks = configs._parts(configs.cdiv(K, block_k), configs.cdiv(M, block_m), 2 * configs.num_sms(gate.device))
+    chunks = configs._parts(configs.cdiv(K, block_k), configs.cdiv(M, block_m), 4 * configs.num_sms(gate.device))
     stage = block_m * (3 * block_k + block_r) * gate.dtype.itemsize
     num_stages = configs._stages(stage, 0, target) if aligned else 2
     return ActivateBackwardConfig(block_m, block_k, block_r, chunks, num_warps, num_stages)

@@ -370,6 +370,41 @@ def test_models(architecture, kind, fused_calls):
     torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)
 
 
+def test_modules_of_transformers():
+    from types import SimpleNamespace
+
+    from transformers.models.clip.modeling_clip import CLIPMLP
+    from transformers.models.gemma.modeling_gemma import GemmaMLP
+    from transformers.models.mistral.modeling_mistral import MistralMLP
+    from transformers.models.t5.modeling_t5 import T5DenseActDense, T5DenseGatedActDense
+
+    decoder = {"hidden_size": K, "intermediate_size": N, "hidden_activation": "gelu_pytorch_tanh"}
+    t5 = {"d_model": K, "d_ff": N, "dropout_rate": 0.1}
+    made = {
+        "gemma": GemmaMLP(SimpleNamespace(**decoder, hidden_act="gelu_pytorch_tanh")),
+        "mistral": MistralMLP(SimpleNamespace(**decoder, hidden_act="silu")),
+        "t5": T5DenseActDense(SimpleNamespace(**t5, dense_act_fn="relu")),
+        "t5 in bf16": T5DenseGatedActDense(SimpleNamespace(**t5, dense_act_fn="gelu_new")).bfloat16(),
+        "clip": CLIPMLP(SimpleNamespace(**decoder, hidden_act="quick_gelu")),
+    }
+    report = fastlora.patch(nn.ModuleDict(made), r=4, mlp=True)
+    assert report.mlps == {
+        "gemma": "gated, gelu_tanh",
+        "mistral": "gated, silu",
+        "t5": "plain, relu",
+        "t5 in bf16": "gated, gelu_tanh",
+    }
+    assert "is none of" in report.mlps_left_alone["clip"]
+
+
+def test_unpatch_says_what_else_has_changed_a_class():
+    model, _ = patched(Gated())
+    model[0].__class__ = type("Sharded", (type(model[0]),), {})
+    with pytest.raises(ValueError, match="'0' has become a Sharded since it was patched"):
+        fastlora.unpatch(model)
+    assert fastlora.is_patched(model)
+
+
 def test_a_peft_model(fused_calls):
     peft = pytest.importorskip("peft")
     targets = ["gate_proj", "up_proj", "down_proj"]
