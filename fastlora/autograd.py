@@ -11,6 +11,8 @@ nothing of size N×K.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +24,25 @@ from . import dispatch
 from .backends import torch as torch_backend
 
 SMALL = 1 << 17  # elements of x; below, on a CPU, ATen's own autograd is faster (54 against 66 µs at 8×64)
+
+
+def backward_pass(gradients: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """Makes `gradients(ctx, dy)` the backward pass of an `autograd.Function`: it runs outside autocast, under which
+    ATen would cast some operands and not others, and its gradients cannot be differentiated again.
+
+    Torch's own decorator for the latter costs every call 2 µs: it is asked only where a graph of the gradients is made.
+    """
+    once = once_differentiable(gradients)
+
+    @functools.wraps(gradients)
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        run = once if torch.is_grad_enabled() else gradients
+        if autocast_enabled(dy):
+            with torch.autocast(dy.device.type, enabled=False):
+                return run(ctx, dy)
+        return run(ctx, dy)
+
+    return backward
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -54,21 +75,8 @@ class LoraLinearFunction(torch.autograd.Function):
         return _as_shaped(y, x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
-        if torch.is_grad_enabled():  # create_graph=True; asked here, since the decorator alone costs each call 2 µs
-            return LoraLinearFunction.gradients_once(ctx, dy)
-        if autocast_enabled(dy):  # backward() within autocast: ATen would cast some operands and not others
-            with torch.autocast(dy.device.type, enabled=False):
-                return LoraLinearFunction.gradients(ctx, dy)
-        return LoraLinearFunction.gradients(ctx, dy)
-
-    @staticmethod
-    @once_differentiable
-    def gradients_once(ctx: Any, dy: Tensor):
-        return LoraLinearFunction.backward(ctx, dy)
-
-    @staticmethod
-    def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    @backward_pass
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, s, state = ctx.saved_tensors
         module, scaling, dropout_p, shape = ctx.arguments
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
@@ -234,8 +242,8 @@ def _op_autograd_backward(ctx: Any, dy: Tensor, _: Any):
 
 def _op_backward_twice(ctx: Any, *_: Any):
     raise RuntimeError(
-        "fastlora: lora_linear is differentiable once, and a gradient of its gradient was asked for (create_graph=True); "
-        "torch.func.grad within torch.func.grad takes the eager path, which has one"
+        "fastlora: lora_linear is differentiable once, and a gradient of its gradient was asked for "
+        "(create_graph=True); torch.func.grad within torch.func.grad takes the eager path, which has one"
     )
 
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import mlp_dispatch
-from .autograd import _as_shaped, autocast_enabled
+from .autograd import _as_shaped, backward_pass
 
 
 class ActivatedLinear(torch.autograd.Function):
@@ -55,15 +54,8 @@ class ActivatedLinear(torch.autograd.Function):
         return _as_shaped(y, gate)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
-        if autocast_enabled(dy):  # backward() within autocast: ATen would cast some operands and not others
-            with torch.autocast(dy.device.type, enabled=False):
-                return ActivatedLinear.gradients(ctx, dy)
-        return ActivatedLinear.gradients(ctx, dy)
-
-    @staticmethod
-    def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    @backward_pass
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight, lora_A, lora_B, s, state = ctx.saved_tensors
         scaling, dropout_p, activation, choice = ctx.arguments
         need_gate, need_up, _, need_bias, need_a, need_b = ctx.needs_input_grad[:6]

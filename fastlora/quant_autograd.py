@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .autograd import _as_shaped, autocast_enabled
+from .autograd import _as_shaped, backward_pass
 from .quantized import QuantisedWeight, materialised, stream_of
 
 
@@ -53,15 +52,8 @@ class QuantLoraLinearFunction(torch.autograd.Function):
         return _as_shaped(y.to(out_dtype), x)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
-        if autocast_enabled(dy):  # backward() within autocast: ATen would cast some operands and not others
-            with torch.autocast(dy.device.type, enabled=False):
-                return QuantLoraLinearFunction.gradients(ctx, dy)
-        return QuantLoraLinearFunction.gradients(ctx, dy)
-
-    @staticmethod
-    def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    @backward_pass
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, s, state = ctx.saved_tensors
         module, weight, dtype, scaling, dropout_p, shape, x_dtype = ctx.arguments
         need_x, need_bias, need_a, need_b = ctx.needs_input_grad[:4]

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import autograd, segments_dispatch
-from .autograd import _as_shaped, autocast_enabled
+from .autograd import _as_shaped, backward_pass
 from .backends import segments_torch
 from .kernels.segment_plan import Segments
 
@@ -49,15 +48,8 @@ class MixedBatchFunction(torch.autograd.Function):
         return _as_shaped(y, x)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor):  # type: ignore[override]
-        if autocast_enabled(dy):  # backward() within autocast: ATen would cast some operands and not others
-            with torch.autocast(dy.device.type, enabled=False):
-                return MixedBatchFunction.gradients(ctx, dy)
-        return MixedBatchFunction.gradients(ctx, dy)
-
-    @staticmethod
-    def gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    @backward_pass
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         module, segments, scalings, dropout_ps, shape, num_s = ctx.arguments
         count = len(scalings)
         x, weight, *rest = ctx.saved_tensors
