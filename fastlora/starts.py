@@ -257,7 +257,8 @@ class AdapterStart(nn.Linear):
     def check_initial_factors(self, name: str, exact: bool) -> None:
         """Raises ValueError where `set_initial_factors` cannot work in the layer's present state."""
         self._check_not_merged("set_initial_factors")
-        if any(sharding.is_sharded(p) for p in (self.weight, self.lora_A[name], self.lora_B[name])):
+        factors = [factors[name] for factors in (self.lora_A, self.lora_B) if name in factors]  # none yet while loading
+        if any(sharding.is_sharded(p) for p in (self.weight, *factors)):
             raise ValueError(
                 f"FusedLoraLinear.set_initial_factors: the parameters are sharded, want this {sharding.BEFORE}"
             )
