@@ -56,7 +56,11 @@ def measure_case(
         {name: functools.partial(build, name, tensors) for name in CONTENDERS},
         random=problem.dropout > 0,
     )
-    return {"problem": asdict(problem), **compare.measure(case, names, device, timer, rounds, roof)}
+    found = compare.measure(case, names, device, timer, rounds, roof)
+    for name, entry in found["results"].items():
+        if name in counting.PASSES:  # of bytes and FLOPs alone: docs/kernels/README.md
+            entry["both"]["predicted_over_frozen"] = 1 + counting.overhead(name, problem, roof)
+    return {"problem": asdict(problem), **found}
 
 
 def work(problem: Problem) -> dict[str, compare.Work]:

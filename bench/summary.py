@@ -1,6 +1,7 @@
 """One line per measured case of a folder of results: `python -m bench.summary bench/results/h200`.
 
-Each line: the frozen layer's forward + backward, and how much each contender takes over it.
+Each line: the frozen layer's forward + backward, and how much each contender takes over it; in brackets what counting
+bytes and FLOPs predicts for the roof of that run.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ def lines(record: dict[str, Any]) -> list[str]:
             found.append(f"{name}: not measured: {', '.join(case['unavailable'].values())[:150]}")
             continue
         floor = results["frozen"]["both"]["median"]
-        others = [
-            f"{other} {100 * (entry['both']['median'] / floor - 1):+.1f}%"
-            for other, entry in results.items()
-            if other != "frozen"
-        ]
+        others = []
+        for other, entry in results.items():
+            predicted = entry["both"].get("predicted_over_frozen")
+            share = f" ({100 * (predicted - 1):+.0f}%)" if predicted else ""
+            if other != "frozen":
+                others.append(f"{other} {100 * (entry['both']['median'] / floor - 1):+.1f}%{share}")
         failed = [other for other, why in case["unavailable"].items() if why.startswith("failed")]
         others += [f"{other} FAILED" for other in failed]
         found.append(f"{name}: frozen {1e3 * floor:.3f} ms | " + " ".join(others))

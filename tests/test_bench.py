@@ -186,6 +186,9 @@ def test_runs_end_to_end_and_writes_what_it_measured(tmp_path, capsys):
     assert both["samples"] == 3
     frozen = record["cases"][0]["results"]["frozen"]["both"]["median"]
     assert both["over_frozen"] == pytest.approx(both["median"] / frozen)
+    predicted = record["cases"][0]["results"]["addmm"]["both"]["predicted_over_frozen"]
+    problem, roof = Problem(**record["cases"][0]["problem"]), Roof(**record["roofs"]["float32"])
+    assert predicted == pytest.approx(1 + counting.overhead("addmm", problem, roof))
     assert entry["backward_median"] == pytest.approx(both["median"] - entry["forward"]["median"])
     printed = capsys.readouterr().out
     assert "over frozen" in printed
