@@ -147,7 +147,8 @@ def patch(
         A `PatchReport`: a line per module, patched or left alone and why.
 
     Raises:
-        ValueError: no target in the model, a setting out of range, other settings than an earlier `patch` for the same
+        ValueError: no target in the model, a plain model that DistributedDataParallel or `fully_shard` has wrapped
+            already (patch first), a setting out of range, other settings than an earlier `patch` for the same
             adapter; an initialisation that needs data, or that a layer's weight cannot give; with `strict`, a
             target that cannot be patched. The model is then as it was.
 

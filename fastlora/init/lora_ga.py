@@ -75,7 +75,8 @@ def init_lora_ga(
         Per layer ‖s·B₀A₀‖_F/‖W0‖_F, how large the start is beside the weight (0 for a layer without a gradient).
 
     Raises:
-        ValueError: an unknown split, scale, base or missing; γ <= 0; layers without a gradient; adapters whose r or
+        ValueError: a model that DistributedDataParallel or `fully_shard` has wrapped already; an unknown split, scale,
+            base or missing; γ <= 0; layers without a gradient; adapters whose r or
             shape does not match the sketch, or that are merged; a layer with fewer than 2r singular triplets; ranks of
             layers that are not in the sketch, or out of range;
             "offset" for a quantised weight, or one that several modules use; DoRA and PEFT's other variants of LoRA,
