@@ -376,7 +376,8 @@ def _shifts(
     if file.shift is None:
         return found
     caller = f"load_adapter: init_lora_weights={file.shift!r}"
-    starts.check_not_shared(model, layers, caller)
+    weights = {name: cast(Tensor, layer.weight) for name, layer in layers.items()}
+    starts.check_not_shared(model, weights, caller)
     for name, layer in progress.bar(layers.items(), "load", len(layers)):
         spec = file.spec(name)
         if file.shift == "olora" and _is_stored_in_out(layer):

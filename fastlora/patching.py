@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import grouping, progress, sharding
 from . import mlp as mlps
@@ -124,11 +124,10 @@ def patch(
         model: the model; changed in place.
         r, lora_alpha, lora_dropout, use_rslora: as in `FusedLoraLinear`.
         target_modules: as in PEFT: "all-linear" (every linear layer but a transformers model's output head), a list of
-            names or name endings, or
-            one regular expression that matches whole names.
+            names or name endings, or one regular expression that matches whole names.
         exclude_modules: likewise, names to leave out.
         init_lora_weights: as in PEFT: True (A Kaiming, B zero), "gaussian" (A normal, B zero), "orthogonal" (neither
-            zero, B A zero; r even), "pissa", "pissa_niter_<iterations>" or "olora" (the adapter takes over the leading
+            zero, B A zero; r even), "pissa", `"pissa_niter_<n>"` or "olora" (the adapter takes over the leading
             part of the weight, which `unpatch` restores bit for bit), or False (both random). docs/initialisation.md.
         adapter_name: the adapter's name.
         backend: "auto", "triton", "cublas" or "torch".
@@ -202,7 +201,8 @@ def patch(
         report.modules.append(ModuleReport(name, _original_kind(module), True, reason))
     _check_something_matched(model, report, selection, strict)
     if shifts_weight(init_lora_weights):
-        check_not_shared(model, plan, f"patch: init_lora_weights={init_lora_weights!r}")
+        weights = {name: cast(Tensor, module.weight) for name, module in plan.items()}
+        check_not_shared(model, weights, f"patch: init_lora_weights={init_lora_weights!r}")
     _check_patterns_used(settings_of, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, strict)
     _apply(model, plan, adapter_name, settings_of, init_lora_weights, backend)
     report.groups = grouping.form_groups(model, names_of_groups)

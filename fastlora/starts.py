@@ -155,15 +155,21 @@ def _pissa_triplets(weight: Tensor, r: int, name: str, whole: bool) -> linalg.Tr
     return linalg.truncated_svd(weight, r, oversampling=min(weight.shape))
 
 
-def check_not_shared(model: nn.Module, layers: Mapping[str, Any], caller: str) -> None:
-    """Raises ValueError where a layer's weight is some other module's too, which a shift would change."""
+LEAVE_OUT = "leave it out with exclude_modules"
+
+
+def check_not_shared(model: nn.Module, weights: Mapping[str, Tensor], caller: str, advice: str = LEAVE_OUT) -> None:
+    """Raises ValueError where a weight that is to be shifted is some other module's too: that one would change with it.
+
+    `weights`: by the names of their layers. `advice`: what to do instead.
+    """
+    # A module under two names is one module.
     users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    for name, layer in layers.items():
-        if users[id(layer.weight)] > 1:
+    for name, weight in weights.items():
+        if users[id(weight)] > 1:
             raise ValueError(
                 f"{caller}: {name!r}: its weight belongs to another module too (tied weights), which would change with "
-                "it, since this initialisation moves a part of the weight into the adapter; leave it out with "
-                "exclude_modules"
+                f"it, since this start moves a part of the weight into the adapter; {advice}"
             )
 
 
@@ -190,7 +196,7 @@ class AdapterStart(nn.Linear):
 
         True, A ~ U(±1/√in) (Kaiming, a = √5) and B = 0; "gaussian", A ~ N(0, 1/r²) and B = 0 (the paper's);
         "orthogonal", both random with B A = 0, r even; False, B like A, so that the adapter changes the output at once
-        (for tests and benchmarks). "pissa", "pissa_niter_<iterations>" and "olora" move a part of the weight into the
+        (for tests and benchmarks). "pissa", `"pissa_niter_<iterations>"` and "olora" move a part of the weight into the
         adapter: its bits come back with `reset_adapter`, `delete_adapter` and `unpatch`.
 
         Raises ValueError, with nothing changed, for an unknown name, and as `from_weight` and `set_initial_factors` do.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import linalg, patching, peft_format, progress, sharding, targets
 from ..layers import FusedLoraLinear
+from ..starts import check_not_shared
 from .peft_start import PeftConfiguration, PeftStart, has_start
 from .plain_start import PlainStart
 from .sign import SignFactors
@@ -271,20 +271,9 @@ def _places(
         place.check(exact=base == "exact")
         places[name] = place
     if base == "offset":
-        _check_untied(model, places)
+        weights = {name: place.base_parameter for name, place in places.items()}
+        check_not_shared(model, weights, 'init_lora_ga: base="offset"', 'want base="exact"')
     return places
-
-
-def _check_untied(model: nn.Module, places: dict[str, PlainStart | PeftStart]) -> None:
-    """Raises ValueError where other modules use a weight that is to be shifted: they would be shifted too."""
-    uses = Counter(
-        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
-    )  # a module under two names is one module
-    for name, place in places.items():
-        if uses[id(place.base_parameter)] > 1:
-            raise ValueError(
-                f'init_lora_ga: base: got "offset", but other modules use the weight of {name!r} too; want base="exact"'
-            )
 
 
 def _is_peft(model: nn.Module) -> bool:
