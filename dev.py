@@ -3,6 +3,7 @@
 
     python3 dev.py finetune [OPTIONS OF examples/finetune.py]   the main job
     python3 dev.py test [--quick] [--only STEP]                 every check, as CI runs them
+    python3 dev.py docs                                         the documentation's site, in runs/docs
     python3 dev.py setup                                        the environment alone
 
 The environment is .venv (or --venv DIR), with the versions of constraints.txt. It is made at the first call, used again
@@ -132,6 +133,11 @@ class Environment:
             raise Problem(f"pip install {' '.join(what)} failed: {why}. Running the same command again resumes.")
 
 
+def documentation(environment):
+    """The command that builds the site of zensical.toml. Broken links, anchors and names are errors."""
+    return [environment.python, "-m", "zensical", "build", "--strict", "--clean"]
+
+
 def steps(environment, quick):
     """(name, command, Triton overlay or None, extra variables), in the order in which they run."""
     python = environment.python
@@ -142,6 +148,7 @@ def steps(environment, quick):
     yield "ruff check", [python, "-m", "ruff", "check", "."], None, {}
     yield "ruff format", [python, "-m", "ruff", "format", "--check", "."], None, {}
     yield "pyright", [python, "-m", "pyright", "--pythonpath", python], None, {}
+    yield "docs", documentation(environment), None, {}
     yield "tests", [*pytest, "-m", "not slow"], None, {}
     if quick:
         return
@@ -225,9 +232,17 @@ def closing_line(totals, seconds):
     return text.center(100, "=")
 
 
+def build_docs(environment):
+    status = subprocess.run(documentation(environment), cwd=ROOT, check=False).returncode
+    if status != 0:
+        raise Problem("the documentation has problems; they are listed above")
+    print(f"open {os.path.join(ROOT, 'runs', 'docs', 'index.html')}, or: {environment.python} -m zensical serve")
+    return 0
+
+
 def parse(arguments):
     parser = argparse.ArgumentParser(prog="dev.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = parser.add_subparsers(dest="job", metavar="finetune | test | setup")
+    commands = parser.add_subparsers(dest="job", metavar="finetune | test | docs | setup")
     commands.required = True
     jobs = {
         # Its options, --help among them, are examples/finetune.py's.
@@ -235,11 +250,12 @@ def parse(arguments):
             "finetune", add_help=False, allow_abbrev=False, help="set up and run the example"
         ),
         "test": commands.add_parser("test", help="set up and run every check"),
-        "setup": commands.add_parser("setup", help="set up the environment for both"),
+        "docs": commands.add_parser("docs", help="set up and build the documentation's site"),
+        "setup": commands.add_parser("setup", help="set up the environment for all of these"),
     }
     for job in jobs.values():
         job.add_argument("--venv", metavar="DIR", default=os.path.join(ROOT, ".venv"), help="default: .venv")
-    jobs["test"].add_argument("--quick", action="store_true", help="ruff, pyright and the plain tests only")
+    jobs["test"].add_argument("--quick", action="store_true", help="ruff, pyright, the docs and the plain tests only")
     jobs["test"].add_argument("--only", metavar="STEP", action="append", default=[], help="steps whose name begins so")
     options, rest = parser.parse_known_args(arguments)
     if rest and options.job != "finetune":
@@ -252,10 +268,12 @@ def main(arguments):
     environment = Environment(options.venv)
     if options.job == "test":
         return test(environment, options.quick, options.only)
-    environment.ensure("dev" if options.job == "setup" else "examples")
+    environment.ensure({"setup": "dev", "docs": "docs"}.get(options.job, "examples"))
     if options.job == "setup":
         print(f"ready: {environment.python}")
         return 0
+    if options.job == "docs":
+        return build_docs(environment)
     say("examples/finetune.py")
     script = os.path.join(ROOT, "examples", "finetune.py")
     return subprocess.run([environment.python, script, *rest], cwd=ROOT, check=False).returncode
