@@ -598,7 +598,7 @@ def test_a_merge_that_would_not_be_finite_is_refused(variant):
     if variant:
         layer.lora_B["default"].weight.data.fill_(float("nan"))
     before = layer.weight.clone()
-    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be broken"):
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be"):
         layer.merge()
     assert torch.equal(layer.weight, before)
     assert layer.merged_adapters == []
