@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import docs_models
+import peft
 import pytest
 import torch
 import transformers
@@ -118,6 +119,32 @@ def test_readme_names_only_files_that_exist():
     targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text(encoding="utf-8"))
     missing = [target for target in targets if not target.startswith("http") and not (ROOT / target).exists()]
     assert targets and not missing
+
+
+def test_readme_blocks_run(offline):
+    """Each with a fresh model, but in one folder: the adapter that the first saves is loaded by the third."""
+    tokens = torch.ones(2, 5, dtype=torch.long)
+    tensors = {
+        "x": torch.ones(3, 4),
+        "lora_A": torch.ones(2, 4),
+        "lora_B": torch.ones(5, 2),
+        "weight": torch.ones(5, 4),
+    }
+    found = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+    for line, code in found:
+        base = docs_models.tiny_causal_lm()
+        config = peft.LoraConfig(target_modules="all-linear")
+        namespace = {
+            "fastlora": fastlora,
+            "F": torch.nn.functional,
+            "model": docs_models.tiny_causal_lm(),
+            "peft_model": peft.get_peft_model(base, config),
+            "batches": [{"input_ids": tokens, "labels": tokens}],
+            **tensors,
+            **{"p": 0.5, "training": True, "bias": None, "scaling": 2.0},
+        }
+        exec(compile("\n" * line + code, "README.md", "exec"), namespace)
+    assert len(found) == 4
 
 
 @pytest.mark.slow
