@@ -100,7 +100,11 @@ class CudaTimer(Timer):
         return samples
 
     def check(self, function: Callable[[], object]) -> None:
-        self.capture(function)
+        stream = torch.cuda.current_stream()
+        try:
+            self.capture(function)
+        finally:  # a capture that fails leaves its own stream behind as the current one
+            torch.cuda.set_stream(stream)
 
     @staticmethod
     def capture(function: Callable[[], object]) -> torch.cuda.CUDAGraph:

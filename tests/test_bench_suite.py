@@ -216,6 +216,11 @@ def test_what_cannot_be_timed_is_left_out():
     found = compare.measure(case, ["frozen", "group", "eager"], CPU, Timer(), 2, ROOF)
     assert list(found["results"]) == ["frozen", "eager"]
     assert found["unavailable"] == {"group": "failed: RuntimeError: not while capturing"}
+    pytest.importorskip("peft")
+    checked.clear()
+    found = compare.measure(case, ["frozen", "peft"], CPU, Timer(), 2, ROOF)
+    assert found["unavailable"] == {"peft": "cannot be timed: RuntimeError: not while capturing"}
+    assert not compare.failures({"cases": [found]})  # a peer's limit is no failure of ours
 
 
 def test_the_summary_has_a_line_for_each_case(tmp_path, capsys):
