@@ -18,7 +18,6 @@ import importlib
 import logging
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -30,7 +29,7 @@ from torch import Tensor
 from . import env, measure, tuning_cache
 from .backends import torch as torch_backend
 from .kernels import configs
-from .self_check import self_check
+from .self_check import NOT_YET, first_use, self_check
 
 __all__ = ["BACKENDS", "CANDIDATES", "Choice", "Passes", "load", "measuring", "peek", "reset", "select", "self_check"]
 
@@ -75,7 +74,6 @@ class Call(NamedTuple):
 
 _ASKED_FOR_TORCH = Choice("torch", torch_backend, "asked for", ("torch", "torch"))
 _NOT_A_GPU = Choice("torch", torch_backend, "not on a GPU: ATen is the path there", ("torch", "torch"))
-_NOT_YET = "not checked yet, and nothing can be checked during capture or compilation: run one eager step first"
 
 _modules: dict[str, ModuleType | str] = {}  # a module, or why it cannot be imported
 _self_checks: dict[tuple[str, torch.device, torch.dtype, torch.dtype, bool], str | None] = {}  # None: passed
@@ -316,31 +314,20 @@ class Resolver:
                 self.assumed.append(name)
                 return None
             if _nothing_can_run(self.call.x):
-                self.put_off = _NOT_YET
-                return _NOT_YET
-            _self_checks[key] = _first_use(name, module, *key[1:])
-        return _self_checks[key]
+                self.put_off = NOT_YET
+                return NOT_YET
+        return first_use(
+            _self_checks,
+            key,
+            lambda: self_check(module, *key[1:]),
+            f"backend {name!r}",
+            f"{key[1]} for {key[2]}",
+            "another backend runs (`python -m fastlora.doctor` says which)",
+        )
 
     def self_check_key(self, name: str) -> tuple[str, torch.device, torch.dtype, torch.dtype, bool]:
         x, lora_A, dropout_p = self.call.x, self.call.lora_A, self.call.dropout_p
         return name, x.device, x.dtype, lora_A.dtype, dropout_p > 0.0
-
-
-def _first_use(
-    name: str, module: ModuleType, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout: bool
-) -> str | None:
-    try:
-        failure = self_check(module, device, dtype, adapter_dtype, dropout)
-    except Exception as error:  # a kernel that does not compile or launch must not take the training run with it
-        failure = f"{type(error).__name__}: {error}"
-    if failure is not None:
-        warnings.warn(
-            f"fastlora: backend {name!r} failed its self-check on {device} for {dtype} and is not used: {failure}. "
-            "Run `python -m fastlora.doctor` for details.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return failure
 
 
 def _choice(forward: str, backward: str, reason: str) -> Choice:

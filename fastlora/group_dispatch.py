@@ -8,7 +8,6 @@ one.
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from . import dispatch
 from .backends import group_torch
+from .self_check import first_use
 
 KERNEL_BACKENDS = ("cublas", "triton")
 
@@ -74,22 +74,14 @@ def _failure(
     """None where the kernels have been compared with the reference on this device and agree; else why they are not
     used."""
     key = (str(device), dtype, adapter_dtype, dropout)
-    if key not in _failures:
-        if torch.cuda.is_current_stream_capturing():
-            return "not checked yet, and nothing can be checked during capture: run one eager step first"
-        try:
-            failure = self_check(module, device, dtype, adapter_dtype, dropout)
-        except Exception as error:  # a kernel that does not compile or launch must not take the training run with it
-            failure = f"{type(error).__name__}: {error}"
-        _failures[key] = failure
-        if failure is not None:
-            warnings.warn(
-                f"fastlora: the kernels for groups of layers failed their self-check on {device} for {dtype} and are "
-                f"not used; layers run one by one: {failure}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return _failures[key]
+    return first_use(
+        _failures,
+        key,
+        lambda: self_check(module, device, dtype, adapter_dtype, dropout),
+        "the backend for groups of layers",
+        f"{device} for {dtype}",
+        "layers run one by one",
+    )
 
 
 def self_check(

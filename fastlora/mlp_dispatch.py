@@ -8,7 +8,6 @@ On a GPU its kernels are compared with fp64 on a small problem before they are f
 from __future__ import annotations
 
 import importlib
-import warnings
 from types import ModuleType
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from . import group_dispatch
 from .backends import group_torch, mlp_torch
+from .self_check import first_use
 
 ACTIVATIONS = tuple(mlp_torch.ACTIVATIONS)
 
@@ -50,22 +50,14 @@ def _failure(module: ModuleType, gate: Tensor, activation: str, down: group_disp
     dropout = down.dropout_p > 0.0
     device, dtype, adapter_dtype = gate.device, gate.dtype, down.lora_A.dtype
     key = (str(device), dtype, adapter_dtype, dropout, activation)
-    if key not in _failures:
-        if torch.cuda.is_current_stream_capturing():
-            return "not checked yet, and nothing can be checked during capture: run one eager step first"
-        try:
-            failure = self_check(module, device, dtype, adapter_dtype, dropout, activation)
-        except Exception as error:  # a kernel that does not compile or launch must not take the training run with it
-            failure = f"{type(error).__name__}: {error}"
-        _failures[key] = failure
-        if failure is not None:
-            warnings.warn(
-                f"fastlora: the MLP's kernels failed their self-check on {device} for {dtype}, {activation}, and are "
-                f"not used: {failure}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return _failures[key]
+    return first_use(
+        _failures,
+        key,
+        lambda: self_check(module, device, dtype, adapter_dtype, dropout, activation),
+        "the backend for MLPs",
+        f"{device} for {dtype} and {activation}",
+        "the activation runs in eager PyTorch",
+    )
 
 
 def self_check(

@@ -10,7 +10,6 @@ the norm. Saved: x, y and rstd, each S, and references to the weights.
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -23,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from . import group_dispatch
 from .backends import group_torch
 from .group_autograd import GroupMember, _shaped, _without_autocast, _writable
+from .self_check import first_use
 
 _failures: dict[tuple[str, torch.dtype, torch.dtype], str | None] = {}  # None: agrees with fp64
 
@@ -105,22 +105,14 @@ def run(
 
 def _failure(norm: ModuleType, x: Tensor, weight: Tensor) -> str | None:
     key = (str(x.device), x.dtype, weight.dtype)
-    if key not in _failures:
-        if torch.cuda.is_current_stream_capturing():
-            return "not checked yet, and nothing can be checked during capture: run one eager step first"
-        try:
-            failure = self_check(norm, x.device, x.dtype, weight.dtype)
-        except Exception as error:  # a kernel that does not compile or launch must not take the training run with it
-            failure = f"{type(error).__name__}: {error}"
-        _failures[key] = failure
-        if failure is not None:
-            warnings.warn(
-                f"fastlora: the norm's kernels failed their self-check on {x.device} for {x.dtype} and are not used: "
-                f"{failure}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return _failures[key]
+    return first_use(
+        _failures,
+        key,
+        lambda: self_check(norm, x.device, x.dtype, weight.dtype),
+        "the norm's kernel",
+        f"{x.device} for {x.dtype}",
+        "eager PyTorch runs instead",
+    )
 
 
 def self_check(norm: ModuleType, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> str | None:

@@ -15,12 +15,13 @@ import contextlib
 import copy
 import sys
 import threading
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .self_check import first_use
 
 FOUR_BIT = "bitsandbytes.nn.modules.Params4bit"
 EIGHT_BIT = "bitsandbytes.nn.modules.Int8Params"
@@ -294,26 +295,19 @@ def release_buffers() -> None:
 # Whether the Triton kernel is trusted.
 
 _checks: dict[tuple[torch.device, torch.dtype], str | None] = {}
-_NOT_NOW = "not checked yet, and nothing can be checked while a CUDA graph is captured"
 
 
 def nf4_kernel_failure(device: torch.device, dtype: torch.dtype) -> str | None:
     """None where kernels/nf4.py has given bitsandbytes' own bits on this device; otherwise why it is not used."""
     key = (device, dtype)
-    if key not in _checks:
-        if torch.cuda.is_current_stream_capturing():
-            return _NOT_NOW
-        try:
-            _checks[key] = compare_kernel(device, dtype)
-        except Exception as error:  # Triton missing or broken: bitsandbytes' function is there
-            _checks[key] = f"{type(error).__name__}: {error}"
-        if _checks[key] is not None:
-            warnings.warn(
-                f"fastlora: the 4-bit kernel is not used on {device} for {dtype}, and bitsandbytes' is: {_checks[key]}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return _checks[key]
+    return first_use(
+        _checks,
+        key,
+        lambda: compare_kernel(device, dtype),
+        "the 4-bit kernel",
+        f"{device} for {dtype}",
+        "bitsandbytes' function runs instead",
+    )
 
 
 def compare_kernel(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -4,7 +4,6 @@ segment kernels, once they have agreed with the reference on this device."""
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from . import dispatch, reference
 from .backends import segments_torch
 from .kernels.segment_plan import BASE, Segments
+from .self_check import first_use
 
 _failures: dict[tuple[str, torch.dtype, torch.dtype, bool], str | None] = {}  # None: agrees with the reference
 
@@ -42,22 +42,14 @@ def select(
 
 def _failure(module: ModuleType, x: Tensor, adapter_dtype: torch.dtype, dropout: bool) -> str | None:
     key = (str(x.device), x.dtype, adapter_dtype, dropout)
-    if key not in _failures:
-        if torch.cuda.is_current_stream_capturing():
-            return "not checked yet, and nothing can be checked during capture: run one eager step first"
-        try:
-            failure = self_check(module, x.device, x.dtype, adapter_dtype, dropout)
-        except Exception as error:  # a kernel that does not compile or launch must not take the training run with it
-            failure = f"{type(error).__name__}: {error}"
-        _failures[key] = failure
-        if failure is not None:
-            warnings.warn(
-                f"fastlora: the kernels for several adapters in one batch failed their self-check on {x.device} for "
-                f"{x.dtype} and are not used; ATen runs instead: {failure}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    return _failures[key]
+    return first_use(
+        _failures,
+        key,
+        lambda: self_check(module, x.device, x.dtype, adapter_dtype, dropout),
+        "the backend for several adapters in one batch",
+        f"{x.device} for {x.dtype}",
+        "ATen runs instead",
+    )
 
 
 def self_check(

@@ -1,12 +1,43 @@
-"""One small problem through a hand-written backend, beside the reference: what `dispatch` asks before it trusts one."""
+"""The first use of hand-written kernels: a small problem through them, beside the reference, before they are trusted."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Hashable
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from . import reference
+
+NOT_YET = "not checked yet, and nothing can be checked during capture: run one eager step first"
+
+
+def first_use(
+    verdicts: dict[Any, str | None], key: Hashable, check: Callable[[], str | None], what: str, where: str, instead: str
+) -> str | None:
+    """None where `check` found nothing wrong at the first use, else why the kernels are not trusted.
+
+    `verdicts` keeps the answer. `what`, `where` and `instead` are for the warning: what failed, on which device and
+    for which dtypes, and what runs in its place.
+    """
+    if key not in verdicts:
+        if torch.cuda.is_current_stream_capturing():
+            return NOT_YET
+        try:
+            with torch.inference_mode(False):  # a first call in inference mode is no reason to fail
+                failure = check()
+        except Exception as error:  # a kernel that does not compile or launch must not take the training run with it
+            failure = f"{type(error).__name__}: {error}"
+        verdicts[key] = failure
+        if failure is not None:
+            warnings.warn(
+                f"fastlora: {what} failed its self-check on {where} and is not used; {instead}: {failure}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    return verdicts[key]
 
 
 def self_check(
