@@ -1,4 +1,4 @@
-"""The first use of hand-written kernels: a small problem through them, beside the reference, before they are trusted."""
+"""The first use of hand-written kernels: a small problem through them and the reference, before they are trusted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def first_use(
     for which dtypes, and what runs in its place.
     """
     if key not in verdicts:
-        if torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return NOT_YET
         try:
             with torch.inference_mode(False):  # a first call in inference mode is no reason to fail

@@ -550,7 +550,7 @@ class TestChoice:
             return right(q, z, start, x, dy, 1.001 * weight)
 
         monkeypatch.setattr(torch.ops.fastlora, "sketch_update", wrong)
-        with pytest.warns(UserWarning, match="away from torch's"):
+        with pytest.warns(RuntimeWarning, match="away from torch's"):
             assert "away from torch's" in str(native.why_not(torch.device("cpu")))
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # said once
@@ -564,7 +564,7 @@ class TestChoice:
 
         monkeypatch.setenv("FASTLORA_LINALG", "native")
         monkeypatch.setattr(ops, "load", load)
-        with pytest.warns(UserWarning, match="no compiler here"):
+        with pytest.warns(RuntimeWarning, match="no compiler here"):
             got = native.factored_product(normal(9, 20), normal(9, 30), normal(20, 3), 2.0)
         assert torch.allclose(got, 2 * normal(9, 30).t() @ (normal(9, 20) @ normal(20, 3)), atol=1e-4)
 

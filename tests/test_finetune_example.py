@@ -330,6 +330,7 @@ def test_the_same_seed_gives_the_same_run_in_either_order(tiny_encoder, small_li
 
 def test_ctrl_c_leaves_partial_results_and_says_so(tiny_encoder, small_library, tmp_path, capsys, monkeypatch):
     step = training.Run.step
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
 
     def step_and_interrupt(run, batch):
         if len(run.losses) == 4 and run.method == "fastlora":

@@ -8,13 +8,13 @@ What the ops cannot take (float64, more than 128 columns) goes to torch in eithe
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _build, env, ops
+from ..self_check import first_use
 from .operators import Factored
 from .orthogonal import orthonormal as orthonormal_by_torch
 
@@ -39,15 +39,9 @@ def why_not(device: torch.device) -> str | None:
         return "csrc/ is not built (python -m fastlora.doctor --build)"
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "not checked on this device before the capture of a CUDA graph began"
-    failure = _failures[device] = check(device)
-    if failure is not None:
-        warnings.warn(
-            f"fastlora: the compiled linear algebra is not used on {device}, and torch's is: {failure}. "
-            "Run `python -m fastlora.doctor` for details.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return failure
+    return first_use(
+        _failures, device, lambda: check(device), "the compiled linear algebra", str(device), "torch's runs instead"
+    )
 
 
 def _built() -> bool:
