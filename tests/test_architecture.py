@@ -45,6 +45,7 @@ FLOORS = {
     "fastlora.mlp": 5,
     "fastlora.targets": 5,
     "fastlora.peft_layers": 5,
+    "fastlora.peft_merge": 5,
     "fastlora.peft_starts": 5,
     "fastlora.peft_quantized": 5,
     "fastlora.peft_bnb": 5,
@@ -67,6 +68,7 @@ ALONE = ("fastlora.kernels", "fastlora.env", "fastlora.reference")
 # Where the optional packages may be imported at all.
 PEFT_ALLOWED = (
     "fastlora.peft_layers",
+    "fastlora.peft_merge",
     "fastlora.peft_quantized",
     "fastlora.peft_bnb",
     "fastlora.peft_tuner",
