@@ -6,7 +6,7 @@ nothing else.
 
 import logging
 
-from . import functional, linalg
+from . import functional, linalg, optim
 from .adapters import adapter_names, disable_adapter, merge, set_adapter, unmerge
 from .checkpoint import load_adapter, save_adapter
 from .explanation import Explanation, explain
@@ -37,6 +37,7 @@ __all__ = [
     "linalg",
     "load_adapter",
     "merge",
+    "optim",
     "patch",
     "reinit_lora_ga",
     "save_adapter",

@@ -58,6 +58,7 @@ FLOORS = {
     "fastlora.model_shapes": 0,
     "fastlora.tune": 6,
     "fastlora.init": 6,
+    "fastlora.optim": 6,
     "fastlora.patching": 6,
     "fastlora": 6,
     "examples": 7,

@@ -21,7 +21,12 @@ import fastlora
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
-EXECUTED = [name for name in PAGES if name.startswith("quickstart/")] + ["answers.md", "migration.md", "messages.md"]
+EXECUTED = [name for name in PAGES if name.startswith("quickstart/")] + [
+    "answers.md",
+    "lora_plus.md",
+    "migration.md",
+    "messages.md",
+]
 
 
 def blocks(text: str, language: str = "python") -> list[tuple[int, str]]:
@@ -43,7 +48,7 @@ def offline(monkeypatch, tmp_path):
 def test_every_block_runs(page, offline):
     path = DOCS / page
     namespace: dict[str, object] = {"__name__": "__main__"}
-    if page == "answers.md":  # its blocks are about a model that is there already
+    if page in ("answers.md", "lora_plus.md"):  # their blocks are about a model that is there already
         namespace |= {"torch": torch, "model": docs_models.tiny_causal_lm()}
         fastlora.patch(namespace["model"])  # type: ignore[arg-type]
     found = blocks(path.read_text(encoding="utf-8"))
@@ -74,6 +79,11 @@ def _peft(names) -> None:
     assert names["layer"].calls.fused == 3
 
 
+def _lora_plus(names) -> None:
+    rates = {group["name"]: (group["lr"], len(group["params"])) for group in names["optimizer"].param_groups}
+    assert rates == {"lora_A": (1e-4, 14), "lora_B": (1.6e-3, 14), "other": (3e-2, 1)}
+
+
 def _answers(names) -> None:
     rates = {group["lr"]: len(group["params"]) for group in names["optimizer"].param_groups}
     assert rates == {1e-4: 14, 1.6e-3: 14}
@@ -81,6 +91,7 @@ def _answers(names) -> None:
 
 CHECKS = {
     "answers.md": _answers,
+    "lora_plus.md": _lora_plus,
     "quickstart/loop.md": _loop,
     "quickstart/trainer.md": _trainer,
     "quickstart/peft.md": _peft,
@@ -110,9 +121,10 @@ def test_the_reference_has_every_public_name():
         for path in (DOCS / "api").iterdir()
         for name in re.findall(r"^::: (fastlora\.[\w.]+)$", path.read_text(encoding="utf-8"), re.M)
     }
-    public = set(fastlora.__all__) - {"functional", "linalg"}  # modules, whose own names follow
+    public = set(fastlora.__all__) - {"functional", "linalg", "optim"}  # modules, whose own names follow
     assert public <= described
     assert set(fastlora.linalg.__all__) <= described
+    assert set(fastlora.optim.__all__) <= described
 
 
 def test_readme_names_only_files_that_exist():
