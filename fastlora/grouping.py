@@ -24,7 +24,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ NAMES: tuple[tuple[str, ...], ...] = (
 # In cross-attention the query comes from elsewhere: only the last two are fed the same tensor.
 CROSS_ATTENTION = re.compile(r"cross|enc_?dec|encoder_attn|attn2|multihead_attn", re.IGNORECASE)
 
+Layer = Any  # a FusedLoraLinear, or a FusedPeftLinear, which this module does not import: see `is_fused`
+
 _here = threading.local()  # .round: the one that is open in this thread
 
 
@@ -57,15 +59,15 @@ class LayerGroup:
     that a copied model's groups are made of its own layers, and a layer copied alone is alone."""
 
     def __init__(self) -> None:
-        self.members: dict[str, weakref.ref[FusedLoraLinear]] = {}
+        self.members: dict[str, weakref.ref[Layer]] = {}
 
-    def add(self, name: str, layer: FusedLoraLinear) -> None:
+    def add(self, name: str, layer: Layer) -> None:
         """Makes the layer a member, unless a living one has that name."""
         known = self.members.get(name)
         if known is None or known() is None:
             self.members[name] = weakref.ref(layer)
 
-    def layers(self) -> list[FusedLoraLinear]:
+    def layers(self) -> list[Layer]:
         found = (reference() for reference in self.members.values())
         return [layer for layer in found if layer is not None]
 
@@ -76,20 +78,24 @@ class LayerGroup:
     def __reduce__(self) -> tuple:
         return LayerGroup, ()
 
-    def run(self, layer: FusedLoraLinear, x: Tensor) -> Tensor | None:
-        """The layer's output as a member of its group, or None where it runs alone."""
+    def run(self, layer: Layer, x: Tensor, reading: Reading | None = None) -> Tensor | None:
+        """The layer's output as a member of its group, or None where it runs alone. A layer that has read itself gives
+        its `reading`."""
         if x.device.type == "cpu" and x.numel() < group_autograd.SMALL * autograd.SMALL:
             return None
         if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or x.is_inference():
             return None
+        reading = _read(layer, x) if reading is None else reading
+        if reading is None:
+            return None
         open_round: Round | None = getattr(_here, "round", None)
-        if open_round is None or not open_round.takes(self, layer, x):
+        if open_round is None or not open_round.takes(self, layer, reading, x):
             _here.round = None  # lets go of the former one's tensors before there are new ones
-            _here.round = open_round = Round.opened(self, layer, x)
+            _here.round = open_round = Round.opened(self, layer, reading, x)
             if open_round is None:
                 return None
         try:
-            return open_round.call(layer)
+            return open_round.call(layer, reading)
         except BaseException:
             _here.round = None
             raise
@@ -111,17 +117,18 @@ class Round:
         self.frame = 0  # of the function that calls the members, where dropout was drawn ahead
 
     @staticmethod
-    def opened(group: LayerGroup, layer: FusedLoraLinear, x: Tensor) -> Round | None:
+    def opened(group: LayerGroup, layer: Layer, reading: Reading, x: Tensor) -> Round | None:
         """A round that begins with this layer, or None where sharing is not possible or not worth it."""
         known = group.layers()
         if not any(one is layer for one in known):  # a replica that DataParallel made
             return None
         members, states = {}, {}
         for one in (layer, *(other for other in known if other is not layer and _may_be_foreseen(other, group))):
-            member = _member(one)
+            found = reading if one is layer else _read(one, x)
+            member = None if found is None else _member(found, one.backend)
             # On a CPU a mask is drawn when its layer is called: the generator's numbers go where they always do.
-            if member is not None and not (member.dropout_p > 0.0 and x.device.type == "cpu"):
-                members[one], states[one] = member, _State(one)
+            if found is not None and member is not None and not (member.dropout_p > 0.0 and x.device.type == "cpu"):
+                members[one], states[one] = member, _State(one, found)
         if layer not in members:
             return None
         shared = functional.open_group(x, list(members.values()))
@@ -133,7 +140,7 @@ class Round:
             opened.frame = _caller()
         return opened
 
-    def takes(self, group: LayerGroup, layer: FusedLoraLinear, x: Tensor) -> bool:
+    def takes(self, group: LayerGroup, layer: Layer, reading: Reading, x: Tensor) -> bool:
         """Whether this call is the round's: its S is there, and what it was made of is unchanged."""
         seat = self.seats.get(id(layer))
         return (
@@ -143,68 +150,72 @@ class Round:
             and self.shared.x is not None
             and self.surroundings == _surroundings(x)
             and self.pack_hook() is _pack_hook()
-            and seat[1].still_holds(layer)
+            and seat[1].still_holds(layer, reading)
             and (not self.frame or self.frame == _caller())
         )
 
-    def call(self, layer: FusedLoraLinear) -> Tensor:
+    def call(self, layer: Layer, reading: Reading) -> Tensor:
         index, _ = self.seats.pop(id(layer))
-        adapter = functional.as_one_adapter(layer.running_adapters())
+        adapter = functional.as_one_adapter(reading.adapters)
         assert adapter is not None, "its state was compared"
-        return self.shared.call(index, _weight(layer), layer.bias, adapter.lora_B, adapter.scaling)
+        return self.shared.call(index, reading.weight, reading.bias, adapter.lora_B, adapter.scaling)
+
+
+class Reading(NamedTuple):
+    """A layer as it is at one call: what it runs, and the tensors and settings that its S depends on beside x."""
+
+    weight: Tensor  # (N, K)
+    bias: Tensor | None
+    adapters: Sequence[functional.Adapter]
+    sources: list[Tensor]
+    settings: tuple
 
 
 class _State:
-    """What a layer's S depends on beside x."""
+    """What a layer's S was made of, beside x."""
 
-    def __init__(self, layer: FusedLoraLinear) -> None:
+    def __init__(self, layer: Layer, reading: Reading) -> None:
         self.layer = weakref.ref(layer)
-        self.factors = _factors(layer)
-        self.versions = _versions(self.factors)
-        self.settings = _settings(layer)
+        self.sources = reading.sources
+        self.versions = _versions(self.sources)
+        self.settings = reading.settings
 
-    def still_holds(self, layer: FusedLoraLinear) -> bool:
-        factors = _factors(layer)
+    def still_holds(self, layer: Layer, reading: Reading) -> bool:
         return (
             self.layer() is layer
-            and len(factors) == len(self.factors)
-            and all(one is other for one, other in zip(factors, self.factors, strict=True))
-            and _versions(factors) == self.versions
-            and _settings(layer) == self.settings
+            and len(reading.sources) == len(self.sources)
+            and all(one is other for one, other in zip(reading.sources, self.sources, strict=True))
+            and _versions(reading.sources) == self.versions
+            and reading.settings == self.settings
         )
 
 
-def _factors(layer: FusedLoraLinear) -> list[Tensor]:
-    lora_A, lora_A0 = layer.lora_A, layer.lora_A0
-    names = layer.active_adapters
-    return [lora_A[name] for name in names] + [lora_A0[name] for name in names if name in lora_A0]
+def _versions(sources: Sequence[Tensor]) -> list[tuple]:
+    return [(source._version, source.data_ptr(), source.requires_grad) for source in sources]
 
 
-def _versions(factors: Sequence[Tensor]) -> list[tuple]:
-    return [(factor._version, factor.data_ptr(), factor.requires_grad) for factor in factors]
-
-
-def _settings(layer: FusedLoraLinear) -> tuple:
-    shifted = layer._weight_before_shift
-    return (
-        tuple(layer.active_adapters),
-        layer.training,
-        tuple(layer.lora_dropout[name] for name in layer.active_adapters),
-        layer.disable_adapters,
-        bool(layer.merged_adapters),
-        shifted is None or shifted[0],
+def _read(layer: Layer, x: Tensor) -> Reading | None:
+    """The layer as it is now; None where it adds no low-rank term, or is to run alone for another reason."""
+    if not isinstance(layer, FusedLoraLinear):
+        return layer.read_for_group(x)
+    adapters = layer.running_adapters()
+    if not adapters:
+        return None
+    names, lora_A, lora_A0, shifted = layer.active_adapters, layer.lora_A, layer.lora_A0, layer._weight_before_shift
+    return Reading(
+        layer.weight.t() if layer.fan_in_fan_out else layer.weight,
+        layer.bias,
+        adapters,
+        [lora_A[name] for name in names] + [lora_A0[name] for name in names if name in lora_A0],
+        (tuple(names), tuple(adapter.dropout_p for adapter in adapters), shifted is None or shifted[0]),
     )
 
 
-def _member(layer: FusedLoraLinear) -> group_dispatch.Member | None:
-    adapter = functional.as_one_adapter(layer.running_adapters())
-    if adapter is None or any(factor.is_inference() for factor in _factors(layer)):
+def _member(reading: Reading, backend: str) -> group_dispatch.Member | None:
+    adapter = functional.as_one_adapter(reading.adapters)
+    if adapter is None or any(source.is_inference() for source in reading.sources):
         return None
-    return group_dispatch.Member(_weight(layer), layer.bias, *adapter[:2], adapter.dropout_p, layer.backend)
-
-
-def _weight(layer: FusedLoraLinear) -> Tensor:
-    return layer.weight.t() if layer.fan_in_fan_out else layer.weight
+    return group_dispatch.Member(reading.weight, reading.bias, *adapter[:2], adapter.dropout_p, backend)
 
 
 def _may_be_foreseen(layer: nn.Module, group: LayerGroup) -> bool:
@@ -212,7 +223,7 @@ def _may_be_foreseen(layer: nn.Module, group: LayerGroup) -> bool:
     (sharding, offloading), or a full backward hook wraps its input."""
     seat = layer.__dict__.get("group")
     return (
-        type(layer) is FusedLoraLinear
+        is_fused(layer)
         and seat is not None
         and seat[0] is group
         and "forward" not in layer.__dict__
@@ -259,11 +270,17 @@ def _caller() -> int:
 # Forming groups.
 
 
+def is_fused(module: Any) -> bool:
+    """Whether it is a layer that can be in a group: ours, or PEFT's on our kernels. Nothing imports peft for this."""
+    peft_layers = sys.modules.get("fastlora.peft_layers")
+    return type(module) is FusedLoraLinear or type(module) is getattr(peft_layers, "FusedPeftLinear", FusedLoraLinear)
+
+
 def form_groups(model: nn.Module, names: Sequence[Sequence[str]] = NAMES) -> list[tuple[str, ...]]:
     """Groups the model's patched layers that lie side by side under one of these sets of names, and says which."""
     formed = []
     for path, parent in model.named_modules():
-        layers = {name: child for name, child in parent.named_children() if type(child) is FusedLoraLinear}
+        layers = {name: child for name, child in parent.named_children() if is_fused(child)}
         crossing = CROSS_ATTENTION.search(f"{path}.{type(parent).__name__}") is not None
         for wanted in names:
             wanted = wanted[1:] if crossing and len(wanted) == 3 else wanted
@@ -291,7 +308,7 @@ def check_names(group: Any, caller: str) -> Sequence[Sequence[str]]:
     )
 
 
-def seat_together(layers: dict[str, FusedLoraLinear]) -> bool:
+def seat_together(layers: dict[str, Layer]) -> bool:
     """Makes these layers, by name, a group; False where they have it already or read inputs of different sizes."""
     if len({layer.in_features for layer in layers.values()}) > 1:
         return False
@@ -308,8 +325,9 @@ def seat_together(layers: dict[str, FusedLoraLinear]) -> bool:
 def dissolve_groups(model: nn.Module) -> None:
     """Every patched layer of the model runs alone again."""
     for module in model.modules():
-        if isinstance(module, FusedLoraLinear):
-            module.group = None
+        seat = module.__dict__.get("group")
+        if isinstance(seat, tuple) and seat and isinstance(seat[0], LayerGroup):
+            cast(Layer, module).group = None
 
 
 @contextlib.contextmanager
@@ -325,12 +343,12 @@ def watching(model: nn.Module) -> Iterator[list[tuple[str, ...]]]:
         >>> groups
         []
     """
-    names = {module: name for name, module in model.named_modules() if type(module) is FusedLoraLinear}
-    fed: list[tuple[Any, int, dict[str, FusedLoraLinear]]] = []  # (x, its version, who was fed it), in order
+    names: dict[Layer, str] = {module: name for name, module in model.named_modules() if is_fused(module)}
+    fed: list[tuple[Any, int, dict[str, Layer]]] = []  # (x, its version, who was fed it), in order
     seen: set[nn.Module] = set()
     formed: list[tuple[str, ...]] = []
 
-    def note(layer: FusedLoraLinear, args: tuple) -> None:
+    def note(layer: Layer, args: tuple) -> None:
         if not args or not isinstance(args[0], Tensor) or layer in seen:
             return
         x = args[0]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import autograd, dispatch, functional, group_dispatch, mixed_batches, mlp_autograd, mlp_dispatch
+from . import autograd, dispatch, functional, group_dispatch, grouping, mixed_batches, mlp_autograd, mlp_dispatch
 from .backends import mlp_torch
 from .layers import FusedLoraLinear
 
@@ -115,7 +115,7 @@ def _applies(module: nn.Module, recipe: Recipe, x: Any) -> bool:
     if nn_module._has_any_global_hook() or cls._fastlora_original.forward is not cls._fastlora_forward:
         return False
     down = module._modules.get(recipe.down)
-    if down is None or not _is_fused(down) or _is_overridden(down) or down.__dict__.get("group") is not None:
+    if down is None or not grouping.is_fused(down) or _is_overridden(down) or down.__dict__.get("group") is not None:
         return False
     return mixed_batches.current(down) is None and _settings(module, (*recipe.calls, recipe.down)) == recipe.settings
 
@@ -144,13 +144,6 @@ def _layer(down: Any, gate: Tensor) -> tuple[functional.GroupLayer, str] | None:
     if type(down) is not FusedLoraLinear:
         cast(Any, down).calls.fused += 1
     return functional.GroupLayer(weight, adapters, bias), down.backend
-
-
-def _is_fused(module: Any) -> bool:
-    if type(module) is FusedLoraLinear:
-        return True
-    peft_layers = sys.modules.get("fastlora.peft_layers")
-    return peft_layers is not None and type(module) is peft_layers.FusedPeftLinear
 
 
 def _is_overridden(module: nn.Module) -> bool:
@@ -196,8 +189,8 @@ def _looks_like_one(module: nn.Module) -> bool:
     projections = [module._modules[name] for name in _projections(module)]
     return (
         2 <= len(projections) <= 3
-        and any(_is_fused(child) for child in projections)
-        and all(isinstance(child, nn.Linear) or _is_fused(child) for child in projections)
+        and any(grouping.is_fused(child) for child in projections)
+        and all(isinstance(child, nn.Linear) or grouping.is_fused(child) for child in projections)
     )
 
 
@@ -232,7 +225,7 @@ def recognise(module: nn.Module, always: bool = False) -> Recipe | str:
     if found[0] != found[1]:
         return "its forward does not compute the same in training"
     calls, gate, up, down, activation = found[0]
-    if not _is_fused(module._modules[down]):
+    if not grouping.is_fused(module._modules[down]):
         return f"its last projection, {down}, is not patched"
     with _in_evaluation(module):
         settings = _settings(module, (*calls, down))

@@ -136,8 +136,8 @@ def patch(
             key is a regular expression, the first that matches counts, and "^" makes it match the whole name. As in
             PEFT, and saved as PEFT saves them.
         group: "auto" lets layers that lie side by side and are fed the same tensor, by their usual names (q_proj,
-            k_proj, v_proj; gate_proj, up_proj; ...), share their passes over it; or the sets of names; None leaves
-            them as they are. Same numbers, to rounding; layers without dropout only, on a CPU. docs/grouping.md.
+            k_proj, v_proj; gate_proj, up_proj; ...), share their passes over it, PEFT's too; or the sets of names; None
+            leaves them as they are. Same numbers, to rounding; without dropout only, on a CPU. docs/grouping.md.
         mlp: "auto" lets modules that compute down(act(gate(x)) * up(x)) or down(act(up(x))), which is found out by
             running them, keep less for the backward pass and read it less often; on a CPU only where that is no slower,
             with True there too. Same numbers, to rounding. docs/kernels/mlp.md.
@@ -168,10 +168,11 @@ def patch(
     peft_layers = dict(peft_lora_layers(model))
     settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": float(lora_dropout), "use_rslora": use_rslora}
     if peft_layers:
-        patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern, "group": group}
+        patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
         others = {"init_lora_weights": init_lora_weights, "adapter_name": adapter_name}
         _warn_of_ignored_settings(settings | others, patterns)
         report = _patch_peft(model, peft_layers, selection, backend, strict)
+        report.groups = grouping.form_groups(model, names_of_groups)
         report.mlps, report.mlps_left_alone = mlps.form(model, mlp)
         _log(model, report)
         return report

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
-from . import functional, mixed_batches
+from . import functional, grouping, mixed_batches
 from .layers import keep_off_the_fast_path
 from .peft_merge import DTYPES, PLAIN_TENSORS, ExactMergeLinear, parameters, why_not_base
 from .peft_starts import StartedLinear
@@ -65,7 +65,8 @@ class FusedPeftLinear(FusedLayer, ExactMergeLinear):
     """
 
     # Set by `adopt`, taken away by `release`.
-    STATE = ("backend", "calls", "undos")
+    STATE = ("backend", "calls", "undos", "group")
+    group: tuple[grouping.LayerGroup, str] | None  # the group that it belongs to, and its name there
     mixed_batch: mixed_batches.MixedBatch | None = None  # set on the instance within `fastlora.adapter_names`
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -90,9 +91,20 @@ class FusedPeftLinear(FusedLayer, ExactMergeLinear):
             return self._base_forward(x, **kwargs)
         if not torch.compiler.is_compiling():
             self.calls.fused += 1
+            if self.group is not None:
+                y = self.group[0].run(self, x, _reading(self, plan))
+                if y is not None:
+                    return y
         return functional.multi_lora_linear(
             x, plan.weight, plan.adapters, plan.bias, training=True, backend=self.backend
         )
+
+    def read_for_group(self, x: Tensor) -> grouping.Reading | None:
+        """The layer as it is now, for a group of which another member is called with x; None where it runs alone."""
+        if self._disable_adapters or self.merged_adapters:
+            return None
+        plan = _plan(self, x)
+        return None if isinstance(plan, str) else _reading(self, plan)
 
     def _mixed_forward(self, x: Tensor, batch: mixed_batches.MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """PEFT's `adapter_names`: every sequence with its own adapter."""
@@ -119,6 +131,11 @@ class FusedPeftLinear(FusedLayer, ExactMergeLinear):
         if not torch.compiler.is_compiling():
             self.calls.base += 1
         return super().forward(x, **kwargs)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__({"group": None, **state})  # a layer pickled by an earlier version has none
+        if self.group is not None:
+            self.group[0].add(self.group[1], self)
 
 
 def unsupported(layer: nn.Module) -> str | None:
@@ -156,7 +173,7 @@ def adopt(layer: nn.Module, backend: str = "auto") -> FusedPeftLinear:
         raise ValueError(f"fastlora: adopt: layer: {reason}")
     if type(layer) is PeftLinear:
         layer.__class__ = FusedPeftLinear
-        layer.calls, layer.undos = CallCounts(), []  # type: ignore[assignment]
+        layer.calls, layer.undos, layer.group = CallCounts(), [], None  # type: ignore[assignment]
         layer.lora_A.register_forward_pre_hook(keep_off_the_fast_path)
     fused = cast(FusedPeftLinear, layer)
     fused.backend = backend
@@ -203,6 +220,22 @@ class Plan:
     weight: Tensor
     bias: Tensor | None
     adapters: list[functional.Adapter]
+
+
+def _reading(layer: PeftLinear, plan: Plan) -> grouping.Reading:
+    """A plan with the tensors that its lora_A are, or are put together from: the same objects at every call."""
+    downs: Any = layer.lora_A._modules
+    running = [downs[name] for name in layer.active_adapters if name in downs]
+    sources = [
+        tensor
+        for down in running
+        for tensor in (*down._parameters.values(), *down._buffers.values())
+        if tensor is not None
+    ]
+    settings = [
+        (down.__dict__.get("beside"), adapter.dropout_p) for down, adapter in zip(running, plan.adapters, strict=True)
+    ]
+    return grouping.Reading(plan.weight, plan.bias, plan.adapters, sources, tuple(settings))
 
 
 def why_not_arguments(args: tuple, kwargs: dict[str, Any]) -> str | None:

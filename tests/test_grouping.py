@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+from grouped_models import CALLS, SURROUNDINGS, Attention, Block, K, around_one, counted_rounds, randn, step, trained
 from problems import path
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -18,33 +19,6 @@ from torch.utils.checkpoint import checkpoint
 import fastlora
 from fastlora import FusedLoraLinear, group_autograd, grouping
 from fastlora.grouping import dissolve_groups, watching
-
-K = 24
-
-
-class Attention(nn.Module):
-    """Four layers by their usual names; `order` says what forward does with q, k and v."""
-
-    def __init__(self):
-        super().__init__()
-        self.q_proj, self.k_proj = nn.Linear(K, 16), nn.Linear(K, 8)
-        self.v_proj, self.o_proj = nn.Linear(K, 8, bias=False), nn.Linear(32, K)
-
-    def forward(self, x, context=None):
-        context = x if context is None else context
-        return self.o_proj(torch.cat((self.q_proj(x), self.k_proj(context), self.v_proj(context)), dim=-1))
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attn = Attention()
-        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(K, 40), nn.Linear(K, 40), nn.Linear(40, K)
-
-    def forward(self, x):
-        x = x + self.attn(x)
-        h = torch.relu(x)
-        return x + self.down_proj(torch.nn.functional.silu(self.gate_proj(h)) * self.up_proj(h))
 
 
 @pytest.fixture(autouse=True)
@@ -56,16 +30,7 @@ def groups_of_every_size():
 
 @pytest.fixture
 def shrinks(monkeypatch):
-    """How many members each opened round has."""
-    opened = []
-    original = group_autograd.SharedInput.__init__
-
-    def counting(self, x, terms, *args, **kwargs):
-        opened.append(len(terms))
-        original(self, x, terms, *args, **kwargs)
-
-    monkeypatch.setattr(group_autograd.SharedInput, "__init__", counting)
-    return opened
+    return counted_rounds(monkeypatch)
 
 
 def make(module_class=Attention, group="auto", dtype=torch.float64, **settings):
@@ -73,25 +38,6 @@ def make(module_class=Attention, group="auto", dtype=torch.float64, **settings):
     model = module_class().to(dtype)
     fastlora.patch(model, r=4, init_lora_weights=False, group=group, **settings)
     return model
-
-
-def randn(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def trained(model):
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def step(model, run=None, x=None, seed=3):
-    """Output, and every gradient, of one pass."""
-    x = (randn(3, 5, K) if x is None else x).requires_grad_()
-    for parameter in trained(model):
-        parameter.grad = None
-    torch.manual_seed(seed)
-    y = (model if run is None else run)(x)
-    y.square().sum().backward()
-    return [y.detach(), x.grad, *(p.grad for p in trained(model))]
 
 
 def assert_as_one_by_one(model, run, *, expected_rounds, shrinks, **options):
@@ -153,22 +99,6 @@ def test_kernels_and_numbers_are_those_of_the_group(shrinks):
     assert shrinks == [3]
 
 
-CALLS = {
-    "another order": (lambda m: lambda x: torch.cat((m.v_proj(x), m.q_proj(x), m.k_proj(x)), -1), [3]),
-    "one skipped": (lambda m: lambda x: torch.cat((m.q_proj(x), m.v_proj(x)), -1), [3]),
-    "one alone": (lambda m: lambda x: m.k_proj(x), [3]),
-    "one twice": (lambda m: lambda x: torch.cat((m.q_proj(x), m.q_proj(x), m.k_proj(x), m.v_proj(x)), -1), [3, 3]),
-    "twice at the end": (
-        lambda m: lambda x: torch.cat((m.q_proj(x), m.k_proj(x), m.v_proj(x), m.k_proj(x)), -1),
-        [3, 3],
-    ),
-    "all twice": (lambda m: lambda x: torch.cat([f(x) for f in 2 * (m.q_proj, m.k_proj, m.v_proj)], -1), [3, 3]),
-    "cross-attention": (lambda m: lambda x: m(x, torch.tanh(x)), [3, 3]),
-    "an equal tensor": (lambda m: lambda x: torch.cat((m.q_proj(x), m.k_proj(x * 1)), -1), [3, 3]),
-    "a view": (lambda m: lambda x: torch.cat((m.q_proj(x), m.k_proj(x.view_as(x))), -1), [3, 3]),
-}
-
-
 @pytest.mark.parametrize("name", CALLS)
 def test_what_models_do(name, shrinks):
     run, rounds = CALLS[name]
@@ -189,27 +119,9 @@ def test_x_modified_in_between(shrinks):
     assert_as_one_by_one(make(), run, expected_rounds=[3, 3], shrinks=shrinks)
 
 
-def _no_grad_first(model):
-    def forward(x):
-        with torch.no_grad():
-            q = model.q_proj(x)
-        return torch.cat((q, model.k_proj(x), model.v_proj(x), model.q_proj(x)), -1)
-
-    return forward
-
-
-def _autocast_in_between(model):
-    def forward(x):
-        q = model.q_proj(x)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            k = model.k_proj(x)
-        return torch.cat((q, k.to(x.dtype), model.v_proj(x)), -1)
-
-    return forward
-
-
-@pytest.mark.parametrize("run", [_no_grad_first, _autocast_in_between])
-def test_other_surroundings_in_between(run, shrinks):
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_other_surroundings_in_between(name, shrinks):
+    run = SURROUNDINGS[name]
     model, alone = make(), make(group=None)
     torch.testing.assert_close(step(model, run(model)), step(alone, run(alone)))
     assert len(shrinks) >= 2
@@ -280,16 +192,6 @@ def test_dropout_on_a_cpu_draws_what_it_draws_alone(shrinks):
     assert_as_one_by_one(model, lambda model: model, expected_rounds=[2], shrinks=shrinks)
 
 
-def _around_one(name, reentrant):
-    def run(model):
-        def call(layer, x):
-            return checkpoint(layer, x, use_reentrant=reentrant) if layer is getattr(model, name) else layer(x)
-
-        return lambda x: torch.cat([call(layer, x) for layer in (model.q_proj, model.k_proj, model.v_proj)], -1)
-
-    return run
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_checkpointing_a_block(reentrant, dropout):
@@ -305,7 +207,7 @@ def test_checkpointing_a_block(reentrant, dropout):
 @pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
 def test_checkpointing_one_member(reentrant, name):
     model, alone = make(), make(group=None)
-    run = _around_one(name, reentrant)
+    run = around_one(name, reentrant)
     for _ in range(2):
         torch.testing.assert_close(step(model, run(model)), step(alone, run(alone)))
 
