@@ -56,6 +56,13 @@ class FusedLayer:
     backend: str
     calls: CallCounts
 
+    def _get_name(self) -> str:
+        """PEFT's class in `repr`, where scripts look for it."""
+        return next(cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith("peft."))
+
+    def extra_repr(self) -> str:
+        return "fused by fastlora"
+
 
 class FusedPeftLinear(FusedLayer, ExactMergeLinear):
     """PEFT's LoRA `Linear` whose forward runs `functional.multi_lora_linear` wherever that computes the same thing.
@@ -331,7 +338,7 @@ def _add_adapter(
     if x is not None and lora_a.dtype != x.dtype and not layer.cast_input_dtype_enabled:
         return f"casting the input is disabled, and the adapter is {lora_a.dtype} for a {x.dtype} input"
     plan.adapters.append(functional.Adapter(lora_a, lora_b, float(scaling), dropout_p))
-    if lora_b_bias is not None:  # lora_bias=True: s·(S Bᵀ + c) + b = s·S Bᵀ + (b + s·c)
+    if lora_b_bias is not None and x is not None:  # lora_bias=True: s·(S Bᵀ + c) + b = s·S Bᵀ + (b + s·c)
         addition = lora_b_bias * scaling
         plan.bias = addition if plan.bias is None else plan.bias + addition
     return None

@@ -323,3 +323,22 @@ def test_transformer_encoder_layers_do_not_skip_the_adapters():
         with fused.disable_adapter():
             assert not torch.allclose(fused(x), trained, atol=1e-3)
     assert len(lora_layers(plain)) == 2
+
+
+def test_it_shows_itself_as_peft_s_layer():
+    _, fused = pair()
+    shown = repr(lora_layers(fused)[0])
+    assert shown.startswith("lora.Linear(") and "fused by fastlora" in shown and "lora_A" in shown
+
+
+def test_adapters_that_are_not_loaded_yet(tmp_path):
+    """`low_cpu_mem_usage=True` makes adapters on the meta device; the layers can be adopted before they are filled."""
+    torch.manual_seed(0)
+    plain = peft.get_peft_model(Tower(), config(lora_bias=True))  # type: ignore[arg-type]
+    plain.save_pretrained(tmp_path)
+    base = copy.deepcopy(plain).unload()
+    empty = peft.PeftModel(base, config(lora_bias=True), low_cpu_mem_usage=True)
+    assert fastlora.patch(empty).patched
+    empty.load_adapter(tmp_path, "default", low_cpu_mem_usage=True)
+    x = torch.randn(3, WIDTH)
+    assert torch.allclose(empty.eval()(x), plain.eval()(x), atol=1e-6)

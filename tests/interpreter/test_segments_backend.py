@@ -107,7 +107,8 @@ def test_the_self_check_finds_what_is_wrong(wrong):
 
     def backward(*args):
         dx, grad_as, grad_bs = segments_kernels.backward(*args)
-        return dx, [-grad for grad in grad_as] if wrong == "backward" else grad_as, grad_bs
+        flipped = [-grad for grad in grad_as if grad is not None]
+        return dx, flipped if wrong == "backward" else grad_as, grad_bs
 
     found = segments_dispatch.self_check(SimpleNamespace(forward=forward, backward=backward), CPU, FP32, FP32, False)
     assert found is not None

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 import fastlora
 from fastlora import peft_layers
 
-WORST_FIRST = ("failed", "passed", "skipped")
+WORST_FIRST = ("failed", "skipped", "passed")
 
 
 class Counts:
