@@ -35,9 +35,17 @@ class Group:
         ]
 
 
-GROUPS = {  # name: (M, K, the members' N)
-    "cuda": {"qkv": (8192, 4096, (4096, 1024, 1024)), "gate and up": (8192, 4096, (14336, 14336))},
-    "cpu": {"qkv": (512, 1024, (1024, 256, 256)), "gate and up": (512, 1024, (2816, 2816))},
+GROUPS = {  # name: (M, K, the members' N); k and v apart, where a layer is small and LoRA costs most
+    "cuda": {
+        "qkv": (8192, 4096, (4096, 1024, 1024)),
+        "k and v": (8192, 4096, (1024, 1024)),
+        "gate and up": (8192, 4096, (14336, 14336)),
+    },
+    "cpu": {
+        "qkv": (512, 1024, (1024, 256, 256)),
+        "k and v": (512, 1024, (256, 256)),
+        "gate and up": (512, 1024, (2816, 2816)),
+    },
     "tiny": {"qkv": (64, 48, (48, 16, 16))},
 }
 

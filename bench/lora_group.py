@@ -1,7 +1,8 @@
 """Layers that share x, one by one and as a group, in turns: `python -m bench.lora_group` (docs/benchmarks.md).
 
 Prints the ratio of the group's time to that of the layers one by one, forward and forward + backward, for q, k, v of a
-model with grouped-query attention and for gate and up. On a CPU times are processor time. `--json PATH` keeps them.
+model with grouped-query attention, for its k and v alone, and for gate and up. On a CPU times are processor time.
+`--json PATH` keeps them.
 """
 
 from __future__ import annotations
@@ -19,13 +20,10 @@ from torch import Tensor
 from fastlora.functional import Adapter, GroupLayer, lora_group, multi_lora_linear
 
 from . import machine
+from .forms import GROUPS
 from .timing import Summary, timer_for
 
-SHAPES = {  # name: (M, K, the members' N)
-    "cuda": {"qkv": (8192, 4096, (4096, 1024, 1024)), "gate and up": (8192, 4096, (14336, 14336))},
-    "cpu": {"qkv": (512, 1024, (1024, 256, 256)), "gate and up": (512, 1024, (2816, 2816))},
-    "tiny": {"qkv": (512, 256, (64, 16, 16)), "gate and up": (512, 256, (96, 96))},
-}
+SHAPES = {**GROUPS, "tiny": {"qkv": (512, 256, (64, 16, 16)), "gate and up": (512, 256, (96, 96))}}
 DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "mixed": (torch.bfloat16, torch.float32),
