@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import dispatch
 from .backends import group_torch
-from .self_check import first_use
+from .self_check import first_difference, first_use, seeded
 
 KERNEL_BACKENDS = ("cublas", "triton")
 
@@ -93,8 +93,7 @@ def self_check(
     With dropout the masks are read off the implementation itself: with A = I, S is drop(x). The generators' states are
     left as they were.
     """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(0)
+    with seeded(device), torch.no_grad():
         m, k = 203, 72
         ranks = (k, k) if dropout else (10, 24)
         p = 0.25 if dropout else 0.0
@@ -117,9 +116,4 @@ def self_check(
             expected_dx += (ds @ a) * keep
             results += [(f"S of member {i}", s[i], dropped @ a.t()), (f"dA of member {i}", grads[i], ds.t() @ dropped)]
         results.append(("dX", dx, expected_dx))
-    allowed = 4e-2 if dtype in (torch.bfloat16, torch.float16) else 2e-3  # a wrong kernel is wrong by 1
-    for what, got, want in results:
-        error = ((got.double() - want).norm() / want.norm()).item()
-        if not error <= allowed:
-            return f"{what} differs from the reference by {error:.1e} (relative), allowed {allowed:.0e}"
-    return None
+    return first_difference(results, dtype)

@@ -394,6 +394,17 @@ def keep_off_the_fast_path(*_: Any) -> None:
     """A hook that never runs."""
 
 
+def is_overridden(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward: the fused path would leave that out."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
 def scale_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
     """alpha/r, or alpha/√r with rsLoRA."""
     return lora_alpha / (math.sqrt(r) if use_rslora else r)

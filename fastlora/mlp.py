@@ -24,7 +24,8 @@ from torch.nn.modules import module as nn_module
 
 from . import autograd, dispatch, functional, group_dispatch, grouping, mixed_batches, mlp_autograd, mlp_dispatch
 from .backends import mlp_torch
-from .layers import FusedLoraLinear
+from .layers import FusedLoraLinear, is_overridden
+from .self_check import seeded
 
 MODES = ("auto", True, False, None)
 _RECIPE = "_fastlora_mlp"
@@ -115,7 +116,7 @@ def _applies(module: nn.Module, recipe: Recipe, x: Any) -> bool:
     if nn_module._has_any_global_hook() or cls._fastlora_original.forward is not cls._fastlora_forward:
         return False
     down = module._modules.get(recipe.down)
-    if down is None or not grouping.is_fused(down) or _is_overridden(down) or down.__dict__.get("group") is not None:
+    if down is None or not grouping.is_fused(down) or is_overridden(down) or down.__dict__.get("group") is not None:
         return False
     return mixed_batches.current(down) is None and _settings(module, (*recipe.calls, recipe.down)) == recipe.settings
 
@@ -146,16 +147,6 @@ def _layer(down: Any, gate: Tensor) -> tuple[functional.GroupLayer, str] | None:
     return functional.GroupLayer(weight, adapters, bias), down.backend
 
 
-def _is_overridden(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
 def _settings(module: nn.Module, projections: tuple[str, ...]) -> tuple | None:
     """What else forward may depend on: the children beside the projections, and plain attributes. None where it cannot
     be known, as with hooks; and while a dropout drops something."""
@@ -169,7 +160,7 @@ def _settings(module: nn.Module, projections: tuple[str, ...]) -> tuple | None:
             found.append((name, type(child)))
         else:
             found.append((name, type(child), _plain_attributes(child)))
-        if _is_overridden(child):
+        if is_overridden(child):
             return None
     return tuple(found)
 
@@ -208,7 +199,7 @@ def recognise(module: nn.Module, always: bool = False) -> Recipe | str:
         return "it has parameters or buffers beside its projections"
     if "forward" in module.__dict__ or nn_module._has_any_global_hook():
         return "its forward was replaced on the instance, or there are hooks on every module"
-    if any(_is_overridden(child) for child in module.children()):
+    if any(is_overridden(child) for child in module.children()):
         return "hooks on a module in it, or a forward replaced on the instance"
     weight = next(module.parameters())
     if weight.is_meta:
@@ -334,10 +325,8 @@ def _difference(module: nn.Module, recipe: Recipe) -> str | None:
     sizes = (getattr(first, "in_features", None), weight.dtype, weight.device)
     if not isinstance(sizes[0], int):
         return f"the size of {recipe.gate}'s input is not known"
-    cuda = [weight.device] if weight.is_cuda else []
     try:
-        with _in_evaluation(module), torch.random.fork_rng(devices=cuda), torch.no_grad(), dispatch.measuring("off"):
-            torch.manual_seed(0)
+        with _in_evaluation(module), seeded(weight.device), torch.no_grad(), dispatch.measuring("off"):
             x = torch.randn(3, sizes[0], dtype=weight.dtype, device=weight.device)
             with torch.autocast(weight.device.type, enabled=False):
                 want = module(x)

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from . import group_dispatch
 from .backends import group_torch
 from .group_autograd import GroupMember, _shaped, _without_autocast, _writable
-from .self_check import first_use
+from .self_check import first_difference, first_use, seeded
 
 _failures: dict[tuple[str, torch.dtype, torch.dtype], str | None] = {}  # None: agrees with fp64
 
@@ -118,8 +118,7 @@ def _failure(norm: ModuleType, x: Tensor, weight: Tensor) -> str | None:
 def self_check(norm: ModuleType, device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype) -> str | None:
     """Compares y, S and dX with fp64 on a small problem that divides nothing; None where they agree, else what
     differs."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(0)
+    with seeded(device), torch.no_grad():
         m, k = 75, 136
         x, dy = (torch.randn(m, k, device=device).to(dtype) for _ in range(2))
         weight = (1 + 0.5 * torch.randn(k, device=device)).to(weight_dtype)
@@ -132,9 +131,4 @@ def self_check(norm: ModuleType, device: torch.device, dtype: torch.dtype, weigh
         (dx64,) = torch.autograd.grad(y64, x64, dy.double())
         results = [("y", y, y64.detach()), ("dX", dx, dx64)]
         results += [(f"S of member {i}", s[i], y64.detach() @ a.double().t()) for i, a in enumerate(lora_As)]
-    allowed = 4e-2 if dtype in (torch.bfloat16, torch.float16) else 2e-3  # a wrong kernel is wrong by 1
-    for what, got, want in results:
-        error = ((got.double() - want).norm() / want.norm()).item()
-        if not error <= allowed:
-            return f"{what} differs from the reference by {error:.1e} (relative), allowed {allowed:.0e}"
-    return None
+    return first_difference(results, dtype)

@@ -23,7 +23,7 @@ from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from . import functional, grouping, mixed_batches
-from .layers import keep_off_the_fast_path
+from .layers import is_overridden, keep_off_the_fast_path
 from .peft_merge import DTYPES, PLAIN_TENSORS, ExactMergeLinear, parameters, why_not_base
 from .peft_starts import StartedLinear
 
@@ -252,17 +252,6 @@ def why_not_arguments(args: tuple, kwargs: dict[str, Any]) -> str | None:
         if value is not None:
             return f"keyword argument {name}"
     return None
-
-
-def is_overridden(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward: the fused path would leave that out."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def _plan(layer: PeftLinear, x: Tensor | None, mixed: Sequence[str] | None = None) -> Plan | str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import functional, peft_layers, quantized
+from .layers import is_overridden
 from .peft_layers import CallCounts, FusedLayer
 from .quant_autograd import quantised_lora_linear
 
@@ -125,7 +126,7 @@ def read_plan(layer: Any, x: Tensor | None) -> Plan | str:
     reason = quantized.why_not(base)
     if reason is not None:
         return reason
-    if peft_layers.is_overridden(base):
+    if is_overridden(base):
         return "hooks on the base layer, or its forward replaced"
     if nn_module._has_any_global_hook():
         return "global module hooks"

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import dispatch, reference
 from .backends import segments_torch
 from .kernels.segment_plan import BASE, Segments
-from .self_check import first_use
+from .self_check import first_difference, first_use, seeded
 
 _failures: dict[tuple[str, torch.dtype, torch.dtype, bool], str | None] = {}  # None: agrees with the reference
 
@@ -61,9 +61,7 @@ def self_check(
     With dropout the masks are read off the implementation: with A = I, S is drop(x). The generators' states are left as
     they were.
     """
-    devices = [device] if device.type == "cuda" else []
-    with torch.inference_mode(False), torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.manual_seed(0)
+    with seeded(device), torch.no_grad():
         n, k, tokens, p = 152, 72, 41, 0.25 if dropout else 0.0
         segments = Segments([1, 0, BASE, 1, 0], tokens)
         sequences = segments.sequences
@@ -89,9 +87,4 @@ def self_check(
         ).view(-1, n)
         expected = [want.detach(), *torch.autograd.grad(want, leaves, dy.double())]
     names = ("output", "gradient of x", *(f"gradient of lora_{f} {i}" for f in "AB" for i in range(2)))
-    allowed = 4e-2 if dtype in (torch.bfloat16, torch.float16) else 2e-3  # a wrong kernel is wrong by 1
-    for name, one, other in zip(names, got, expected, strict=True):
-        error = ((one.double() - other).norm() / other.norm()).item()
-        if not error <= allowed:
-            return f"{name} differs from the reference by {error:.1e} (relative), allowed {allowed:.0e}"
-    return None
+    return first_difference(zip(names, got, expected, strict=True), dtype)

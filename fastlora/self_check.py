@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import reference
 
@@ -26,8 +28,7 @@ def first_use(
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return NOT_YET
         try:
-            with torch.inference_mode(False):  # a first call in inference mode is no reason to fail
-                failure = check()
+            failure = check()
         except Exception as error:  # a kernel that does not compile or launch must not take the training run with it
             failure = f"{type(error).__name__}: {error}"
         verdicts[key] = failure
@@ -40,6 +41,29 @@ def first_use(
     return verdicts[key]
 
 
+@contextlib.contextmanager
+def seeded(device: torch.device) -> Iterator[None]:
+    """Within it the generators of the CPU and of this device start at 0, in no inference mode (the reference is
+    differentiated); afterwards they are as they were. No other device's generator is touched."""
+    on_gpu = device.type == "cuda"
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reach every GPU's generator
+        if on_gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
+        yield
+
+
+def first_difference(results: Iterable[tuple[str, Tensor, Tensor]], dtype: torch.dtype) -> str | None:
+    """The first of (name, got, wanted in fp64) that is wrong for a computation in `dtype`; None where all are right."""
+    allowed = 4e-2 if dtype in (torch.bfloat16, torch.float16) else 2e-3  # a wrong kernel is wrong by 1
+    for name, got, want in results:
+        error = ((got.double() - want).norm() / want.norm()).item()
+        if not error <= allowed:
+            return f"{name} differs from the reference by {error:.1e} (relative), allowed {allowed:.0e}"
+    return None
+
+
 def self_check(
     module: ModuleType, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout: bool
 ) -> str | None:
@@ -48,13 +72,7 @@ def self_check(
     None where they agree, else what differs. With dropout the mask is read off the backend itself: with A = I, S is
     drop(x). The generators' states are left as they were.
     """
-    devices = [device] if device.type == "cuda" else []
-    # A first call in inference mode is no reason to fail: the reference is differentiated here.
-    with torch.inference_mode(False), torch.random.fork_rng(devices=devices), torch.no_grad():
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would reach every GPU's generator
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(0)
+    with seeded(device), torch.no_grad():
         return _compare_with_reference(module, device, dtype, adapter_dtype, 0.25 if dropout else 0.0)
 
 
@@ -83,12 +101,5 @@ def _compare_with_reference(
             leaves[0], weight.double(), leaves[1], leaves[2], scaling, bias.double(), dropout_p, keep
         )
     expected_grads = torch.autograd.grad(expected, leaves, dy.double())
-    tolerance = (
-        4e-2 if dtype in (torch.bfloat16, torch.float16) else 2e-3
-    )  # a wrong kernel is wrong by 1, not by a rounding
     names = ("output", "gradient of x", "gradient of lora_A", "gradient of lora_B")
-    for name, got, want in zip(names, (y, *grads), (expected, *expected_grads), strict=True):
-        error = ((got.double() - want).norm() / want.norm()).item()
-        if not error <= tolerance:
-            return f"{name} differs from the reference by {error:.1e} (relative), allowed {tolerance:.0e}"
-    return None
+    return first_difference(zip(names, (y, *grads), (expected.detach(), *expected_grads), strict=True), dtype)

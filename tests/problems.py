@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_close_to_fp64
 from torch import Tensor
 
-from fastlora import autograd, reference
+from fastlora import autograd, mlp_autograd, reference
 from fastlora.functional import lora_linear
 
 PATHS = ("composed", "function")
@@ -28,6 +29,19 @@ def path(name: str) -> Iterator[None]:
         yield
     finally:
         autograd.SMALL = former
+
+
+def spied_mlps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The activations of the MLPs that run fused from now on, in order."""
+    calls: list[str] = []
+    original = mlp_autograd.activated_linear
+
+    def counting(*args):
+        calls.append(args[-2])
+        return original(*args)
+
+    monkeypatch.setattr(mlp_autograd, "activated_linear", counting)
+    return calls
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_close_to_fp64
-from problems import path
+from problems import path, spied_mlps
 from torch import Tensor
 
-from fastlora import mlp_autograd, mlp_dispatch, reference
+from fastlora import mlp_dispatch, reference
 from fastlora.backends import mlp_torch
 from fastlora.functional import Adapter, GroupLayer, lora_activated_linear, lora_mlp
 
@@ -35,15 +35,7 @@ def fused_at_every_size():
 
 @pytest.fixture
 def fused_calls(monkeypatch):
-    calls = []
-    original = mlp_autograd.activated_linear
-
-    def counting(*args):
-        calls.append(args[-2])
-        return original(*args)
-
-    monkeypatch.setattr(mlp_autograd, "activated_linear", counting)
-    return calls
+    return spied_mlps(monkeypatch)
 
 
 def tensors(gated=True, dtype=FP32, adapter_dtype=None, bias=True, shape=(3, 7)) -> dict[str, Any]:

@@ -8,13 +8,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import path
+from problems import path, spied_mlps
 from tiny_models import tiny_batch, tiny_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import mlp, mlp_autograd
+from fastlora import mlp
 
 K, N = 12, 20
 
@@ -27,15 +27,7 @@ def fused_at_every_size():
 
 @pytest.fixture
 def fused_calls(monkeypatch):
-    calls = []
-    original = mlp_autograd.activated_linear
-
-    def counting(*args):
-        calls.append(args[-2])
-        return original(*args)
-
-    monkeypatch.setattr(mlp_autograd, "activated_linear", counting)
-    return calls
+    return spied_mlps(monkeypatch)
 
 
 class Gated(nn.Module):
