@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -195,4 +197,9 @@ def _process(rank: int, folder: str, checks: list[Callable[[str], None]]) -> Non
             dist.all_reduce(failed)
         if failed:
             break
-    dist.destroy_process_group()
+    # Every outcome is on disk. The teardown of the process group and of the interpreter is left out: in it a run of
+    # these tests was once aborted, all checks passed, over a C++ thread still alive ("terminate called without an active
+    # exception").
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
