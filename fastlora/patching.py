@@ -12,9 +12,7 @@ import logging
 import re
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -22,77 +20,15 @@ from torch import Tensor, nn
 from . import grouping, progress, sharding
 from . import mlp as mlps
 from .layers import FusedLoraLinear, check_adapter_arguments, check_backend
+from .patch_report import ModuleReport, PatchReport
 from .peft_format import from_pattern
 from .starts import check_init, check_not_shared, shifts_weight
 from .targets import Selection, candidates, peft_lora_layers, why_not_patchable
 
 _FROZEN = "_fastlora_requires_grad"  # on each module of a patched model: {its own parameter: requires_grad before}
 _ORIGINAL_CLASS = "_fastlora_class"  # on a patched layer
-_REPR_ROWS = 40
 
 logger = logging.getLogger("fastlora")
-
-
-@dataclass(frozen=True)
-class ModuleReport:
-    """One module: `patched` or not, and why (for a patched one: what it got)."""
-
-    name: str
-    kind: str
-    patched: bool
-    reason: str
-    targeted: bool = True
-
-
-@dataclass
-class PatchReport:
-    """What `patch` did, a line per module; `str(report)` is the table."""
-
-    modules: list[ModuleReport] = field(default_factory=list)
-    groups: list[tuple[str, ...]] = field(default_factory=list)  # names of the layers that `group` has put together
-    mlps: dict[str, str] = field(default_factory=dict)  # names of the modules that `mlp` has fused: what each is
-    mlps_left_alone: dict[str, str] = field(default_factory=dict)  # of those that look like an MLP: why not
-
-    @property
-    def patched(self) -> list[str]:
-        """Names of the modules that run fused now."""
-        return [line.name for line in self.modules if line.patched]
-
-    @property
-    def left_alone(self) -> dict[str, str]:
-        """Name -> reason for every linear layer or target that was left as it was."""
-        return {line.name: line.reason for line in self.modules if not line.patched}
-
-    def __str__(self) -> str:
-        rows = [("module", "kind", "", "why")]
-        rows += [
-            (line.name or "(the model itself)", line.kind, "patched" if line.patched else "left alone", line.reason)
-            for line in self.modules
-        ]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        table = "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + f"  {row[3]}"
-            for row in rows
-        )
-        return f"{self.summary}\n{table}"
-
-    @property
-    def summary(self) -> str:
-        """The table's first line: how many modules were patched and left alone."""
-        grouped = f", {len(self.groups)} groups" if self.groups else ""
-        grouped += f", {len(self.mlps)} MLPs" if self.mlps else ""
-        return f"fastlora: {len(self.patched)} modules patched, {len(self.left_alone)} left alone{grouped}"
-
-    def __repr__(self) -> str:
-        """The table, or for a model of many layers what a prompt can show: how many have which reason."""
-        if len(self.modules) <= _REPR_ROWS:
-            return str(self)
-        counts = Counter((line.patched, line.kind, line.reason) for line in self.modules)
-        rows = [
-            f"  {count} × {kind} {'patched' if patched else 'left alone'}: {reason}"
-            for (patched, kind, reason), count in counts.most_common(_REPR_ROWS)
-        ]
-        return "\n".join([self.summary, *rows, "  (print the report for a line each)"])
 
 
 def patch(
@@ -171,7 +107,9 @@ def patch(
         patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
         others = {"init_lora_weights": init_lora_weights, "adapter_name": adapter_name}
         _warn_of_ignored_settings(settings | others, patterns)
-        report = _patch_peft(model, peft_layers, selection, backend, strict)
+        from . import peft_patching  # which needs peft, and the model brought it
+
+        report = peft_patching.patch(model, peft_layers, selection, backend, strict)
         report.groups = grouping.form_groups(model, names_of_groups)
         report.mlps, report.mlps_left_alone = mlps.form(model, mlp)
         _log(model, report)
@@ -438,49 +376,6 @@ def _original_kind(module: nn.Module) -> str:
 
 
 # PEFT models.
-
-
-def _patch_peft(
-    model: nn.Module, layers: dict[str, Any], selection: Selection, backend: str, strict: bool
-) -> PatchReport:
-    from . import peft_layers, peft_tuner  # the one place that needs peft, and the model brought it
-
-    report = PatchReport()
-    plan = []
-    for name, layer in layers.items():
-        kind = type(layer).__name__
-        why_not = None
-        if not selection.all_linear and not selection.names(name):
-            why_not = "not among target_modules"
-        elif selection.excludes(name):
-            why_not = "in exclude_modules"
-        targeted = why_not is None
-        if isinstance(layer, peft_layers.FusedLayer):
-            report.modules.append(ModuleReport(name, kind, True, "was patched already", targeted))
-            continue
-        why_not = why_not or peft_layers.unsupported(layer)
-        if targeted and why_not is not None and strict:
-            raise ValueError(f"patch: strict=True, and {name!r} cannot be patched: {why_not}")
-        if why_not is None:
-            plan.append(layer)
-        reason = why_not or peft_layers.prediction(layer) or "PEFT's adapters, run fused"
-        report.modules.append(ModuleReport(name, kind, why_not is None, reason, targeted))
-    if not any(line.targeted for line in report.modules):
-        raise ValueError(
-            f"patch: target_modules: {selection.targets!r} selects none of this model's PEFT layers: "
-            f"{', '.join(list(layers)[:8])}{', ...' if len(layers) > 8 else ''}"
-        )
-    for layer in plan:
-        peft_layers.adopt(layer, backend)
-    peft_tuner.follow(model, selection, backend)
-    if not report.patched:
-        warnings.warn(
-            "fastlora.patch: none of this model's PEFT layers can run fused; they stay with PEFT. Reasons:\n"
-            + str(report),
-            UserWarning,
-            stacklevel=3,
-        )
-    return report
 
 
 def is_fused_peft(module: nn.Module) -> bool:

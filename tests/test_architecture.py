@@ -51,6 +51,8 @@ FLOORS = {
     "fastlora.peft_bnb": 5,
     "fastlora.peft_tuner": 5,
     "fastlora.peft_format": 5,
+    "fastlora.patch_report": 5,
+    "fastlora.peft_patching": 6,
     "fastlora.adapters": 6,
     "fastlora.checkpoint": 6,
     "fastlora.doctor": 6,

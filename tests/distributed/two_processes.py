@@ -197,9 +197,8 @@ def _process(rank: int, folder: str, checks: list[Callable[[str], None]]) -> Non
             dist.all_reduce(failed)
         if failed:
             break
-    # Every outcome is on disk. The teardown of the process group and of the interpreter is left out: in it a run of
-    # these tests was once aborted, all checks passed, over a C++ thread still alive ("terminate called without an active
-    # exception").
+    # Every outcome is on disk. The teardown of the process group and of the interpreter is left out: a run whose checks
+    # had all passed was aborted in it over a C++ thread still alive ("terminate called without an active exception").
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
