@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import autograd, dispatch, env, functional, quantized, tuning_cache
+from . import autograd, dispatch, dora_dispatch, env, functional, quantized, tuning_cache
 from . import measure as measuring
+from .backends import dora_torch
 from .layers import FusedLoraLinear
 
 
@@ -141,7 +142,7 @@ def _fused(
         beside = len(adapters) - max(1, len(plain))
         if autograd.autocast_enabled(x):
             x, weight, bias = functional._autocast(x, weight, bias)
-        lora_A, lora_B, _, dropout_p = adapter
+        lora_A, lora_B, dropout_p = adapter.lora_A, adapter.lora_B, adapter.dropout_p
         call = dispatch.Call(x.reshape(-1, x.shape[-1]), weight, bias, lora_A, lora_B, dropout_p)
         sizes = str(measuring.key_of(call.x, weight, lora_A, dropout_p))
         if weight.numel() == 0 or not functional._takes_fused_path(x, weight, bias, lora_A, lora_B):
@@ -155,6 +156,9 @@ def _fused(
     reason = peek.choice.reason
     if composed and peek.choice.name == "torch" and x.device.type == "cpu" and x.numel() < autograd.SMALL:
         reason += "; x is small: ATen's own autograd differentiates it"
+    if any(one.magnitude is not None for one in adapters):
+        kernels = dora_dispatch.select(x, lora_A, backend) is not dora_torch
+        reason += f"; DoRA's norms and scaling by {'Triton kernels' if kernels else 'ATen'}"
     if beside:
         reason += f"; {beside} of {len(adapters)} adapters have dropout of their own and run eagerly beside it"
     times = {} if peek.entry is None else {way: dict(peek.entry[way]) for way in tuning_cache.DIRECTIONS}

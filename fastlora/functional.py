@@ -19,12 +19,18 @@ _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 class Adapter(NamedTuple):
     """One low-rank term s·(drop(x) Aᵀ) Bᵀ: lora_A (r, K), lora_B (N, r), the scale s and the dropout probability in
-    force (0 in eval mode)."""
+    force (0 in eval mode).
+
+    With a magnitude (N,) it is DoRA's, and not only a term: see `dora_linear`. `norm` (N,): the norms of the rows of
+    W0 + s·B A where they are known already.
+    """
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
     dropout_p: float = 0.0
+    magnitude: Tensor | None = None
+    norm: Tensor | None = None
 
 
 class GroupLayer(NamedTuple):
@@ -98,18 +104,21 @@ def multi_lora_linear(
 
     Arguments as in `lora_linear`. Without adapters it is the frozen layer. Adapters that drop nothing run as one, of
     rank Σ rᵢ; each of the others has a mask of its own, drawn in the order given (as PEFT does); all but one of those
-    add their term in eager PyTorch.
+    add their term in eager PyTorch. Adapters with a magnitude each add what `dora_linear` makes of the frozen layer's
+    output.
     """
     if not training:
         for adapter in adapters:
             _check_probability(adapter.dropout_p)
         adapters = [adapter._replace(dropout_p=0.0) for adapter in adapters]
-    if len(adapters) == 1:
+    if len(adapters) == 1 and adapters[0].magnitude is None:
         return _fused(x, weight, adapters[0], bias, backend)
     if not adapters:
         return F.linear(x, weight, bias)
     for adapter in adapters:
         _check(x, weight, adapter, bias)
+    if any(adapter.magnitude is not None for adapter in adapters):
+        return dora_functional.multi_dora_linear(x, weight, adapters, bias, backend)
     plain = [adapter for adapter in adapters if adapter.dropout_p == 0.0]
     dropped = [adapter for adapter in adapters if adapter.dropout_p > 0.0]
     first = _concatenate(plain) if plain else dropped.pop(0)
@@ -148,7 +157,7 @@ def lora_group(
     backends.
 
     Raises:
-        ValueError: as `lora_linear`; with `shared_mask`, probabilities that differ.
+        ValueError: as `lora_linear`; with `shared_mask`, probabilities that differ, or an adapter with a magnitude.
     """
     layers = [
         layer if training else layer._replace(adapters=[a._replace(dropout_p=0.0) for a in layer.adapters])
@@ -157,6 +166,8 @@ def lora_group(
     for layer in layers:
         for adapter in layer.adapters:
             _check(x, layer.weight, adapter, layer.bias)
+            if shared_mask and adapter.magnitude is not None:
+                raise ValueError("lora_group: shared_mask: got True and an adapter with a magnitude (DoRA), want False")
     probabilities = {adapter.dropout_p for layer in layers for adapter in layer.adapters}
     if shared_mask and len(probabilities) > 1:
         raise ValueError(
@@ -257,7 +268,13 @@ def run_segments(
     if autograd.autocast_enabled(x):
         x, weight, bias = _autocast(x, weight, bias)
     _check_one_dtype(x, weight, bias)
-    lora_As, lora_Bs, scalings, dropout_ps = (list(several) for several in zip(*adapters, strict=True))
+    if any(adapter.magnitude is not None for adapter in adapters):
+        raise ValueError(
+            "lora_mixed_batch: adapters: got one with a magnitude (DoRA), want plain ones: run its "
+            "sequences in a batch of their own"
+        )
+    columns = zip(*(adapter[:4] for adapter in adapters), strict=True)
+    lora_As, lora_Bs, scalings, dropout_ps = (list(several) for several in columns)
     fused = _takes_fused_path(x, weight, bias, *lora_As, *lora_Bs) and not torch.compiler.is_compiling()
     if not fused or weight.numel() == 0 or x.is_nested:
         return reference.mixed_batch_lora_linear(x, weight, adapters, segments.sequences, bias)
@@ -303,8 +320,10 @@ def open_group(
 
 def as_one_adapter(adapters: Sequence[Adapter]) -> Adapter | None:
     """A layer's adapters as a single one, where its term is one product: not without adapters, nor where one of several
-    drops something."""
+    drops something, nor with a magnitude."""
     if not adapters or (len(adapters) > 1 and any(adapter.dropout_p > 0.0 for adapter in adapters)):
+        return None
+    if any(adapter.magnitude is not None for adapter in adapters):
         return None
     return _concatenate(adapters)
 
@@ -313,14 +332,14 @@ def _with_one_mask(x: Tensor, layers: Sequence[GroupLayer], dropout_p: float) ->
     dropped = F.dropout(x, dropout_p)
     for layer in layers:
         y = F.linear(x, layer.weight, layer.bias)
-        for a, b, scaling, _ in layer.adapters:
-            s = F.linear(dropped.to(y.dtype), a.to(y.dtype))
-            y = y + F.linear(s, b.to(y.dtype)) * scaling
+        for adapter in layer.adapters:
+            s = F.linear(dropped.to(y.dtype), adapter.lora_A.to(y.dtype))
+            y = y + F.linear(s, adapter.lora_B.to(y.dtype)) * adapter.scaling
         yield y
 
 
 def _fused(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, backend: str) -> Tensor:
-    lora_A, lora_B, scaling, dropout_p = adapter
+    lora_A, lora_B, scaling, dropout_p, _, _ = adapter
     _check(x, weight, adapter, bias)
     if autograd.autocast_enabled(x):
         x, weight, bias = _autocast(x, weight, bias)
@@ -422,6 +441,8 @@ def _check(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None) -> 
 
 
 # Below, because it is made of what is above.
+from . import dora_functional  # noqa: E402
+from .dora_functional import dora_linear as dora_linear  # noqa: E402
 from .mlp_functional import lora_activated_linear as lora_activated_linear  # noqa: E402
 from .mlp_functional import lora_mlp as lora_mlp  # noqa: E402
 from .mlp_functional import rms_norm_lora as rms_norm_lora  # noqa: E402

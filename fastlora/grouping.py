@@ -201,12 +201,12 @@ def _read(layer: Layer, x: Tensor) -> Reading | None:
     adapters = layer.running_adapters()
     if not adapters:
         return None
-    names, lora_A, lora_A0, shifted = layer.active_adapters, layer.lora_A, layer.lora_A0, layer._weight_before_shift
+    names, shifted = layer.active_adapters, layer._weight_before_shift
     return Reading(
         layer.weight.t() if layer.fan_in_fan_out else layer.weight,
         layer.bias,
         adapters,
-        [lora_A[name] for name in names] + [lora_A0[name] for name in names if name in lora_A0],
+        [part[name] for part in (layer.lora_A, layer.lora_A0, layer.lora_E) for name in names if name in part],
         (tuple(names), tuple(adapter.dropout_p for adapter in adapters), shifted is None or shifted[0]),
     )
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch, functional, mixed_batches
-from .starts import AdapterStart, check_init, shifts_weight
+from .adapter_variants import FROZEN, TRAINED, AdapterVariants, check_kinds
+from .starts import check_init, shifts_weight
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-class FusedLoraLinear(AdapterStart):
+class FusedLoraLinear(AdapterVariants):
     """y = x W0ᵀ + b + Σ s·(drop(x) Aᵀ) Bᵀ over the active adapters, with W0 and b frozen.
 
     It is an `nn.Linear`: `weight` (out_features, in_features) and `bias` keep their keys. Adapters are `lora_A[name]`
@@ -31,10 +32,14 @@ class FusedLoraLinear(AdapterStart):
         lora_dropout: probability, in [0, 1), of dropping an input element on the low-rank path while training.
         use_rslora: scale by alpha/√r (arXiv 2312.03732) rather than alpha/r.
         init_lora_weights: how the adapter starts: see `reset_adapter`.
+        use_dora: give every row a learnt length, `lora_magnitude_vector[name]` (out_features,): see
+            `functional.dora_linear`.
+        use_adalora: give every rank a learnt singular value, `lora_E[name]` (r, 1), for
+            `fastlora.variants.RankAllocator`.
 
     Raises:
         ValueError: r < 1, a probability outside [0, 1), an adapter name that is taken or cannot name a parameter, an
-            initialisation that does not exist or that the weight cannot give.
+            initialisation that does not exist or that the weight cannot give; use_dora with use_adalora.
 
     Source: Hu et al. 2021, LoRA, arXiv 2106.09685.
     """
@@ -51,11 +56,15 @@ class FusedLoraLinear(AdapterStart):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         init_lora_weights: bool | str = True,
+        use_dora: bool = False,
+        use_adalora: bool = False,
     ) -> None:
         check_adapter_arguments("default", r, lora_alpha, lora_dropout)
+        check_kinds(use_dora, use_adalora, init_lora_weights, "FusedLoraLinear")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self._init_adapter_state(fan_in_fan_out=False, backend="auto")
-        self.add_adapter("default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, dtype=self.weight.dtype)
+        settings = (r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+        self.add_adapter("default", *settings, self.weight.dtype, use_dora, use_adalora)
         self._freeze_base()
 
     @classmethod
@@ -68,6 +77,8 @@ class FusedLoraLinear(AdapterStart):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
         init_lora_weights: bool | str = True,
+        use_dora: bool = False,
+        use_adalora: bool = False,
     ) -> FusedLoraLinear:
         """A layer that shares `linear`'s weight and bias, which are frozen by this; `linear` itself stays usable.
 
@@ -80,6 +91,7 @@ class FusedLoraLinear(AdapterStart):
                 f"FusedLoraLinear.from_linear: linear: got {type(linear).__name__}, want a torch.nn.Linear"
             )
         check_adapter_arguments("default", r, lora_alpha, lora_dropout)
+        check_kinds(use_dora, use_adalora, init_lora_weights, "FusedLoraLinear.from_linear")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
@@ -88,7 +100,8 @@ class FusedLoraLinear(AdapterStart):
             layer.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
         layer.training = linear.training
         layer._init_adapter_state(fan_in_fan_out=False, backend="auto")
-        layer.add_adapter("default", r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, dtype=adapter_dtype)
+        settings = (r, lora_alpha, lora_dropout, use_rslora, init_lora_weights)
+        layer.add_adapter("default", *settings, adapter_dtype, use_dora, use_adalora)
         layer._freeze_base()
         return layer
 
@@ -101,10 +114,8 @@ class FusedLoraLinear(AdapterStart):
         "lora_dropout",
         "use_rslora",
         "scaling",
-        "lora_A",
-        "lora_B",
-        "lora_A0",
-        "lora_B0",
+        *TRAINED,
+        *FROZEN,
         "active_adapters",
         "disable_adapters",
         "merged_adapters",
@@ -123,6 +134,8 @@ class FusedLoraLinear(AdapterStart):
         self.scaling: dict[str, float] = {}
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
+        self.lora_E = nn.ParameterDict()  # AdaLoRA's singular values
+        self.lora_magnitude_vector = nn.ParameterDict()  # DoRA's
         # Frozen: where an adapter did not start at zero, what takes its start away again (see `set_initial_factors`).
         self.lora_A0 = nn.ParameterDict()
         self.lora_B0 = nn.ParameterDict()
@@ -154,16 +167,19 @@ class FusedLoraLinear(AdapterStart):
         use_rslora: bool = False,
         init_lora_weights: bool | str = True,
         dtype: torch.dtype | None = None,
+        use_dora: bool = False,
+        use_adalora: bool = False,
     ) -> None:
         """Adds an adapter; it is active (and trainable) only where it is the layer's only one.
 
         `init_lora_weights`: see `reset_adapter`. `dtype` is float32 by default where the weight is bfloat16 or float16,
-            else the weight's.
+            else the weight's. `use_dora`, `use_adalora`: as in `FusedLoraLinear`.
 
         Raises ValueError, with nothing changed, for r < 1, a probability outside [0, 1), a name that is taken or cannot
-        name a parameter, an initialisation that does not exist or that the weight cannot give.
+        name a parameter, an initialisation that does not exist or that the weight cannot give; both kinds at once.
         """
         check_adapter_arguments(name, r, lora_alpha, lora_dropout)
+        check_kinds(use_dora, use_adalora, init_lora_weights, "FusedLoraLinear.add_adapter")
         check_init(init_lora_weights, "FusedLoraLinear.add_adapter", r)
         if name in self.lora_A:
             raise ValueError(
@@ -179,17 +195,21 @@ class FusedLoraLinear(AdapterStart):
         if dtype is None:
             dtype = torch.float32 if self.weight.dtype in HALF_DTYPES else self.weight.dtype
         active = len(self.lora_A) == 0
-        factory = {"device": self.weight.device, "dtype": dtype}
-        with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
-            lora_A = nn.Parameter(torch.empty(r, self.in_features, **factory), requires_grad=active)
-            lora_B = nn.Parameter(torch.empty(self.out_features, r, **factory), requires_grad=active)
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": (r, self.in_features), "lora_B": (self.out_features, r)}
+        shapes |= {"lora_E": (r, 1)} if use_adalora else {}
+        shapes |= {"lora_magnitude_vector": (self.out_features,)} if use_dora else {}
         self.r[name] = r
         self.lora_alpha[name] = lora_alpha
         self.lora_dropout[name] = float(lora_dropout)
         self.use_rslora[name] = use_rslora
         self.scaling[name] = scale_of(lora_alpha, r, use_rslora)
-        self.lora_A[name], self.lora_B[name] = lora_A, lora_B
         try:
+            with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
+                for key, shape in shapes.items():
+                    # A magnitude in half precision would not be the norm that it is divided by.
+                    kind = torch.promote_types(dtype, torch.float32) if len(shape) == 1 else dtype
+                    values = torch.empty(shape, device=self.weight.device, dtype=kind)
+                    self._modules[key][name] = nn.Parameter(values, requires_grad=active)  # type: ignore[index]
             self.reset_adapter(name, init_lora_weights)
         except BaseException:
             self._forget_adapter(name)
@@ -218,17 +238,10 @@ class FusedLoraLinear(AdapterStart):
     def _forget_adapter(self, name: str) -> None:
         """Removes what there is of an adapter: an interrupted `add_adapter` leaves a part of one."""
         self.forget_initial_factors(name)
-        for state in (
-            self.r,
-            self.lora_alpha,
-            self.lora_dropout,
-            self.use_rslora,
-            self.scaling,
-            self.lora_A,
-            self.lora_B,
-        ):
-            if name in state:
-                del state[name]
+        settings = (self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.scaling)
+        for state in (*settings, *(self._modules[key] for key in TRAINED)):
+            if name in state:  # type: ignore[operator]
+                del state[name]  # type: ignore[index, attr-defined]
         self.active_adapters = [active for active in self.active_adapters if active != name]
 
     def set_adapter(self, names: str | Iterable[str]) -> None:
@@ -245,17 +258,10 @@ class FusedLoraLinear(AdapterStart):
             )
         self.active_adapters = names
         for name in self.lora_A:
-            self.lora_A[name].requires_grad_(name in names)
-            self.lora_B[name].requires_grad_(name in names)
+            for parameter in self.trained_parameters(name):
+                parameter.requires_grad_(name in names)
 
     # Merging.
-
-    def get_delta_weight(self, name: str) -> Tensor:
-        """What the adapter adds to the weight, s·B A or s·(B A − B₀A₀), in float32 (float64 for float64 adapters) and
-        in the weight's layout: (out, in), or (in, out) with `fan_in_fan_out`."""
-        self._check_names([name], "get_delta_weight")
-        delta = self._product(name, self.lora_A, self.lora_B)
-        return delta + self._product(name, self.lora_A0, self.lora_B0) if self._runs_beside(name) else delta
 
     def merge(self, untie: bool = False) -> None:
         """Adds the active adapters to the weight: summed in float32, rounded once to the weight's dtype.
@@ -325,7 +331,11 @@ class FusedLoraLinear(AdapterStart):
             functional.Adapter(lora_A[name], lora_B[name], scaling[name], dropout[name] if training else 0.0)
             for name in names
         ]
-        return self._with_initial_factors(names, adapters) if len(self._modules["lora_A0"]) else adapters  # type: ignore[arg-type]
+        if len(self._modules["lora_A0"]):  # type: ignore[arg-type]
+            adapters = self._with_initial_factors(names, adapters)
+        if len(self._modules["lora_E"]) or len(self._modules["lora_magnitude_vector"]):  # type: ignore[arg-type]
+            adapters = self._as_variants(names, adapters)
+        return adapters
 
     def _with_initial_factors(
         self, names: Sequence[str], adapters: list[functional.Adapter]
@@ -378,6 +388,7 @@ class FusedLoraLinear(AdapterStart):
             f"{name}{'' if name in self.active_adapters else ' (inactive)'}: r={self.r[name]}, "
             f"scaling={self.scaling[name]:g}"
             + (f", dropout={self.lora_dropout[name]:g}" if self.lora_dropout[name] else "")
+            + (", DoRA" if name in self.lora_magnitude_vector else ", AdaLoRA" if name in self.lora_E else "")
             for name in self.r
         )
         merged = f", merged={self.merged_adapters}" if self.merged_adapters else ""

@@ -353,7 +353,7 @@ def _fused_on_anything(module: nn.Module, recipe: Recipe, x: Tensor) -> Tensor |
     choice = mlp_dispatch.select(gate, recipe.activation, member)
     if isinstance(choice, str):
         return None
-    return mlp_autograd.activated_linear(gate, up, weight, bias, *adapter, recipe.activation, choice)
+    return mlp_autograd.activated_linear(gate, up, weight, bias, *adapter[:4], recipe.activation, choice)
 
 
 @functools.cache

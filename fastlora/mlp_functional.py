@@ -90,7 +90,7 @@ def lora_activated_linear(
     if adapter is None or choice is None or isinstance(choice, str):
         h = mlp_torch.ACTIVATIONS[activation].value(gate)
         return functional.multi_lora_linear(h if up is None else h * up, weight, layer.adapters, bias, backend=backend)
-    return mlp_autograd.activated_linear(gate, up, weight, bias, *adapter, activation, choice)
+    return mlp_autograd.activated_linear(gate, up, weight, bias, *adapter[:4], activation, choice)
 
 
 def _may_activate(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import grouping, progress, sharding
 from . import mlp as mlps
+from .adapter_variants import FROZEN, TRAINED, check_kinds
 from .layers import FusedLoraLinear, check_adapter_arguments, check_backend
 from .patch_report import ModuleReport, PatchReport
 from .peft_format import from_pattern
@@ -48,6 +49,8 @@ def patch(
     alpha_pattern: Mapping[str, float] | None = None,
     group: str | Sequence[Sequence[str]] | None = None,
     mlp: str | bool | None = None,
+    use_dora: bool = False,
+    use_adalora: bool = False,
 ) -> PatchReport:
     """Swaps fused LoRA layers into a model, in place.
 
@@ -77,6 +80,9 @@ def patch(
         mlp: "auto" lets modules that compute down(act(gate(x)) * up(x)) or down(act(up(x))), which is found out by
             running them, keep less for the backward pass and read it less often; on a CPU only where that is no slower,
             with True there too. Same numbers, to rounding. docs/kernels/mlp.md.
+        use_dora: adapters with a learnt length for every row of the weight, as in PEFT. docs/dora.md.
+        use_adalora: adapters P Λ Q, whose ranks `fastlora.variants.RankAllocator` deals out while training; r is the
+            rank that each begins with.
 
     Returns:
         A `PatchReport`: a line per module, patched or left alone and why.
@@ -97,12 +103,14 @@ def patch(
     check_adapter_arguments(adapter_name, r, lora_alpha, lora_dropout, caller="patch")
     check_backend(backend, "patch")
     check_init(init_lora_weights, "patch", r)
+    check_kinds(use_dora, use_adalora, init_lora_weights, "patch")
     names_of_groups = grouping.check_names(group, "patch")
     mlps.check_mode(mlp, "patch")
     _check_patterns(rank_pattern, alpha_pattern)
     selection = Selection(model, target_modules, exclude_modules)
     peft_layers = dict(peft_lora_layers(model))
     settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": float(lora_dropout), "use_rslora": use_rslora}
+    settings |= {"use_dora": use_dora, "use_adalora": use_adalora}
     if peft_layers:
         patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
         others = {"init_lora_weights": init_lora_weights, "adapter_name": adapter_name}
@@ -226,7 +234,7 @@ def _check_patterns_used(names: Iterable[str], patterns: dict[str, Any], strict:
 
 def _warn_of_ignored_settings(settings: dict, patterns: dict) -> None:
     defaults = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": False, "init_lora_weights": True}
-    defaults["adapter_name"] = "default"
+    defaults |= {"adapter_name": "default", "use_dora": False, "use_adalora": False}
     ignored = [f"{key}={value!r}" for key, value in settings.items() if value != defaults[key]]
     ignored += [f"{key}={value!r}" for key, value in patterns.items() if value]
     if ignored:
@@ -337,7 +345,7 @@ def _flags_to_record(model: nn.Module, plan: Iterable[nn.Module]) -> list[tuple[
     planned = {id(module) for module in plan}
     seen_whole = _FROZEN in model.__dict__
     layers = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
-    adapters = {id(part) for layer in layers for part in (layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0)}
+    adapters = {id(layer._modules[key]) for layer in layers for key in (*TRAINED, *FROZEN)}
     recorded: dict[int, bool] = {}
     for module in model.modules():
         flags = module.__dict__.get(_FROZEN, {})

@@ -57,7 +57,7 @@ class FusedQuantisedLayer(FusedLayer):
             return peft_forward(x, **kwargs)
         self.calls.fused += 1
         weight = quantized.snapshot(layer.base_layer, plan.dtype)
-        return quantised_lora_linear(x, weight, plan.bias, *plan.adapters[0], self.backend, plan.out_dtype)
+        return quantised_lora_linear(x, weight, plan.bias, *plan.adapters[0][:4], self.backend, plan.out_dtype)
 
 
 class FusedTorchaoLinear(FusedQuantisedLayer, TorchaoLoraLinear):  # type: ignore[misc]

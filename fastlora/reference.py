@@ -7,6 +7,7 @@ Every backend is tested against `lora_linear` in fp64. It is also what runs wher
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,18 +47,18 @@ def lora_linear(
 def mixed_batch_lora_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
-    adapters: Sequence[tuple[torch.Tensor, torch.Tensor, float, float]],
+    adapters: Sequence[Sequence[Any]],
     sequences: Sequence[Sequence[int]],
     bias: torch.Tensor | None = None,
     keep_masks: Sequence[torch.Tensor | None] | None = None,
 ) -> torch.Tensor:
     """y = x W0ᵀ + b, and s·(drop(x) Aᵀ) Bᵀ in the sequences of each adapter.
 
-    x (batch, ..., K); adapters (lora_A, lora_B, scaling, dropout_p); `sequences[i]`: where in the batch adapter i is
-    used; keep_masks: one (its rows in order, K) for each adapter, or None. Returns (batch, ..., N).
+    x (batch, ..., K); adapters (lora_A, lora_B, scaling, dropout_p, ...); `sequences[i]`: where in the batch adapter i
+    is used; keep_masks: one (its rows in order, K) for each adapter, or None. Returns (batch, ..., N).
     """
     y = F.linear(x, weight, bias)
-    for i, (lora_A, lora_B, scaling, dropout_p) in enumerate(adapters):
+    for i, (lora_A, lora_B, scaling, dropout_p, *_) in enumerate(adapters):
         where = torch.tensor(sequences[i], dtype=torch.int64, device=x.device)
         rows = x.index_select(0, where)
         keep = None if keep_masks is None else keep_masks[i]
@@ -65,3 +66,28 @@ def mixed_batch_lora_linear(
         s = F.linear(dropped, lora_A.to(y.dtype))
         y = y.index_add(0, where, scaling * F.linear(s, lora_B.to(y.dtype)))
     return y
+
+
+def dora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    keep_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y = x W0ᵀ + b + (m/n − 1) ∘ (drop(x) W0ᵀ) + (m/n) ∘ s·(drop(x) Aᵀ) Bᵀ, n = ‖W0 + s·B A‖ by row, a constant.
+
+    Without dropout that is x W′ᵀ + b with W′ = m ∘ (W0 + s·B A)/n (Liu et al. 2024, DoRA, arXiv 2402.09353, eq. 5, with
+    n out of the gradient as in its section 4.3); the dropped form is that of the paper's code, and PEFT's. magnitude
+    (N,); the others as in `lora_linear`.
+    """
+    a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    norm = (weight + scaling * (b @ a)).detach().norm(dim=1)
+    factor = magnitude.to(x.dtype) / norm
+    dropped = apply_dropout(x, dropout_p, keep_mask)
+    frozen, low_rank = F.linear(dropped, weight), scaling * F.linear(F.linear(dropped, a), b)
+    return F.linear(x, weight, bias) + (factor - 1) * frozen + factor * low_rank

@@ -192,15 +192,7 @@ class AdapterStart(nn.Linear):
     _weight_before_shift: tuple[str, Tensor] | None
 
     def reset_adapter(self, name: str, init_lora_weights: bool | str = True) -> None:
-        """Starts an adapter anew, by PEFT's names (docs/initialisation.md).
-
-        True, A ~ U(±1/√in) (Kaiming, a = √5) and B = 0; "gaussian", A ~ N(0, 1/r²) and B = 0 (the paper's);
-        "orthogonal", both random with B A = 0, r even; False, B like A, so that the adapter changes the output at once
-        (for tests and benchmarks). "pissa", `"pissa_niter_<iterations>"` and "olora" move a part of the weight into the
-        adapter: its bits come back with `reset_adapter`, `delete_adapter` and `unpatch`.
-
-        Raises ValueError, with nothing changed, for an unknown name, and as `from_weight` and `set_initial_factors` do.
-        """
+        """Starts A and B anew: see `FusedLoraLinear.reset_adapter`."""
         caller = "FusedLoraLinear.reset_adapter"
         self._check_names([name], "reset_adapter")
         check_init(init_lora_weights, caller, self.r[name])
@@ -258,7 +250,7 @@ class AdapterStart(nn.Linear):
             with torch.no_grad():
                 dtype = torch.promote_types(self.weight.dtype, torch.float32)
                 weight = self._weight_before_shift[1].to(self.weight).to(dtype)
-                self.weight.copy_(weight + self._product(name, self.lora_A0, self.lora_B0))
+                self.weight.copy_(weight + self._product(name, self.lora_A0[name], self.lora_B0[name]))
 
     def check_initial_factors(self, name: str, exact: bool) -> None:
         """Raises ValueError where `set_initial_factors` cannot work in the layer's present state."""
@@ -337,12 +329,12 @@ class AdapterStart(nn.Linear):
         """Whether −B₀A₀ is part of the adapter rather than of the weight."""
         return name in self.lora_A0 and self.shifted_by != name
 
-    def _product(self, name: str, lora_A: nn.ParameterDict, lora_B: nn.ParameterDict) -> Tensor:
-        """s·B A in the weight's layout."""
-        dtype = torch.float64 if lora_A[name].dtype == torch.float64 else torch.float32
+    def _product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        """s·b a in the weight's layout."""
+        dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
         device_type = "cpu" if self.weight.is_meta else self.weight.device.type  # autocast knows no meta device
         with torch.no_grad(), torch.autocast(device_type, enabled=False):  # which would multiply in its own dtype
-            product = torch.mm(lora_B[name].to(dtype), lora_A[name].to(dtype)).mul_(self.scaling[name])
+            product = torch.mm(b.to(dtype), a.to(dtype)).mul_(self.scaling[name])
         return product.t() if self.fan_in_fan_out else product
 
     def _check_names(self, names: Iterable[str], method: str) -> None:

@@ -301,7 +301,7 @@ def test_several_adapters(names, training):
     got = multi_lora_linear(x, weight, adapters, bias, training=training)
     torch.manual_seed(2)
     want = F.linear(x, weight, bias)
-    for a, b, scaling, dropout_p in adapters:
+    for a, b, scaling, dropout_p, *_ in adapters:
         dropped = F.dropout(x, dropout_p, training) if dropout_p else x
         want = want + scaling * F.linear(F.linear(dropped, a.to(x.dtype)), b.to(x.dtype))
     torch.testing.assert_close(got, want)
@@ -319,7 +319,7 @@ def test_several_adapters_in_half_precision():
 
     def summed(x, weight, bias):
         y = F.linear(x, weight, bias)
-        for a, b, scaling, _ in adapters:
+        for a, b, scaling, *_ in adapters:
             y = y + scaling * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
         return y
 

@@ -70,7 +70,7 @@ def by_reference(x, layers, masks, double):
     x = change(x).requires_grad_()
     leaves, outputs = [x], []
     for layer, mask in zip(layers, masks, strict=True):
-        ((a, b, scaling, p),) = layer.adapters
+        ((a, b, scaling, p, *_),) = layer.adapters
         a, b = change(a).requires_grad_(), change(b).requires_grad_()
         leaves += [a, b]
         outputs.append(reference.lora_linear(x, change(layer.weight), a, b, scaling, change(layer.bias), p, mask))
@@ -315,5 +315,5 @@ def test_small_x_runs_one_by_one():
     layers, x = make_layers(), make_x(19, 33).requires_grad_()
     with path("composed"):
         for y, layer in zip(lora_group(x, layers), layers, strict=True):
-            ((a, b, scaling, _),) = layer.adapters
+            ((a, b, scaling, *_),) = layer.adapters
             assert torch.equal(y, lora_linear(x, layer.weight, a, b, scaling, layer.bias))

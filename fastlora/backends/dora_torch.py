@@ -1,0 +1,72 @@
+"""DoRA's norms and scaling in plain ATen: the CPU's path, and every other's fallback.
+
+Everything N×K or M×N beyond the arguments is made a few rows at a time, so that it stays in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 18  # elements made at a time: 1 MiB in fp32
+
+
+def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """‖W0 + s·B A‖ of every row (N,) for weight (N, K), lora_A (r, K) and lora_B (N, r), in fp32 (fp64 for fp64)."""
+    wide = _wide(weight.dtype, lora_A.dtype)
+    lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
+    norm = weight.new_empty(weight.shape[0], dtype=wide)
+    for rows in _chunks(*weight.shape):
+        total = torch.addmm(weight[rows].to(wide), lora_B[rows], lora_A, alpha=scaling)
+        torch.linalg.vector_norm(total, dim=1, out=norm[rows])
+    return norm
+
+
+def scale(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, *, in_place: bool = False) -> Tensor:
+    """y (M, N) = (m/n) ∘ z + b by column, rounded once; `in_place` writes it over z."""
+    factor = _factor(z, magnitude, norm)
+    y = z if in_place else torch.empty_like(z)
+    bias = None if bias is None else bias.to(factor.dtype)
+    for rows in _chunks(*z.shape):
+        product = z[rows] * factor  # in factor's dtype, the wider one
+        y[rows] = product if bias is None else product.add_(bias)
+    return y
+
+
+def scale_backward(
+    dy: Tensor, z: Tensor | None, magnitude: Tensor, norm: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dz, dm, db), None where `needs` is False: dz = (m/n) ∘ dY, dm = Σ dY ∘ z / n and db = Σ dY over the rows.
+
+    dz in dY's dtype; dm and db (N,) as they were summed, in fp32 (fp64 for fp64). z is read for dm alone.
+    """
+    needs_z, needs_m, needs_bias = needs
+    factor = _factor(dy, magnitude, norm)
+    dz = torch.empty_like(dy) if needs_z else None
+    dm, db = (factor.new_zeros(factor.shape) if needed else None for needed in (needs_m, needs_bias))
+    for rows in _chunks(*dy.shape):
+        wide = dy[rows].to(factor.dtype)
+        if dz is not None:
+            dz[rows] = wide * factor
+        if dm is not None:
+            assert z is not None
+            dm += (wide * z[rows]).sum(0)
+        if db is not None:
+            db += wide.sum(0)
+    return dz, None if dm is None else dm.div_(norm), db
+
+
+def _factor(like: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
+    """m/n (N,), at least in fp32."""
+    return (magnitude.to(norm.dtype) / norm).to(_wide(like.dtype, norm.dtype))
+
+
+def _wide(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _chunks(rows: int, columns: int) -> Iterator[slice]:
+    step = max(1, CHUNK // max(1, columns))
+    yield from (slice(start, start + step) for start in range(0, rows, step))
