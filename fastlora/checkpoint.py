@@ -7,24 +7,18 @@ into it; everything read is checked before the model is touched. No pickle, ever
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import re
-import shutil
 import sys
-import tempfile
-import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import patching, peft_format, progress, sharding, starts, targets
+from . import adapter_files, patching, peft_format, progress, sharding, starts, targets
+from .adapter_files import contents, modules_outside_adapters, most_common
 from .layers import FusedLoraLinear, check_adapter_arguments, scale_of
 from .peft_format import AdapterFile, Spec, some
 from .targets import lora_layers
@@ -69,8 +63,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     files: dict[Path, bytes] = {}
     for name in wanted:
         folder = root if name in ("default", adapter_name) else root / name
-        contents = _peft_contents(model, name, root) if _is_peft_model(model) else _contents(model, name)
-        files.update({(root if file == "README.md" else folder) / file: data for file, data in contents.items()})
+        made = adapter_files.peft_contents(model, name, root) if _is_peft_model(model) else contents(model, name)
+        files.update({(root if file == "README.md" else folder) / file: data for file, data in made.items()})
 
     def write() -> None:
         try:
@@ -116,25 +110,23 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         _load_into_peft(model, root, adapter_name, peft_format.changes_base(config))
         return
     file = peft_format.parse(root, config, tensors)
-    layers = dict(_modules_outside_adapters(model))
+    layers = dict(modules_outside_adapters(model))
     _check_against_model(model, layers, file, adapter_name)
-    _check_wrapped(wrapped, adapter_name, any(not _has_adapter(layers[name], adapter_name) for name in file.lora_A))
+    _check_wrapped(wrapped, adapter_name, any(not _has_adapter(layers[name], adapter_name) for name in file.modules))
     if sharding.has_shards(model):
         _check_starts_at_zero(file, layers, adapter_name)
-    shifts = _shifts(model, {name: layers[name] for name in file.lora_A}, file, adapter_name)
-    new = [name for name in file.lora_A if not _has_adapter(layers[name], adapter_name)]
+    shifts = _shifts(model, {name: layers[name] for name in file.modules}, file, adapter_name)
+    new = [name for name in file.modules if not _has_adapter(layers[name], adapter_name)]
     with _added(model, layers, file, adapter_name, new), torch.no_grad():
-        for name in file.lora_A:
+        for name in file.modules:
             layer = layers[name]
             assert isinstance(layer, FusedLoraLinear)
             layer.forget_initial_factors(adapter_name)
             _set_scale(layer, adapter_name, file.spec(name))
             if name in shifts:
                 layer.set_initial_factors(adapter_name, *shifts[name], exact=False)
-            for parameter, values in (
-                (layer.lora_A[adapter_name], file.lora_A[name]),
-                (layer.lora_B[adapter_name], file.lora_B[name]),
-            ):
+            for factor, values in file.modules[name].items():
+                parameter = getattr(layer, factor)[adapter_name]
                 parameter.copy_(sharding.spread(values, parameter))
 
 
@@ -173,118 +165,8 @@ def _adapters_of(model: nn.Module) -> list[str]:
     return list(names)
 
 
-def _modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by name, but for what a LoRA layer holds inside."""
-    inside: set[int] = set()
-    for _, layer in lora_layers(model):
-        inside.update(id(module) for module in layer.modules() if module is not layer)
-    for name, module in model.named_modules():
-        if id(module) not in inside:
-            yield name, module
-
-
 def _has_adapter(module: nn.Module, adapter_name: str) -> bool:
     return isinstance(module, FusedLoraLinear) and adapter_name in module.lora_A
-
-
-# Saving.
-
-
-def _contents(model: nn.Module, adapter_name: str) -> dict[str, bytes]:
-    """The two files' contents."""
-    modules = dict(_modules_outside_adapters(model))
-    layers = {name: m for name, m in modules.items() if isinstance(m, FusedLoraLinear) and adapter_name in m.lora_A}
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        lora_A, lora_B, r, _ = layer.as_plain_adapter(adapter_name)
-        wanted = {"A": (r, layer.in_features), "B": (layer.out_features, r)}
-        for side, parameter in (("A", lora_A), ("B", lora_B)):
-            tensor = sharding.whole(parameter.detach())
-            if tuple(tensor.shape) != wanted[side] or tensor.is_meta:
-                raise ValueError(
-                    f"save_adapter: model: lora_{side} of {name!r} is a {tuple(tensor.shape)} tensor on "
-                    f"{tensor.device}, want {wanted[side]}: gather sharded parameters before saving"
-                )
-            tensors[f"{peft_format.PREFIX}{name}{'.' if name else ''}lora_{side}.weight"] = tensor.cpu().contiguous()
-    config = _config(model, modules, layers, adapter_name)
-    return {
-        peft_format.CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        peft_format.WEIGHTS_NAME: safetensors.torch.save(tensors, metadata={"format": "pt"}),
-    }
-
-
-def _most_common(values: Iterable[Any]) -> Any:
-    return Counter(values).most_common(1)[0][0]
-
-
-def _config(
-    model: nn.Module, modules: dict[str, nn.Module], layers: dict[str, FusedLoraLinear], adapter_name: str
-) -> dict[str, Any]:
-    use_rslora = _most_common(layer.use_rslora[adapter_name] for layer in layers.values())
-    plain = {name: layer.as_plain_adapter(adapter_name) for name, layer in layers.items()}
-    ranks = {name: r for name, (_, _, r, _) in plain.items()}
-    alphas = {}
-    for name, layer in layers.items():
-        alpha = plain[name][3]
-        if layer.use_rslora[adapter_name] != use_rslora:  # one flag for all: the same scale by another alpha
-            alpha = alpha / math.sqrt(ranks[name]) if not use_rslora else alpha * math.sqrt(ranks[name])
-            alpha = alpha * ranks[name] if not use_rslora else alpha / ranks[name]
-        alphas[name] = alpha
-    dropouts = {layer.lora_dropout[adapter_name] for layer in layers.values()}
-    dropout = _most_common(layer.lora_dropout[adapter_name] for layer in layers.values())
-    if len(dropouts) > 1:
-        warnings.warn(
-            f"fastlora.save_adapter: adapter {adapter_name!r} has lora_dropout {sorted(dropouts)} in different layers, "
-            f"and the format holds one number: {dropout} is saved",
-            UserWarning,
-            stacklevel=4,
-        )
-    r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
-    return {
-        "peft_type": "LORA",
-        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "revision": None,
-        "task_type": None,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "target_modules": peft_format.target_modules(set(layers), set(modules)),
-        "exclude_modules": None,
-        "rank_pattern": {peft_format.pattern(name): rank for name, rank in ranks.items() if rank != r},
-        "alpha_pattern": {peft_format.pattern(name): value for name, value in alphas.items() if value != alpha},
-        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
-        "bias": "none",
-        "use_rslora": use_rslora,
-        "modules_to_save": None,
-        "init_lora_weights": True,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "use_dora": False,
-        "lora_bias": False,
-    }
-
-
-def _peft_contents(model: Any, adapter_name: str, root: Path) -> dict[str, bytes]:
-    """What PEFT's own `save_pretrained` writes for one adapter (and its README.md), without touching the directory."""
-    with tempfile.TemporaryDirectory() as folder:
-        card = root / "README.md"
-        if card.is_file():  # PEFT updates a model card that is there
-            shutil.copy(card, folder)
-        state = _gathered_state(model, adapter_name) if sharding.has_shards(model) else None
-        model.save_pretrained(folder, selected_adapters=[adapter_name], state_dict=state)
-        paths = [path for path in Path(folder).rglob("*") if path.is_file()]
-        return {path.name: path.read_bytes() for path in paths}
-
-
-def _gathered_state(model: Any, adapter_name: str) -> dict[str, Any]:
-    """The model's state, of which what PEFT saves of this adapter is whole; the base stays in its shards."""
-    from peft import get_peft_model_state_dict  # the model brought it
-
-    state = model.state_dict()
-    saved = {id(value) for value in get_peft_model_state_dict(model, state, adapter_name).values()}
-    return {key: sharding.whole(value) if id(value) in saved else value for key, value in state.items()}
 
 
 # Reading, and checking before the model is touched.
@@ -299,7 +181,7 @@ def _check_wrapped(wrapped: str | None, adapter_name: str, new: bool) -> None:
 
 
 def _check_starts_at_zero(file: AdapterFile, layers: dict[str, nn.Module], adapter_name: str) -> None:
-    started = any(adapter_name in cast(FusedLoraLinear, layers[name]).lora_A0 for name in file.lora_A)
+    started = any(adapter_name in cast(FusedLoraLinear, layers[name]).lora_A0 for name in file.modules)
     if file.shift is not None or started:
         raise ValueError(
             f"load_adapter: adapter_name: {adapter_name!r} {'in the file' if file.shift else 'in the model'} did not "
@@ -310,7 +192,7 @@ def _check_starts_at_zero(file: AdapterFile, layers: dict[str, nn.Module], adapt
 def _check_against_model(model: nn.Module, layers: dict[str, nn.Module], file: AdapterFile, adapter_name: str) -> None:
     """Raises ValueError where the file does not fit the model, naming the module, what it has and what is wanted."""
     check_adapter_arguments(adapter_name, 1, 1, 0.0, caller="load_adapter")
-    given = set(file.lora_A)
+    given = set(file.modules)
     if given - set(layers):
         linear = [name for name, module in layers.items() if isinstance(module, nn.Linear)]
         raise ValueError(
@@ -342,7 +224,7 @@ def _check_against_model(model: nn.Module, layers: dict[str, nn.Module], file: A
             f"load_adapter: adapter_name: {adapter_name!r} exists already, and not in {some(given - existing)}, for "
             "which there are weights; want another name"
         )
-    for name in file.lora_A:
+    for name in file.modules:
         _check_shapes(name, layers[name], file, adapter_name)
 
 
@@ -352,12 +234,21 @@ def _check_shapes(name: str, layer: nn.Module, file: AdapterFile, adapter_name: 
         raise ValueError(f"load_adapter: {name!r} cannot carry an adapter: {why_not}")
     weight_shape = tuple(layer.weight.shape)  # type: ignore[arg-type]
     n, k = weight_shape[::-1] if _is_stored_in_out(layer) else weight_shape
-    r = file.spec(name).r
+    spec = file.spec(name)
+    r = spec.r
     if isinstance(layer, FusedLoraLinear) and adapter_name in layer.r:
         r = layer.r[adapter_name]
-    for side, tensor, wanted in (("A", file.lora_A[name], (r, k)), ("B", file.lora_B[name], (n, r))):
-        if tuple(tensor.shape) != wanted:
-            raise ValueError(f"load_adapter: lora_{side} of {name!r}: got shape {tuple(tensor.shape)}, want {wanted}")
+        if (use_dora := layer.use_dora[adapter_name]) != spec.use_dora:
+            raise ValueError(
+                f"load_adapter: adapter_name: {adapter_name!r} of {name!r} has use_dora={use_dora}, the file "
+                f"use_dora={spec.use_dora}; want another name"
+            )
+    shapes = {"lora_A": (r, k), "lora_B": (n, r), "lora_magnitude_vector": (n,)}
+    for factor, tensor in file.modules[name].items():
+        if tuple(tensor.shape) != shapes[factor]:
+            raise ValueError(
+                f"load_adapter: {factor} of {name!r}: got shape {tuple(tensor.shape)}, want {shapes[factor]}"
+            )
 
 
 def _is_stored_in_out(layer: nn.Module) -> bool:
@@ -410,7 +301,7 @@ def _added(
         return
     was_patched = patching.is_patched(model)
     fused = [layer for layer in layers.values() if isinstance(layer, FusedLoraLinear)]
-    common = _most_common(file.spec(name) for name in names)
+    common = most_common(file.spec(name) for name in names)
     patching.patch(
         model,
         **common._asdict(),

@@ -28,7 +28,6 @@ PREFIX = "base_model.model."
 
 # Settings of PEFT's LoraConfig under which the files hold something else than plain LoRA matrices.
 _UNSUPPORTED = (
-    "use_dora",
     "lora_bias",
     "modules_to_save",
     "layer_replication",
@@ -49,7 +48,13 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Those among the others whose change of the base weights can be found again from the original ones, as PEFT does when
 # it loads them. Not "pissa_niter_N" (PEFT draws it at random, anew at each load), nor what depends on data.
 _REPEATABLE_INITS = ("pissa", "olora")
-_KEY = re.compile(r"(?:base_model\.model\.)?(?:(?P<name>.+)\.)?lora_(?P<side>[AB])\.weight")
+# The tensors of one module, by the name of the layer's own dictionary: PEFT's suffix, and how many dimensions.
+FACTORS = {"lora_A": (".weight", 2), "lora_B": (".weight", 2), "lora_magnitude_vector": ("", 1)}
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?:(?P<name>.+)\.)?(?:"
+    + "|".join(f"(?P<{factor}>{re.escape(factor + suffix)})" for factor, (suffix, _) in FACTORS.items())
+    + ")"
+)
 
 
 class Spec(NamedTuple):
@@ -59,14 +64,15 @@ class Spec(NamedTuple):
     lora_alpha: float
     lora_dropout: float
     use_rslora: bool
+    use_dora: bool = False
 
 
 class AdapterFile(NamedTuple):
-    """What a directory holds: the configuration, and lora_A (r, in) and lora_B (out, r) by module name."""
+    """What a directory holds: the configuration, and by module name lora_A (r, in), lora_B (out, r) and, of DoRA,
+    lora_magnitude_vector (out,)."""
 
     config: dict[str, Any]
-    lora_A: dict[str, Tensor]
-    lora_B: dict[str, Tensor]
+    modules: dict[str, dict[str, Tensor]]
 
     @property
     def shift(self) -> str | None:
@@ -78,7 +84,8 @@ class AdapterFile(NamedTuple):
         config = self.config
         r = from_pattern(config.get("rank_pattern"), name, config["r"])
         alpha = from_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
-        return Spec(r, alpha, float(config.get("lora_dropout") or 0.0), bool(config.get("use_rslora", False)))
+        dropout, use_rslora = float(config.get("lora_dropout") or 0.0), bool(config.get("use_rslora", False))
+        return Spec(r, alpha, dropout, use_rslora, bool(config.get("use_dora", False)))
 
 
 def _repeatable(init: Any) -> str | None:
@@ -186,32 +193,37 @@ def read(root: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def parse(root: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterFile:
-    """Checks the files against each other: settings and keys of plain LoRA, A and B in pairs of the right rank."""
+    """Checks the files against each other: settings and keys of LoRA or DoRA, each module's tensors together, and of
+    the right rank."""
     _check_config(root / CONFIG_NAME, config)
     where = root / WEIGHTS_NAME
-    sides: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+    wanted = [factor for factor in FACTORS if factor != "lora_magnitude_vector" or config.get("use_dora")]
+    modules: dict[str, dict[str, Tensor]] = {}
     unexpected = []
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        if match is None or not tensor.is_floating_point() or tensor.dim() != 2:
+        factor = "" if match is None else next(factor for factor in FACTORS if match[factor])
+        fits = factor in wanted and tensor.is_floating_point() and tensor.dim() == FACTORS[factor][1]
+        if match is None or not fits:
             unexpected.append(f"{key} {tuple(tensor.shape)} {tensor.dtype}")
         else:
-            sides[match["side"]][match["name"] or ""] = tensor
+            modules.setdefault(match["name"] or "", {})[factor] = tensor
     if unexpected:
+        keys = ", ".join(f".{factor}{FACTORS[factor][0]}" for factor in wanted)
         raise ValueError(
             f"load_adapter: {where}: {len(unexpected)} tensors that are no LoRA matrices: {some(unexpected)}; "
-            f"want keys {PREFIX}<module>.lora_A.weight and .lora_B.weight"
+            f"want keys {PREFIX}<module> and one of {keys}"
         )
-    file = AdapterFile(config, sides["A"], sides["B"])
-    alone = sorted(file.lora_A.keys() ^ file.lora_B.keys())
-    if alone or not file.lora_A:
+    alone = sorted(name for name, found in modules.items() if len(found) < len(wanted))
+    if alone or not modules:
         raise ValueError(
-            f"load_adapter: {where}: want lora_A and lora_B for every module, got only one of them for {some(alone)}"
+            f"load_adapter: {where}: want {', '.join(wanted)} for every module, got only some of them for {some(alone)}"
             if alone
             else f"load_adapter: {where}: holds no tensors"
         )
-    for name in file.lora_A:
-        got = (file.lora_A[name].shape[0], file.lora_B[name].shape[1])
+    file = AdapterFile(config, modules)
+    for name, found in modules.items():
+        got = (found["lora_A"].shape[0], found["lora_B"].shape[1])
         if got != (file.spec(name).r,) * 2:
             raise ValueError(
                 f"load_adapter: {where}: {name!r}: lora_A and lora_B have rank {got[0]} and {got[1]}, "
