@@ -97,11 +97,13 @@ def plan(
     carried = {}
     for key, value in state.items():
         if isinstance(value, Tensor) and key not in _COUNTERS:
-            carried[key] = _carried(value, change, dim, squared=key in _SECOND)
+            carried[key] = carried_over(value, change, dim, squared=key in _SECOND)
     return lambda: _write(state, carried)
 
 
-def _carried(moment: Tensor, change: Mixing, dim: int, squared: bool) -> Tensor:
+def carried_over(moment: Tensor, change: Mixing, dim: int, squared: bool) -> Tensor:
+    """A first or second moment (`squared`), of any float dtype, whose dimension `dim` is that of the old rows, for the
+    new ones."""
     rows = moment.double() if dim == 0 else moment.double().t()
     matrix, missing = change.matrix.to(rows.device), change.missing.to(rows.device)  # the optimiser may be offloaded
     if squared:

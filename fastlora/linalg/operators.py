@@ -92,6 +92,43 @@ class Factored:
         return out
 
 
+class Rows:
+    """A matrix (n, m) of any float dtype and strides as it lies: CHUNK of its rows are cast to the working dtype at a
+    time, so that no copy of it exists."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+        self.shape, self.dtype, self.device = tuple(matrix.shape), working_dtype(matrix.dtype), matrix.device
+
+    def matmul(self, v: Tensor) -> Tensor:
+        if self.matrix.dtype == v.dtype:
+            return self.matrix @ v
+        return torch.cat([rows.to(v.dtype) @ v for rows in self.matrix.split(CHUNK)])
+
+    def rmatmul(self, u: Tensor) -> Tensor:
+        if self.matrix.dtype == u.dtype:
+            return self.matrix.mT @ u
+        out = u.new_zeros(self.shape[1], u.shape[1])
+        for rows, part in zip(self.matrix.split(CHUNK), u.split(CHUNK)):
+            out.addmm_(rows.to(u.dtype).mT, part)
+        return out
+
+
+class Transposed:
+    """Gᵀ of an operator G."""
+
+    def __init__(self, op: LinearOperator) -> None:
+        self.op = op
+        *batch, n, m = op.shape
+        self.shape, self.dtype, self.device = (*batch, m, n), op.dtype, op.device
+
+    def matmul(self, v: Tensor) -> Tensor:
+        return self.op.rmatmul(v)
+
+    def rmatmul(self, u: Tensor) -> Tensor:
+        return self.op.matmul(u)
+
+
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays; every other float is computed with in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -78,7 +78,8 @@ def truncated_svd(
     if min(n, m) <= 2 * width:
         u, s, vh = _whole(op)
     elif method == "randomized":
-        u, s, vh = _subspace_iteration(op, width, 4 if iterations is None else iterations, draw)
+        q = orthonormal(op.matmul(draw(width)))
+        u, s, vh = subspace_iteration(op, q, 4 if iterations is None else iterations)
     else:
         u, s, vh = _from_left_basis(*block_lanczos(op, draw(width), 6 if iterations is None else iterations))
     u, s, vh = u[..., :rank], s[..., :rank], vh[..., :rank, :]
@@ -121,10 +122,10 @@ def _as_operator(operator: Tensor | tuple[Tensor, Tensor] | LinearOperator) -> L
     )
 
 
-def _subspace_iteration(
-    op: LinearOperator, width: int, iterations: int, draw: _Gaussian
-) -> tuple[Tensor, Tensor, Tensor]:
-    q = orthonormal(op.matmul(draw(width)))
+def subspace_iteration(op: LinearOperator, q: Tensor, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U (..., n, c), S (..., c) descending, Vh (..., c, m): the triplets of Q Qᵀ G for the basis Q that q (..., n, c),
+    orthonormal, becomes when it is multiplied `iterations` times by GGᵀ. Raises ValueError where a product is not
+    finite."""
     for _ in range(iterations):
         q = orthonormal(op.matmul(orthonormal(op.rmatmul(q))))
     return _from_left_basis(q, op.rmatmul(q))

@@ -73,7 +73,7 @@ def lora_plus_param_groups(
         raise ValueError(f"{_WHERE}: ratio: got {ratio}, want a positive number")
     rates = {"lora_A": lr, "lora_embedding": embedding_lr, "lora_B": ratio * lr, _OTHER: lr}
 
-    holders, undecayed = _lora_parameters(model), _undecayed(model)
+    holders, no_decay = _lora_parameters(model), undecayed(model)
     groups: dict[str, dict[str, Any]] = {}
     for kind, rate in rates.items():
         groups[kind] = {"name": kind, "params": [], "lr": rate, **decay}
@@ -82,7 +82,7 @@ def lora_plus_param_groups(
     for parameter in model.parameters():  # a tied one comes once
         if parameter.requires_grad:
             kind = holders.get(parameter, _OTHER)
-            groups[f"{kind}_no_decay" if parameter in undecayed else kind]["params"].append(parameter)
+            groups[f"{kind}_no_decay" if parameter in no_decay else kind]["params"].append(parameter)
 
     found = [group for group in groups.values() if group["params"]]
     advice = "want one after fastlora.patch(model) or peft.get_peft_model(model, config)"
@@ -111,7 +111,7 @@ def _lora_parameters(model: nn.Module) -> dict[nn.Parameter, str]:
     return found
 
 
-def _undecayed(model: nn.Module) -> set[nn.Parameter]:
+def undecayed(model: nn.Module) -> set[nn.Parameter]:
     """Biases, norms and scales: a decay would draw them towards zero, where nothing of the layer is left."""
     found: set[nn.Parameter] = set()
     for module in model.modules():

@@ -1,0 +1,426 @@
+"""`GaLoreAdamW` against a dense reference in float64, and as an optimiser of torch's: schedules, states, groups."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from galore_problem import (
+    PROJECTED,
+    RANK,
+    Net,
+    backward,
+    batch,
+    difference,
+    loss_of,
+    net,
+    optimizer_of,
+    parameters_of,
+    train,
+)
+from torch import Tensor, nn
+
+from fastlora.optim import GaLoreAdamW, galore_param_groups
+from fastlora.optim.galore_projector import PROJ_TYPES, side_of
+
+MODES = ("plain", "hook", "factored")
+
+
+def turned_over(moment: Tensor, old: Tensor, new: Tensor, squared: bool) -> Tensor:
+    """The moment (r, ·) of rows that are oldᵀ times something, for newᵀ; written out from docs/galore.md."""
+    c = new.T @ old
+    if not squared:
+        return c @ moment
+    outside = 1 - (c * c).sum(dim=1, keepdim=True)
+    return (c * c) @ moment + outside * moment.mean(dim=0, keepdim=True)
+
+
+def reference(weight: Tensor, gradients: list[Tensor], proj_type: str, rank: int, gap: int, rotate: bool) -> Tensor:
+    """W after these gradients, with full SVDs; lr 0.1, α 0.5, decay 0.1, β 0.9 and 0.99, ε 1e-8."""
+    side = side_of(proj_type, *weight.shape)
+    p = q = m = v = None
+    for t, g in enumerate(gradients):
+        if t % gap == 0:
+            u, _, vh = torch.linalg.svd(g, full_matrices=False)
+            new_p, new_q = u[:, :rank], vh[:rank].T
+            if rotate and m is not None and v is not None:
+                assert p is not None and q is not None
+                if side in ("left", "full"):
+                    m, v = turned_over(m, p, new_p, False), turned_over(v, p, new_p, True)
+                if side in ("right", "full"):
+                    m, v = turned_over(m.T, q, new_q, False).T, turned_over(v.T, q, new_q, True).T
+            p, q = new_p, new_q
+        assert p is not None and q is not None
+        low = g if side == "right" else p.T @ g
+        low = low if side == "left" else low @ q
+        if side == "full" and t % gap == 0:
+            low = torch.diag(low.diagonal())  # what else there is would be rounding
+        m = 0.9 * (torch.zeros_like(low) if m is None else m) + 0.1 * low
+        v = 0.99 * (torch.zeros_like(low) if v is None else v) + 0.01 * low**2
+        n = (m / (1 - 0.9 ** (t + 1))) / ((v / (1 - 0.99 ** (t + 1))).sqrt() + 1e-8)
+        weight = (1 - 0.1 * 0.1) * weight
+        back = n if side == "right" else p @ n
+        weight = weight - 0.1 * 0.5 * (back if side == "left" else back @ q.T)
+    return weight
+
+
+@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9), (10, 10)], ids=str)
+def test_steps_are_the_reference_s(shape, proj_type, rotate):
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(11)]
+    weight = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+    wanted = reference(weight.detach(), gradients, proj_type, 3, 4, rotate)
+    optimizer = GaLoreAdamW(
+        [{"params": [weight], "rank": 3, "update_proj_gap": 4, "scale": 0.5, "proj_type": proj_type}],
+        lr=0.1, betas=(0.9, 0.99), weight_decay=0.1, refresh="svd", staggered=False,
+        moments="rotate" if rotate else "keep",
+    )  # fmt: skip
+    start = weight.detach().clone()
+    for g in gradients:
+        weight.grad = g.clone()
+        optimizer.step()
+    assert torch.allclose(weight.detach(), wanted, rtol=1e-10, atol=1e-10)
+    assert (wanted - start).norm() > 0.1 * start.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_without_a_rank_it_is_adamw_to_the_bit(decay, dtype):
+    model, other = net(dtype), net(dtype)
+    train(model, GaLoreAdamW(model.parameters(), lr=0.01, weight_decay=decay), 8)
+    train(other, torch.optim.AdamW(other.parameters(), lr=0.01, weight_decay=decay, foreach=False), 8)
+    assert torch.equal(parameters_of(model), parameters_of(other))
+    ours, theirs = GaLoreAdamW(net().parameters()).defaults, torch.optim.AdamW(net().parameters()).defaults
+    assert all(ours[key] == theirs[key] for key in ("lr", "betas", "eps", "weight_decay"))
+
+
+def test_only_the_groups_with_a_rank_are_projected():
+    model, other = net(), net()
+    optimizer = optimizer_of(model, weight_decay=0.0)
+    whole = torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.0)
+    train(model, optimizer, 1)
+    train(other, whole, 1)
+    for (name, mine), theirs in zip(model.named_parameters(), other.parameters()):
+        assert torch.allclose(mine, theirs, atol=1e-12) == (name not in PROJECTED), name
+        start = net().get_parameter(name)
+        change = (mine - start).detach()
+        if name in PROJECTED:  # a step lies in r directions
+            assert torch.linalg.matrix_rank(change, rtol=1e-9) == RANK
+            assert optimizer.state[mine]["exp_avg"].shape[1] == RANK
+        else:
+            assert optimizer.state[mine]["exp_avg"].shape == mine.shape
+
+
+# Refreshes.
+
+
+def refreshed(optimizer: GaLoreAdamW, model: Any, steps: int) -> list[set[str]]:
+    """The weights whose basis each step changed."""
+    found = []
+    for step in range(steps):
+        before = {name: optimizer.state[model.get_parameter(name)].get("bases", 0) for name in PROJECTED}
+        train(model, optimizer, 1, start=step)
+        found.append({n for n in PROJECTED if optimizer.state[model.get_parameter(n)]["bases"] != before[n]})
+    return found
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_refreshes_are_spread_over_the_steps(gradients):
+    model = net()
+    optimizer = optimizer_of(model, {"update_proj_gap": 9}, gradients=gradients, refresh="subspace")
+    found = refreshed(optimizer, model, 28)
+    assert found[0] == set(PROJECTED)  # nothing has a basis yet
+    assert all(len(names) <= 1 for names in found[1:])
+    for i, name in enumerate(PROJECTED):  # the layers' phases differ by a third of the gap, and each keeps its own
+        assert [t for t, names in enumerate(found) if name in names] == [0, *range(9 - 3 * i, 28, 9)]
+
+
+def test_refreshes_on_the_same_step_on_request():
+    model = net()
+    found = refreshed(optimizer_of(model, {"update_proj_gap": 5}, staggered=False), model, 12)
+    assert [t for t, names in enumerate(found) if names] == [0, 5, 10]
+    assert all(not names or names == set(PROJECTED) for names in found)
+
+
+def test_streamed_refreshes_start_after_two_steps_and_come_again():
+    model = net()
+    optimizer = optimizer_of(
+        model, {"update_proj_gap": 10}, refresh="streamed", staggered=False, refresh_iterations=1, refresh_steps=2
+    )
+    start = {name: model.get_parameter(name).detach().clone() for name in PROJECTED}
+    found = refreshed(optimizer, model, 2)
+    assert found == [set(), set(PROJECTED)]  # half an iteration, then the other
+    assert all(torch.equal(start[name], model.get_parameter(name)) for name in PROJECTED)
+    found += refreshed(optimizer, model, 30)
+    # Ten updates later a refresh begins, and takes four steps.
+    assert [t for t, names in enumerate(found) if names] == [1, 14, 24]
+    assert not any(torch.equal(start[name], model.get_parameter(name)) for name in PROJECTED)
+
+
+def test_a_changed_gap_holds_from_the_next_refresh_on():
+    model = net()
+    optimizer = optimizer_of(model, {"update_proj_gap": 4}, staggered=False)
+    found = refreshed(optimizer, model, 2)
+    optimizer.param_groups[0]["update_proj_gap"] = 3
+    found += refreshed(optimizer, model, 9)
+    assert [t for t, names in enumerate(found) if names] == [0, 4, 7, 10]
+
+
+@pytest.mark.parametrize("refresh", ["subspace", "streamed"])
+def test_layers_whose_gradient_is_zero_at_first(refresh):
+    """As behind a projection that starts at zero: no basis is made of nothing, and the first gradient gives one."""
+    model = net()
+    with torch.no_grad():
+        model.down.weight.zero_()
+    optimizer = optimizer_of(model, {"update_proj_gap": 50}, refresh=refresh, staggered=False)
+    train(model, optimizer, 6)
+    state = optimizer.state[model.square.weight]
+    u = torch.linalg.svd(state["exp_avg"])[1]
+    assert state["bases"] == 1 and u[-1] > 0
+    backward(model, 6)
+    gradient = model.square.weight.grad
+    held = (gradient @ state["basis"]).norm() / gradient.norm()
+    assert held > 0.6  # of the twenty directions, four
+
+
+# Clipping.
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_clipping(gradients):
+    model, clipped = net(), net()
+    settings = {"gradients": gradients, "refresh": "streamed"}
+    optimizer, other = optimizer_of(model, **settings), optimizer_of(clipped, **settings, max_grad_norm=1e-3)
+    for step in range(4):
+        train(model, optimizer, 1, start=step)
+        train(clipped, other, 1, start=step)
+    assert other.grad_norm is not None and optimizer.grad_norm is None
+    assert 1e-3 < float(other.grad_norm) < 10
+    norms = [torch.stack([s["exp_avg"].norm() for s in o.state.values()]).norm() for o in (other, optimizer)]
+    assert norms[0] < 1e-3 < norms[1]  # an average of gradients of at most 1e-3
+    unclipped = net()
+    train(unclipped, optimizer_of(unclipped, **settings, max_grad_norm=1e3), 4)
+    assert torch.equal(parameters_of(unclipped), parameters_of(model))
+
+
+def test_the_norm_is_that_of_r_and_the_other_gradients():
+    model = net()
+    optimizer = optimizer_of(model, max_grad_norm=1e3)
+    backward(model, 0)
+    total = torch.zeros((), dtype=torch.float64)
+    for name, parameter in model.named_parameters():
+        s = torch.linalg.svdvals(parameter.grad)[:RANK] if name in PROJECTED else parameter.grad
+        total += s.square().sum()
+    optimizer.step()
+    assert optimizer.grad_norm is not None
+    assert float(optimizer.grad_norm) == pytest.approx(float(total.sqrt()), rel=1e-3)
+
+
+# As an optimiser of torch's.
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("refresh", ["subspace", "streamed"])
+@pytest.mark.parametrize("stop", [3, 7, 8, 9])  # in the middle of streamed refreshes too
+def test_a_run_that_is_reloaded_goes_on_to_the_same_bits(stop, refresh, gradients):
+    settings = {"gradients": gradients, "refresh": refresh, "refresh_steps": 2}
+    model = net(torch.bfloat16)
+    optimizer = optimizer_of(model, **settings)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    train(model, optimizer, stop)
+    schedule.step()
+    assert {group["lr"] for group in optimizer.param_groups} == {0.005}
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), file)
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    again = net(torch.bfloat16)
+    again.load_state_dict(weights)
+    reloaded = optimizer_of(again, {"update_proj_gap": 99, "scale": 7.0}, **settings)
+    train(copy.deepcopy(again), reloaded, 0)
+    backward(again, 77)  # what it has of another step is forgotten
+    again.zero_grad()
+    reloaded.load_state_dict(state)
+    for mine, theirs in zip(optimizer.state.values(), reloaded.state.values(), strict=True):
+        for key, value in mine.items():
+            same = torch.equal(value, theirs[key]) if isinstance(value, Tensor) else value == theirs[key]
+            assert same and (not isinstance(value, Tensor) or value.dtype == theirs[key].dtype == torch.float32), key
+    train(model, optimizer, 6, start=stop)
+    train(again, reloaded, 6, start=stop)
+    assert torch.equal(parameters_of(model), parameters_of(again))
+    assert difference(model, net(torch.bfloat16)) > 1e-2
+
+
+def test_bfloat16_weights_have_float32_states():
+    """They train as float32 ones do, to the rounding of the weights."""
+    model, exact = net(torch.bfloat16), net(torch.float32)
+    train(model, optimizer_of(model), 4)
+    train(exact, optimizer_of(exact), 4)
+    assert difference(model.float(), exact) < 0.02
+    start = net(torch.float32)
+    assert difference(exact, start) > 0.05
+
+
+def test_groups_may_be_added_and_have_settings_of_their_own():
+    model = net()
+    optimizer = GaLoreAdamW(
+        [
+            {"params": [model.up.weight], "rank": 2, "proj_type": "left"},
+            {"params": [model.square.weight], "rank": 5, "lr": 0.0, "refresh": "svd"},
+        ],
+        lr=0.01,
+    )
+    train(model, optimizer, 3)
+    optimizer.add_param_group({"params": list(model.down.parameters())})
+    optimizer.add_param_group({"params": [model.norm.weight], "betas": (0.8, 0.9)})
+    before = net()
+    train(model, optimizer, 3, start=3)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before.get_parameter(n))}
+    assert moved == {"up.weight", "down.weight", "down.bias", "norm.weight"}
+    assert optimizer.state[model.up.weight]["basis"].shape == (20, 2)
+    assert optimizer.state[model.square.weight]["basis"].shape == (20, 5)
+    assert [group.get("rank") for group in optimizer.param_groups] == [2, 5, None, None]
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_groups_added_later_use_the_same_mode(gradients):
+    model, whole = net(), net()
+    optimizer = optimizer_of(whole, gradients=gradients, refresh="streamed")
+    later = GaLoreAdamW(
+        [{"params": [model.up.weight, model.square.weight], "rank": RANK, "update_proj_gap": 6, "scale": 1.0}],
+        lr=1e-2, gradients=gradients, model=model, refresh="streamed",
+    )  # fmt: skip
+    later.add_param_group({"params": [model.down.weight], "rank": RANK, "update_proj_gap": 6, "scale": 1.0})
+    later.add_param_group({"params": [model.embedding.weight]})
+    later.add_param_group({"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0})
+    train(whole, optimizer, 8)
+    train(model, later, 8)
+    assert difference(model, whole) < 1e-12
+    assert (model.down.weight.grad is None) and model.down.weight.requires_grad == (gradients != "factored")
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_closures(gradients):
+    model, other = net(), net()
+    settings = {"gradients": gradients, "refresh": "streamed"}
+    optimizer, plain = optimizer_of(model, **settings), optimizer_of(other, **settings)
+    losses = []
+    for step in range(5):
+
+        def closure(step: int = step) -> float:
+            optimizer.zero_grad()
+            loss = loss_of(model, *batch(step))
+            loss.backward()
+            return loss.item()
+
+        losses.append(optimizer.step(closure))
+    assert losses == train(other, plain, 5)
+    assert torch.equal(parameters_of(model), parameters_of(other))
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_parameters_without_a_gradient_are_left_alone(gradients):
+    class Gated(Net):
+        gate = True
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            hidden = torch.tanh(self.up(self.embedding(tokens)))
+            return self.down(hidden + torch.tanh(self.square(self.norm(hidden))) if self.gate else hidden)
+
+    model = net(kind=Gated)
+    optimizer = optimizer_of(model, gradients=gradients, refresh="streamed")
+    train(model, optimizer, 5)
+    model.gate = False
+    state = copy.deepcopy(optimizer.state[model.square.weight])
+    before = model.square.weight.detach().clone(), model.up.weight.detach().clone()
+    train(model, optimizer, 3, start=5)
+    assert torch.equal(model.square.weight, before[0]) and not torch.equal(model.up.weight, before[1])
+    for key, value in optimizer.state[model.square.weight].items():
+        assert torch.equal(value, state[key]) if isinstance(value, Tensor) else value == state[key]
+    model.gate = True
+    train(model, optimizer, 1, start=8)
+    assert not torch.equal(model.square.weight, before[0])
+
+
+def test_copies_and_pickles_go_on_without_hooks():
+    model = net()
+    optimizer = optimizer_of(model, gradients="hook")
+    train(model, optimizer, 3)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert other.gradients == "plain"
+        weight = other.param_groups[0]["params"][0]
+        assert torch.equal(other.state[weight]["exp_avg"], optimizer.state[model.up.weight]["exp_avg"])
+        weight.grad = torch.ones_like(weight)
+        before = weight.detach().clone()
+        other.step()
+        assert not torch.equal(weight, before)
+
+
+def test_a_scaler_in_float16_is_refused_where_it_cannot_unscale():
+    for gradients in MODES:
+        model = net(torch.float32)
+        optimizer, scaler = optimizer_of(model, gradients=gradients), torch.amp.GradScaler("cpu")
+        scaler.scale(loss_of(model, *batch(0))).backward()
+        if gradients == "plain":
+            scaler.step(optimizer)
+            assert difference(model, net(torch.float32)) > 1e-4
+            continue
+        with pytest.raises(
+            ValueError, match=f"step: got gradients that a GradScaler scaled, with gradients='{gradients}'"
+        ):
+            scaler.step(optimizer)
+
+
+def test_sparse_gradients():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = GaLoreAdamW(embedding.parameters())
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"GaLoreAdamW.step: params: got a sparse gradient, want dense ones"):
+        optimizer.step()
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"gradients": "off"}, "gradients: got 'off', want one of 'plain', 'hook', 'factored'"),
+    ({"gradients": "factored"}, "model: got NoneType with gradients='factored', want the torch.nn.Module"),
+    ({"max_grad_norm": 0.0}, "max_grad_norm: got 0.0, want a positive number or None"),
+    ({"lr": -1.0}, "lr: got -1.0, want a number that is not negative"),
+    ({"betas": (0.9, 1.0)}, r"betas: got \(0.9, 1.0\), want two numbers in \[0, 1\)"),
+    ({"refresh": "often"}, "refresh: got 'often', want one of 'subspace', 'svd', 'streamed'"),
+    ({"moments": "reset"}, "moments: got 'reset', want one of 'rotate', 'keep'"),
+    ({"optim_bits": 4}, "optim_bits: got 4, want one of 32, 8"),
+    ({"refresh_steps": 0}, "refresh_steps: got 0, want an integer of at least 1"),
+    ({"arithmetic": "new"}, "arithmetic: got 'new', want one of 'torch', 'official'"),
+]
+
+
+@pytest.mark.parametrize("settings, message", BAD, ids=[str(settings) for settings, _ in BAD])
+def test_errors_of_arguments(settings, message):
+    with pytest.raises(ValueError, match="GaLoreAdamW: " + message):
+        GaLoreAdamW(galore_param_groups(net(), RANK), **settings)
+
+
+def test_errors_of_groups():
+    model = net()
+    optimizer = GaLoreAdamW([model.up.weight])
+    for group, message in (
+        ({"params": [model.down.bias], "rank": 2}, r"params: got torch.float64 of shape \(9,\) in a group with a rank"),
+        ({"params": [model.down.weight], "rank": 10}, r"rank: got 10 for a weight \(9, 20\), want at most 9"),
+        ({"params": [model.down.weight], "rank": 2, "proj_type": "up"}, "proj_type: got 'up', want one of 'std'"),
+        ({"params": [model.down.weight], "rank": 0}, "rank: got 0, want an integer of at least 1"),
+        ({"params": [model.down.weight], "rank": 2, "scale": float("nan")}, "scale: got nan"),
+        ({"params": [model.down.weight], "rank": 2, "update_proj_gap": 0}, "update_proj_gap: got 0, want an integer"),
+    ):
+        with pytest.raises(ValueError, match="GaLoreAdamW: " + message):
+            optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(
+        ValueError, match="refresh: got 'svd' with gradients='factored', where no gradient is ever whole"
+    ):
+        optimizer_of(model, gradients="factored", refresh="svd")
+    assert all(parameter.requires_grad for parameter in model.parameters())
