@@ -1,12 +1,16 @@
-"""Compare ways to fine-tune on one task, each at its own best learning rate, over several seeds.
+"""Compare ways to fine-tune on one task: with one learning rate for all, and each at its own best, over several seeds.
 
-    python examples/compare.py                   # docs/finetuning.md
+    python examples/compare.py --task digits     # a few minutes; docs/variants.md has all results
+    python examples/compare.py --task gpt
+    python examples/compare.py --task docstrings # finetune.py's model and data
     python examples/compare.py --quick           # every contestant for a few steps, to see that it works
     python examples/compare.py --contestants lora lora_ga
 
-The model and the task are finetune.py's. Each contestant (contestants.py) is first trained with several learning rates
-and one seed; the rate with the lowest loss on the validation set is kept, and more rates are tried while that is the
-smallest or the largest. Then it is trained with that rate and other seeds, which the choice has not seen, and tested.
+Each contestant (contestants.py) is trained and tested with the task's learning rate and some seeds. Then it is trained
+with several rates and other seeds; the rate with the lowest loss on the validation set is kept, more rates are tried
+while that is the smallest or the largest, and with it the contestant is trained and tested again, with the first seeds,
+which the choice has not seen. Time and memory of a step are measured apart (costs.py), and so is how near each
+start's first step comes to full fine-tuning's (alignment.py).
 
 Every finished trial is kept in trials.json under --out, and the same command again goes on from there: Ctrl-C loses the
 trial under way and nothing else. results.md, results.json and loss.png are written at the end.
@@ -14,139 +18,83 @@ trial under way and nothing else. results.md, results.json and loss.png are writ
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import settings as options
+from comparison_settings import Comparison, parse
 from contestants import CONTESTANTS
-from settings import Settings, UsageError
+from settings import UsageError
 
 if TYPE_CHECKING:
-    from trials import Store, Task, Trial
+    from tasks import Task
+    from trials import Store, Trial
 
 INTERRUPTED = 130
 SEARCH_SEED = 1000  # the first seed for choosing learning rates; the others are 0, 1, ...
-SET_BY_TRIALS: dict[str, Any] = {
-    "seed": 0, "lr": 0.0, "full_lr": 0.0, "init": "kaiming", "gamma": 16.0, "interleave": False
-}  # fmt: skip
-QUICK = {"steps": 4, "batch_size": 4, "max_length": 8, "sketch_batches": 1, "eval_every": 2, "seeds": 2}
-QUICK_SHARE = 8  # one of so many texts is validated and tested on in a quick run
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """`base` is what all trials have in common."""
-
-    base: Settings
-    contestants: tuple[str, ...]
-    seeds: int
-    search_seeds: int
-    quick: bool
-
-
-def parse(argv: list[str] | None = None) -> Comparison:
-    parser = argparse.ArgumentParser(
-        prog="compare.py",
-        description="Compare ways to fine-tune a sentence encoder, each at its own best learning rate, over several "
-        "seeds. Goes on where it was interrupted.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    training, _, run = options.add_shared_options(parser)
-    training.add_argument("--seeds", type=options.positive_int, default=3, help="trained and tested at the best rate")
-    training.add_argument(
-        "--search-seeds", type=options.positive_int, default=1, help="further seeds, for choosing the rate"
-    )
-    run.add_argument(
-        "--contestants",
-        nargs="+",
-        choices=CONTESTANTS,
-        default=list(CONTESTANTS),
-        metavar="NAME",
-        help=", ".join(CONTESTANTS),
-    )
-    run.add_argument("--quick", action="store_true", help="a few steps of each, without a search; into OUT/quick")
-    parser.set_defaults(steps=150, batch_size=16, max_length=32, eval_every=25, out=Path("runs/compare"))
-    values = vars(parser.parse_args(argv))
-    if values["quick"]:
-        values |= QUICK
-        values["out"] /= "quick"
-    contestants = tuple(dict.fromkeys(values.pop("contestants")))
-    seeds, search_seeds, quick = (values.pop(name) for name in ("seeds", "search_seeds", "quick"))
-    methods = tuple(dict.fromkeys(CONTESTANTS[name].method for name in contestants))
-    base = Settings(**values, methods=methods, **SET_BY_TRIALS)
-    return Comparison(base, contestants, seeds, search_seeds, quick)
+PACKAGES = {"docstrings": ["transformers", "safetensors"], "gpt": ["safetensors"], "digits": ["safetensors", "sklearn"]}
 
 
 def main(argv: list[str] | None = None) -> int:
-    comparison = parse(argv)
-    out = comparison.base.out
+    settings = parse(argv)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; its profiler would announce itself
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        options.require_installed(["torch", "transformers", "safetensors", "fastlora"], comparison.base.plot)
-        options.require_writable(out)
-        compare(comparison)
+        options.require_installed(["torch", "fastlora", *PACKAGES[settings.task]], settings.plot)
+        options.require_writable(settings.folder)
+        compare(settings)
         return 0
     except (UsageError, FileNotFoundError, RuntimeError, ValueError) as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ncompare.py: interrupted; the finished trials are in {out / 'trials.json'}, and the same command goes "
-              "on from there", file=sys.stderr)  # fmt: skip
+        print(f"\ncompare.py: interrupted; the finished trials are in {settings.folder / 'trials.json'}, and the same "
+              "command goes on from there", file=sys.stderr)  # fmt: skip
         return INTERRUPTED
 
 
-def compare(comparison: Comparison) -> None:
+def compare(settings: Comparison) -> None:
     """The whole comparison, from where an earlier one stopped."""
+    import alignment
     import comparison_report
+    import costs
+    from files import kept
+    from finetune import choose_device
+    from tasks import load_task
     from trials import Store
 
-    task, facts = prepare(comparison)
-    store = Store(comparison.base.out / "trials.json", facts)
-    trainer = Trainer(comparison, task, store)
-    rates = {name: trainer.search(name) for name in comparison.contestants}
-    seeds = range(comparison.seeds)
-    by_seed = [{name: trainer.trial(name, rates[name].best, seed, test=True) for name in rates} for seed in seeds]
-    finals = {name: [trials[name] for trials in by_seed] for name in rates}
-    rows = comparison_report.summarise(rates, finals)
-    for path in comparison_report.save(comparison.base, facts, rates, finals, rows, task.device):
+    task = load_task(settings, choose_device(settings.device))
+    print(task.description, flush=True)
+    facts = shared_facts(task)
+    trainer = Trainer(settings, task, Store(settings.folder / "trials.json", facts))
+    aligned = kept(settings.folder / "alignment.json", facts, lambda: alignment.measure(task))
+    one_rate = trainer.finals(dict.fromkeys(settings.contestants, settings.lr))
+    rates = {name: trainer.search(name) for name in settings.contestants}
+    best_rate = trainer.finals({name: found.best for name, found in rates.items()})
+    timed = kept(
+        settings.folder / "costs.json",
+        {**facts, "rounds": settings.timed_rounds, **{name: CONTESTANTS[name].recipe for name in settings.contestants}},
+        lambda: costs.measure(task, settings.contestants, settings.timed_rounds),
+    )
+    results = comparison_report.Results(task, facts, rates, one_rate, best_rate, timed, aligned)
+    for path in comparison_report.save(results):
         print("Wrote", path)
-    print("\n" + (comparison.base.out / "results.md").read_text(encoding="utf-8"))
+    print("\n" + (settings.folder / "results.md").read_text(encoding="utf-8"))
 
 
-def prepare(comparison: Comparison) -> tuple[Task, dict[str, object]]:
-    """The task, and the facts that every trial of it shares."""
-    import docstrings
-    import encoder
+def shared_facts(task: Task) -> dict[str, Any]:
+    """What every trial of a comparison has in common: settings, data, machine."""
     import torch
-    from batches import TokenizedExamples
-    from finetune import choose_device, describe
-    from trials import Task
+    from report import machine
 
-    base = comparison.base
-    device = choose_device(base.device)
-    source = encoder.find_model(base.model)
-    tokenizer = encoder.load_tokenizer(source)
-    dataset = docstrings.load()
-    describe(dataset)
-    kept = {"train": 1, "validation": 1, "test": 1}
-    if comparison.quick:
-        kept |= {"validation": QUICK_SHARE, "test": QUICK_SHARE}
-    parts = {
-        part: TokenizedExamples(getattr(dataset, part)[::share], tokenizer, base.max_length)
-        for part, share in kept.items()
-    }
-    shared = ("steps", "batch_size", "max_length", "head_lr", "r", "lora_alpha", "dropout", "sketch_batches")
-    facts: dict[str, object] = {name: getattr(base, name) for name in (*shared, "eval_every", "model", "dtype")}
-    facts |= {"device": device.type, "torch": torch.__version__, "classes": len(dataset.labels)}
-    facts |= {part: len(examples) for part, examples in parts.items()}
-    return Task(source, len(dataset.labels), parts, base, device), facts
+    where = {"device": machine(task.device)["device"], "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {**task.settings.shared_by_trials, **task.facts, **where}
 
 
 @dataclass(frozen=True)
@@ -163,43 +111,53 @@ class Rates:
 class Trainer:
     """Makes trials, or takes them from the store; says how far it is."""
 
-    def __init__(self, comparison: Comparison, task: Task, store: Store):
-        self.comparison, self.task, self.store = comparison, task, store
-        searched = 0 if comparison.quick else 3 * comparison.search_seeds
-        self.expected = len(comparison.contestants) * (searched + comparison.seeds)
-        self.done = 0
+    def __init__(self, settings: Comparison, task: Task, store: Store):
+        self.settings, self.task, self.store = settings, task, store
+        each = settings.seeds if settings.quick else 3 * settings.search_seeds + 2 * settings.seeds
+        self.expected = len(settings.contestants) * each
+        self.done: set[tuple[str, float, int, bool]] = set()
+
+    def finals(self, rates: Mapping[str, float]) -> dict[str, list[Trial]]:
+        """The trials that are reported, by contestant: its rate, every seed."""
+        seeds = range(self.settings.seeds)
+        by_seed = [{name: self.trial(name, lr, seed, test=True) for name, lr in rates.items()} for seed in seeds]
+        return {name: [trials[name] for trials in by_seed] for name in rates}
 
     def search(self, name: str) -> Rates:
         from curves import best_rate
 
-        start = CONTESTANTS[name].lr
-        if self.comparison.quick:
-            return Rates(start, {}, False)
-        seeds = range(SEARCH_SEED, SEARCH_SEED + self.comparison.search_seeds)
+        if self.settings.quick:
+            return Rates(self.settings.lr, {}, False)
+        seeds = range(SEARCH_SEED, SEARCH_SEED + self.settings.search_seeds)
 
         def score(lr: float) -> float:
             return statistics.fmean(self.trial(name, lr, seed, test=False).score for seed in seeds)
 
-        rates = Rates(*best_rate(start, score))
-        self.expected += max(0, len(rates.losses) - 3) * self.comparison.search_seeds
+        rates = Rates(*best_rate(self.settings.lr, score))
+        self.expected += max(0, len(rates.losses) - 3) * self.settings.search_seeds
         return rates
 
     def trial(self, name: str, lr: float, seed: int, *, test: bool) -> Trial:
         from trials import run_trial
 
-        self.done += 1
         trial = self.store.get(name, lr, seed, tested=test)
+        made = trial is None
         start = time.perf_counter()
         if trial is None:
-            eval_every = self.comparison.base.eval_every if test else 0
+            eval_every = self.settings.eval_every if test else 0
             trial = run_trial(self.task, name, lr, seed, eval_every=eval_every, test=test)
             self.store.add(trial)
-        took = f"{time.perf_counter() - start:.0f} s"
+        if (name, lr, seed, test) in self.done:  # the one rate was the best one too
+            return trial
+        self.done.add((name, lr, seed, test))
+        took = f"{time.perf_counter() - start:.0f} s" if made else "kept"
         outcome = "diverged" if trial.diverged else f"validation loss {trial.score:.4f}"
-        if trial.test_accuracy is not None:
-            outcome += f", test accuracy {100 * trial.test_accuracy:.1f} %"
-        print(f"[{self.done} of about {max(self.done, self.expected)}] {CONTESTANTS[name].title}, lr {lr:g}, "
-              f"seed {seed}: {outcome} ({took})", file=sys.stderr, flush=True)  # fmt: skip
+        if trial.test is not None:
+            metric = self.task.metric
+            outcome += f", {metric.name} {metric.form.format(metric.of(trial.test))}{metric.unit}"
+        done = len(self.done)
+        print(f"[{done} of about {max(done, self.expected)}] {CONTESTANTS[name].title}, lr {lr:g}, seed {seed}: "
+              f"{outcome} ({took})", file=sys.stderr, flush=True)  # fmt: skip
         return trial
 
 

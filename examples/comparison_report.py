@@ -1,28 +1,30 @@
-"""A comparison's table (Markdown), everything behind it (JSON), and its curves (PNG)."""
+"""A comparison's tables (Markdown), everything behind them (JSON), and its curves (PNG)."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+import alignment
+from comparison_settings import by_optimizer
 from contestants import BASELINE, CONTESTANTS
-from curves import band, running_mean, steps_to
+from curves import running_mean, steps_to
+from files import write_atomically
 from report import format_table, machine
-from settings import Settings
-from trials import Trial, write_atomically
+from tasks import Metric, Task
+from trials import Trial, commit, plain
 
 if TYPE_CHECKING:
     from compare import Rates
 
 WINDOW = 20  # steps that a training loss is the mean of
 NEVER = "not reached"
+Finals = Mapping[str, Sequence[Trial]]
 
 
 class Spread(NamedTuple):
@@ -35,44 +37,63 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant at its best rate. `steps_to_baseline`: per seed, the steps after which its training loss is first
-    the baseline's final one with that seed; empty where the baseline did not take part. `diverged` seeds count in
-    nothing else.
+    """One contestant at one rate. `steps_to_baseline`: per seed, the steps after which its training loss is first the
+    baseline's final one with that seed; empty where the baseline did not take part. `diverged` seeds count in nothing
+    else.
     """
 
     contestant: str
     lr: float
     trainable: int
+    trainable_at_end: int
+    optimizer_state: int
     final_loss: Spread | None
     validation_loss: Spread | None
-    test_accuracy: Spread | None
+    test: Spread | None
     steps_to_baseline: list[int | None]
     diverged: int
 
 
-def summarise(rates: Mapping[str, Rates], finals: Mapping[str, Sequence[Trial]]) -> list[Row]:
-    targets = {trial.seed: running_mean(trial.losses, WINDOW)[-1] for trial in _finished(finals.get(BASELINE, ()))}
+@dataclass(frozen=True)
+class Results:
+    """What a comparison found. `one_rate` and `best_rate` are the tested trials of the two protocols; `costs` and
+    `aligned` what costs.py and alignment.py return.
+    """
+
+    task: Task
+    facts: Mapping[str, Any]
+    rates: Mapping[str, Rates]
+    one_rate: Finals
+    best_rate: Finals
+    costs: Mapping[str, Any]
+    aligned: dict[str, Any]
+
+
+def summarise(finals: Finals, metric: Metric) -> list[Row]:
+    targets = {trial.seed: running_mean(trial.losses, WINDOW)[-1] for trial in finished(finals.get(BASELINE, ()))}
     rows = []
     for name, trials in finals.items():
-        finished = _finished(trials)
+        good = finished(trials)
         rows.append(
             Row(
                 contestant=name,
-                lr=rates[name].best,
+                lr=trials[0].lr,
                 trainable=trials[0].trainable,
-                final_loss=_spread([running_mean(trial.losses, WINDOW)[-1] for trial in finished]),
-                validation_loss=_spread([trial.score for trial in finished]),
-                test_accuracy=_spread([t.test_accuracy for t in finished if t.test_accuracy is not None]),
+                trainable_at_end=trials[0].notes.get("trainable at the end", trials[0].trainable),
+                optimizer_state=trials[0].optimizer_state,
+                final_loss=_spread([running_mean(trial.losses, WINDOW)[-1] for trial in good]),
+                validation_loss=_spread([trial.score for trial in good]),
+                test=_spread([metric.of(trial.test) for trial in good if trial.test is not None]),
                 steps_to_baseline=[
-                    steps_to(trial.losses, targets[trial.seed], WINDOW) for trial in finished if trial.seed in targets
+                    steps_to(trial.losses, targets[trial.seed], WINDOW) for trial in good if trial.seed in targets
                 ],
-                diverged=len(trials) - len(finished),
+                diverged=len(trials) - len(good),
             )
         )
     return rows
 
 
-def _finished(trials: Sequence[Trial]) -> list[Trial]:
+def finished(trials: Sequence[Trial]) -> list[Trial]:
     return [trial for trial in trials if not trial.diverged]
 
 
@@ -80,27 +101,24 @@ def _spread(values: Sequence[float]) -> Spread | None:
     return Spread(statistics.fmean(values), min(values), max(values)) if values else None
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Row], metric: Metric) -> str:
     """Mean (smallest to largest) over the seeds; the steps of each seed."""
-    baseline = CONTESTANTS[BASELINE].title
     header = (
         "",
         "learning rate",
-        "trainable",
         "final loss",
-        f"steps to {baseline}'s",
+        f"steps to {CONTESTANTS[BASELINE].title}'s",
         "validation loss",
-        "test accuracy",
+        metric.name,
     )
     body = [
         (
             CONTESTANTS[row.contestant].title + (f" ({row.diverged} diverged)" if row.diverged else ""),
             f"{row.lr:g}",
-            f"{row.trainable:,}",
             _text(row.final_loss, "{:.3f}"),
             ", ".join(NEVER if steps is None else str(steps) for steps in row.steps_to_baseline) or "not measured",
             _text(row.validation_loss, "{:.3f}"),
-            _text(row.test_accuracy and Spread(*(100 * value for value in row.test_accuracy)), "{:.1f}", " %"),
+            _text(row.test, metric.form, metric.unit),
         )
         for row in rows
     ]
@@ -112,6 +130,25 @@ def _text(spread: Spread | None, form: str, unit: str = "") -> str:
         return "not measured"
     mean, low, high = (form.format(value) for value in spread)
     return f"{mean}{unit} ({low} to {high})"
+
+
+def cost_table(rows: Sequence[Row], costs: Mapping[str, Any]) -> str:
+    """What a contestant trains and keeps, and what its step takes."""
+    header = ("", "trainable", "optimiser state", "steps/s", "peak memory")
+    body = []
+    for row in rows:
+        cost = costs["contestants"][row.contestant]
+        fewer = f" to {row.trainable_at_end:,}" if row.trainable_at_end != row.trainable else ""
+        body.append(
+            (
+                CONTESTANTS[row.contestant].title,
+                f"{row.trainable:,}{fewer}",
+                f"{row.optimizer_state:,}",
+                f"{1 / cost['step_seconds']:.1f}",
+                f"{cost['peak_bytes'] / 2**20:.1f} MiB",
+            )
+        )
+    return format_table(header, body)
 
 
 def search_table(rates: Mapping[str, Rates]) -> str:
@@ -127,100 +164,92 @@ def search_table(rates: Mapping[str, Rates]) -> str:
     return format_table(("learning rate", *(f"{lr:g}" for lr in columns)), body)
 
 
-def caption(base: Settings, facts: Mapping[str, Any], rates: Mapping[str, Rates], seeds: int, device: Any) -> str:
-    """What the table must not travel without."""
-    where = machine(device)
-    edge = [CONTESTANTS[name].title for name, found in rates.items() if found.losses and not found.inside]
-    return (
-        f"{base.steps} steps of {base.batch_size} docstrings cut at {base.max_length} tokens, r = {base.r}, "
-        f"{base.dtype}; {facts['train']} texts to train on, {facts['validation']} to validate, {facts['test']} to "
-        f"test. Learning rates chosen by validation loss with other seeds than the {seeds} of the table; the head's is "
-        f"{base.head_lr:g} in all. Mean (smallest to largest) over the seeds; the final loss is the mean training loss "
-        f"of the last {WINDOW} steps. {where['device']}, torch {where['torch']}, Python {where['python']}."
-        + (f" At the edge of the rates tried: {', '.join(edge)}." if edge else "")
-    )
+def caption(results: Results) -> str:
+    """What the tables must not travel without."""
+    settings, where = results.task.settings, machine(results.task.device)
+    edge = [CONTESTANTS[name].title for name, found in results.rates.items() if found.losses and not found.inside]
+    _, left_out = by_optimizer(settings.optimizer)
+    sentences = [
+        results.task.description,
+        f"{settings.steps} steps of {settings.batch_size} with {'AdamW' if settings.optimizer == 'adamw' else 'SGD'}, "
+        f"r = {settings.r}, α = {settings.lora_alpha:g}, {settings.seeds} seeds.",
+        "Mean (smallest to largest) over the seeds; the final loss is the mean training loss of the last "
+        f"{WINDOW} steps.",
+        *(f"{CONTESTANTS[name].title} is left out: {reason}." for name, reason in left_out.items()),
+        *([f"At the edge of the rates tried: {', '.join(edge)}."] if edge else []),
+        f"{where['device']}, {where['threads']} thread{'s' * (where['threads'] != 1)}, torch {where['torch']}, "
+        f"Python {where['python']}; commit {', '.join(commits(results)) or 'unknown'}.",
+    ]
+    return " ".join(sentences)
 
 
-def save(
-    base: Settings,
-    facts: Mapping[str, Any],
-    rates: Mapping[str, Rates],
-    finals: Mapping[str, Sequence[Trial]],
-    rows: Sequence[Row],
-    device: torch.device,
-) -> list[Path]:
+def commits(results: Results) -> list[str]:
+    """The commits of the trials that are reported, oldest trial first."""
+    trials = [trial for finals in (results.one_rate, results.best_rate) for found in finals.values() for trial in found]
+    return list(dict.fromkeys(trial.commit for trial in trials if trial.commit is not None))
+
+
+def text(results: Results) -> str:
+    """All of results.md."""
+    metric = results.task.metric
+    one, best = summarise(results.one_rate, metric), summarise(results.best_rate, metric)
+    searched = any(found.losses for found in results.rates.values())
+    sections = [caption(results), "One learning rate for all:", table(one, metric)]
+    if searched:
+        sections += [
+            "Each at its own best rate, chosen by validation loss with other seeds:",
+            table(best, metric),
+            "Validation loss by learning rate, over the search's seeds:",
+            search_table(results.rates),
+        ]
+    load = results.costs["load average"]
+    sections += [
+        f"The cost of a step: median over {results.task.settings.timed_rounds} rounds in which the contestants took "
+        f"turns (load average before: {load}).",
+        cost_table(best, results.costs),
+        "The first step beside full fine-tuning's, at the gradient of the start: median (smallest to largest) over "
+        "the layers of what is missed of its squared norm at the best scale, and of the cosine.",
+        alignment.table(results.aligned),
+        alignment.table_by_layer(results.aligned),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def save(results: Results) -> list[Path]:
     """Writes results.md, results.json and, if it is wanted, loss.png; returns their paths."""
-    seeds = max(map(len, finals.values()))
-    text = f"{table(rows)}\n\n{caption(base, facts, rates, seeds, device)}\n"
-    if any(found.losses for found in rates.values()):
-        text += f"\nValidation loss by learning rate:\n\n{search_table(rates)}\n"
-    results = {
-        "facts": facts,
-        "machine": machine(device),
-        "commit": _commit(),
+    settings, metric = results.task.settings, results.task.metric
+    trials = {
+        name: [_rounded(t) for t in {(t.lr, t.seed): t for t in (*results.one_rate[name], *found)}.values()]
+        for name, found in results.best_rate.items()
+    }
+    content = {
+        "facts": results.facts,
+        "description": results.task.description,
+        "machine": machine(results.task.device),
+        "commits": commits(results),
+        "commit of the report": commit(),
         "window": WINDOW,
-        "table": [asdict(row) for row in rows],
+        "metric": metric.name,
+        "left out": by_optimizer(settings.optimizer)[1],
+        "one rate": [asdict(row) for row in summarise(results.one_rate, metric)],
+        "best rates": [asdict(row) for row in summarise(results.best_rate, metric)],
         "search": {
             name: {f"{lr:g}": loss if math.isfinite(loss) else None for lr, loss in found.losses.items()}
-            for name, found in rates.items()
+            for name, found in results.rates.items()
         },
-        "trials": {name: [_trial(trial) for trial in trials] for name, trials in finals.items()},
+        "costs": results.costs,
+        "alignment": results.aligned,
+        "trials": trials,
     }
-    files = [base.out / "results.md", base.out / "results.json"]
-    write_atomically(files[0], text)
-    write_atomically(files[1], json.dumps(results, allow_nan=False) + "\n")
-    if base.plot:
-        files.append(plot(rates, finals, base.out / "loss.png"))
+    files = [settings.folder / "results.md", settings.folder / "results.json"]
+    write_atomically(files[0], text(results))
+    write_atomically(files[1], json.dumps(content, allow_nan=False) + "\n")
+    if settings.plot:
+        from comparison_plots import plot
+
+        files.append(plot(results, settings.folder / "loss.png"))
     return files
 
 
-def _trial(trial: Trial) -> dict[str, Any]:
-    return {**asdict(trial), "losses": [round(loss, 5) for loss in trial.losses]}
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def plot(rates: Mapping[str, Rates], finals: Mapping[str, Sequence[Trial]], path: Path) -> Path:
-    """Draws training and validation loss over steps, mean and band (smallest to largest) over the seeds, and the
-    search.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (training, validation, search) = pyplot.subplots(1, 3, figsize=(14, 4.2))
-    for number, (name, trials) in enumerate(finals.items()):
-        finished, color, label = _finished(trials), f"C{number}", CONTESTANTS[name].title
-        if finished:
-            losses = band([running_mean(trial.losses, WINDOW) for trial in finished])
-            last = len(finished[0].losses)
-            _draw_band(training, range(last - len(losses.mean) + 1, last + 1), losses, color, label)
-            steps = [found.step for found in finished[0].validation]
-            losses = band([[found.loss for found in trial.validation] for trial in finished])
-            _draw_band(validation, steps, losses, color, label)
-        tried = {lr: loss for lr, loss in rates[name].losses.items() if math.isfinite(loss)}
-        if tried:
-            search.semilogx(list(tried), list(tried.values()), "o-", color=color, label=label, markersize=4)
-    training.set(xlabel="step", ylabel=f"training loss (mean of {WINDOW} steps)")
-    validation.set(xlabel="step", ylabel="validation loss")
-    search.set(xlabel="learning rate", ylabel="validation loss after the last step (search)")
-    if training.lines:
-        training.legend()
-    for axes in (training, validation, search):
-        axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return path
-
-
-def _draw_band(axes: Any, x: Sequence[int], curve: Any, color: str, label: str) -> None:
-    axes.plot(x, curve.mean, color=color, label=label)
-    axes.fill_between(x, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
+def _rounded(trial: Trial) -> dict[str, Any]:
+    return {**plain(trial), "losses": [round(loss, 5) for loss in trial.losses]}

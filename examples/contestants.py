@@ -3,27 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+OPTIMIZERS = ("adamw", "sgd")
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """`method` is one of methods.py; `overrides` are the fields of `Settings` in which it differs from the others;
-    `lr` is where the search for its learning rate starts (a value of the series 1, 2, 5, 10, ...).
+    """`adapter`: arguments of `fastlora.patch` beside those that all share; None trains the weights themselves.
+    `rank_share`: the rank that it begins with, as a multiple of r. `start`: "" as `adapter` says, or one of
+    `adapting.start_from_gradients`. `groups`: the optimiser's parameter groups, "lora_plus". `numbers`: the
+    method's own, read in learners.py. `without`: optimisers with which the entry has no meaning, and why.
     """
 
     title: str
-    method: str
-    lr: float
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    adapter: Mapping[str, Any] | None = field(default_factory=dict)
+    rank_share: float = 1.0
+    start: str = ""
+    groups: str = ""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    without: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What of the entry a trial's numbers depend on."""
+        values = asdict(self)
+        return {name: values[name] for name in values if name not in ("title", "without")}
+
+    def uses(self, argument: str) -> bool:
+        """Whether its adapters are of the kind that an argument of `fastlora.patch` asks for."""
+        return bool((self.adapter or {}).get(argument))
 
 
 CONTESTANTS: dict[str, Contestant] = {
-    "full": Contestant("full fine-tuning", "full", 2e-4),
-    "lora": Contestant("LoRA", "fastlora", 2e-3),
-    "pissa": Contestant("PiSSA", "fastlora", 1e-3, {"init": "pissa"}),
-    "lora_ga": Contestant("LoRA-GA, γ = 16", "fastlora", 1e-3, {"init": "lora_ga", "gamma": 16.0}),
-    "lora_ga_64": Contestant("LoRA-GA, γ = 64", "fastlora", 1e-3, {"init": "lora_ga", "gamma": 64.0}),
+    "full": Contestant("full fine-tuning", adapter=None),
+    "lora": Contestant("LoRA"),
+    "rslora": Contestant("rsLoRA", {"use_rslora": True}),
+    "lora_plus": Contestant(
+        "LoRA+",
+        groups="lora_plus",
+        numbers={"ratio": 16.0},  # the paper's advice
+        without={"sgd": "its ratio of rates is made for steps whose size does not depend on the gradient's"},
+    ),
+    "dora": Contestant("DoRA", {"use_dora": True}),
+    "pissa": Contestant("PiSSA", {"init_lora_weights": "pissa"}),
+    "lora_ga": Contestant("LoRA-GA, γ = 16", start="lora_ga", numbers={"gamma": 16.0}),
+    "lora_ga_64": Contestant("LoRA-GA, γ = 64", start="lora_ga", numbers={"gamma": 64.0}),
+    "sign": Contestant(
+        "LoRA-GA for Adam, γ = 64",
+        start="sign",
+        numbers={"gamma": 64.0},
+        without={"sgd": "its factors are made for Adam's first step"},
+    ),
 }
 BASELINE = "lora"  # whose final loss the others' steps are counted to

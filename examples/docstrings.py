@@ -64,7 +64,7 @@ def load(root: Path | None = None, *, max_classes: int = 25, max_per_class: int 
     parts: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     for label, module in enumerate(labels):
         for text in sorted(by_module[module], key=_text_hash)[:max_per_class]:
-            parts[_part_of(text)].append(Example(text, label))
+            parts[part_of(text)].append(Example(text, label))
     if len(labels) < 2 or not all(parts.values()):
         found = sum(map(len, by_module.values()))
         raise RuntimeError(
@@ -78,13 +78,10 @@ def _texts_by_module(root: Path) -> dict[str, list[str]]:
     """The distinct docstrings of each top-level module; those of more than one module are nobody's."""
     first_spelling: dict[str, str] = {}
     modules: dict[str, set[str]] = {}
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if SKIPPED_DIRECTORIES.intersection(relative.parts):
-            continue
-        module = relative.parts[0].removesuffix(".py")
+    for path in source_files(root):
+        module = path.relative_to(root).parts[0].removesuffix(".py")
         for text in docstrings_of(path):
-            key = _normalised(text)
+            key = normalised(text)
             first_spelling.setdefault(key, text)
             modules.setdefault(key, set()).add(module)
     by_module: dict[str, list[str]] = {}
@@ -92,6 +89,11 @@ def _texts_by_module(root: Path) -> dict[str, list[str]]:
         if len(found_in) == 1:
             by_module.setdefault(found_in.copy().pop(), []).append(first_spelling[key])
     return by_module
+
+
+def source_files(root: Path) -> list[Path]:
+    """The Python files under `root` without test suites and installed packages, in an order that is always the same."""
+    return [p for p in sorted(root.rglob("*.py")) if not SKIPPED_DIRECTORIES.intersection(p.relative_to(root).parts)]
 
 
 def docstrings_of(path: Path) -> list[str]:
@@ -104,15 +106,17 @@ def docstrings_of(path: Path) -> list[str]:
     return [text for text in texts if text and len(text.split()) >= MIN_WORDS]
 
 
-def _normalised(text: str) -> str:
+def normalised(text: str) -> str:
+    """Without case and white space: what texts are compared by."""
     return " ".join(text.casefold().split())
 
 
 def _text_hash(text: str) -> bytes:
-    return hashlib.sha256(_normalised(text).encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(normalised(text).encode("utf-8", "surrogatepass")).digest()
 
 
-def _part_of(text: str) -> str:
+def part_of(text: str) -> str:
+    """The part of the split that a text belongs to."""
     # The last bytes, because the first ones decide which texts of a large class are kept: two independent choices.
     position = int.from_bytes(_text_hash(text)[-8:], "big") / 2**64
     if position < TEST_SHARE:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from adapting import set_training, start_from_gradients
 from batches import Batch
 from encoder import SentenceClassifier, load_encoder
 from settings import Settings
@@ -88,16 +89,15 @@ def _fastlora(encoder: Any, settings: Settings) -> Any:
 
 def _start_along_the_gradient(classifier: SentenceClassifier, settings: Settings, batches: Sequence[Batch]) -> None:
     """Sets the adapters of a patched encoder by LoRA-GA. The head has learnt nothing yet: it is in its random start."""
-    import fastlora
-
     set_training(classifier, False)
-    # The loss is a mean over equally many texts in each batch, and the encoder is called without their labels.
-    with fastlora.GradientSketch(classifier.encoder, r=settings.r, seed=settings.seed, weighting="equal") as sketch:
+
+    def passes() -> None:
         for batch in batches:
             logits = classifier(batch.input_ids, batch.attention_mask)
             nn.functional.cross_entropy(logits, batch.labels).backward()
+
+    start_from_gradients("lora_ga", classifier.encoder, passes, settings.r, settings.gamma, settings.seed)
     classifier.zero_grad(set_to_none=True)
-    fastlora.init_lora_ga(classifier.encoder, sketch, gamma=settings.gamma, seed=settings.seed)
 
 
 _PREPARE: dict[str, Callable[[Any, Settings], Any]] = {
@@ -106,20 +106,6 @@ _PREPARE: dict[str, Callable[[Any, Settings], Any]] = {
     "fastlora": _fastlora,
     "full": _full,
 }
-
-
-def set_training(classifier: SentenceClassifier, training: bool) -> None:
-    """Train or eval mode for the head and the adapters; the encoder's own dropout stays off, in every method.
-
-    A run sees each text twice or so, too little to overfit, and without it the two LoRAs compute the very same function
-    of the batch.
-    """
-    classifier.eval()
-    if training:
-        classifier.head.train()
-        for module in classifier.encoder.modules():
-            if hasattr(module, "lora_A"):
-                module.train()
 
 
 def adapters_of(encoder: Any) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -10,15 +10,16 @@ from types import FrameType
 from typing import Any
 
 import torch
+from adapting import set_training
 from batches import Batch, TokenizedExamples
 from encoder import SentenceClassifier
 from memory import peak_growth, tensor_bytes
-from methods import set_training, title
+from methods import title
 from progress import Progress
+from schedule import share_of_peak
 from settings import Settings
 from torch import nn
 
-WARMUP_SHARE = 0.1
 UNTIMED_STEPS = 3  # the first steps of a method pay for page faults, and on a GPU for compilation
 EVAL_BATCH_SIZE = 64
 
@@ -39,10 +40,8 @@ class Run:
             {"params": [p for p in classifier.encoder.parameters() if p.requires_grad], "lr": encoder_lr},
         ]
         self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
-        warmup = max(1, round(WARMUP_SHARE * settings.steps))
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda step: min((step + 1) / warmup, (settings.steps - step) / max(1, settings.steps - warmup)),
+            self.optimizer, lambda step: share_of_peak(step, settings.steps)
         )
 
     @property

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-import os
+import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import methods
 import torch
-from batches import TokenizedExamples, sketch_batches, training_order
 from contestants import CONTESTANTS
+from curves import running_mean
+from files import write_atomically
+from learners import Learner
 from progress import Progress
-from settings import Settings, UsageError
-from torch import nn
-from training import Run, accuracy, predict
+from settings import UsageError
+from tasks import Scores, Task
 
-
-@dataclass(frozen=True)
-class Task:
-    """What every trial shares."""
-
-    source: str
-    classes: int
-    parts: Mapping[str, TokenizedExamples]
-    settings: Settings
-    device: torch.device
+FORMAT = 2  # of the file; the first held contestants' `overrides` and a test accuracy alone
+SHOWN = 20  # steps that the loss beside the progress bar is the mean of
 
 
 @dataclass(frozen=True)
@@ -41,17 +34,20 @@ class Validation:
 @dataclass(frozen=True)
 class Trial:
     """`losses` are each step's, before it; a trial that diverged stops at its last finite one, with no validation and
-    no test. `overrides` are the contestant's as they were then.
+    no test. `recipe` is the contestant's, and `commit` the code's, as they were then; `notes` are the learner's.
     """
 
     contestant: str
     lr: float
     seed: int
-    overrides: dict[str, Any]
+    recipe: dict[str, Any]
+    commit: str | None
     trainable: int
+    optimizer_state: int
+    notes: dict[str, Any]
     losses: list[float]
     validation: list[Validation]
-    test_accuracy: float | None
+    test: Scores | None
     diverged: bool
 
     @property
@@ -63,59 +59,47 @@ class Trial:
 def run_trial(task: Task, contestant: str, lr: float, seed: int, *, eval_every: int, test: bool) -> Trial:
     """Trains and validates, every `eval_every` steps (0: only at the end); with `test`, tests too."""
     entry = CONTESTANTS[contestant]
-    settings = replace(task.settings, lr=lr, full_lr=lr, seed=seed, **entry.overrides)
-    train = task.parts["train"]
-    order = training_order(train, settings.batch_size, settings.steps, seed)
-    sketch = sketch_batches(train, settings.batch_size, settings.sketch_batches, seed)
-    classifier = methods.build(
-        entry.method, task.source, task.classes, settings, task.device, [batch.to(task.device) for batch in sketch]
-    )
-    run = Run(entry.method, classifier, settings)
+    steps = task.settings.steps
+    learner = Learner(task, entry, lr, seed, steps)
+    losses: list[float] = []
     validation: list[Validation] = []
     diverged = False
-    with Progress(settings.steps, f"{entry.title}, lr {lr:g}, seed {seed}", lines=0) as progress:
-        for step, indices in enumerate(order):
+    with Progress(steps, f"{entry.title}, lr {lr:g}, seed {seed}", lines=0) as progress:
+        for step, indices in enumerate(task.order(seed, steps)):
             torch.manual_seed(seed * 1_000_003 + step)
-            methods.set_training(classifier, True)
-            loss = run.step(train.batch(indices).to(task.device))
+            loss = learner.step(task.batch(indices))
             diverged = not math.isfinite(loss)
             if diverged:
                 break
-            run.losses.append(loss)
-            progress.advance(f"loss {run.final_loss():.3f}")
-            if step + 1 == settings.steps or (eval_every and (step + 1) % eval_every == 0):
-                found = _validate(classifier, task)
-                diverged = not math.isfinite(found[0])
+            losses.append(loss)
+            progress.advance(f"loss {running_mean(losses[-SHOWN:], SHOWN)[-1]:.3f}")
+            if step + 1 == steps or (eval_every and (step + 1) % eval_every == 0):
+                found = task.scores(learner.model, "validation")
+                diverged = not math.isfinite(found.loss)
                 if diverged:
                     break
                 validation.append(Validation(step + 1, *found))
-    tested = test and not diverged
     return Trial(
         contestant=contestant,
         lr=lr,
         seed=seed,
-        overrides=dict(entry.overrides),
-        trainable=run.trainable,
-        losses=run.losses,
+        recipe=entry.recipe,
+        commit=commit(),
+        trainable=learner.trainable,
+        optimizer_state=learner.optimizer_state,
+        notes=learner.notes(),
+        losses=losses,
         validation=[] if diverged else validation,
-        test_accuracy=accuracy(predict(classifier, task.parts["test"], task.device), task.parts["test"])
-        if tested
-        else None,
+        test=task.scores(learner.model, "test") if test and not diverged else None,
         diverged=diverged,
     )
-
-
-def _validate(classifier: Any, task: Task) -> tuple[float, float]:
-    examples = task.parts["validation"]
-    logits = predict(classifier, examples, task.device)
-    return nn.functional.cross_entropy(logits, torch.tensor(examples.labels)).item(), accuracy(logits, examples)
 
 
 class Store:
     """The finished trials in a JSON file, rewritten whole (to a temporary file, then renamed) after each.
 
-    `facts` say under which settings and on which data trials are made. Raises UsageError where the file holds trials
-    of other settings, or is not such a file.
+    `facts` say under which settings and on which data and machine trials are made. Raises UsageError where the file
+    holds trials of others, or of an older format, or is not such a file.
     """
 
     def __init__(self, path: Path, facts: Mapping[str, Any]):
@@ -133,27 +117,32 @@ class Store:
         not tested and is wanted so.
         """
         trial = self._trials.get((contestant, lr, seed))
-        if trial is None or trial.overrides != dict(CONTESTANTS[contestant].overrides):
+        if trial is None or trial.recipe != CONTESTANTS[contestant].recipe:
             return None
-        return None if tested and trial.test_accuracy is None and not trial.diverged else trial
+        return None if tested and trial.test is None and not trial.diverged else trial
 
     def add(self, trial: Trial) -> None:
         self._trials[trial.contestant, trial.lr, trial.seed] = trial
-        text = json.dumps({"facts": self.facts, "trials": [asdict(t) for t in self._trials.values()]}, allow_nan=False)
-        write_atomically(self.path, text + "\n")
+        content = {"format": FORMAT, "facts": self.facts, "trials": [plain(t) for t in self._trials.values()]}
+        write_atomically(self.path, json.dumps(content, allow_nan=False) + "\n")
 
     def _read(self) -> None:
+        instead = "remove it, or give another --out"
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
-            facts = content["facts"]
+            facts, found = content["facts"], content.get("format", 1)
+            if found != FORMAT:
+                raise UsageError(
+                    f"{self.path} holds trials in format {found}, want {FORMAT}: they are of another version of "
+                    f"compare.py, and lack what its report needs; {instead}"
+                )
             for values in content["trials"]:
-                values["validation"] = [Validation(**found) for found in values["validation"]]
+                values["validation"] = [Validation(**score) for score in values["validation"]]
+                values["test"] = values["test"] and Scores(**values["test"])
                 trial = Trial(**values)
                 self._trials[trial.contestant, trial.lr, trial.seed] = trial
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{self.path}: not a file of trials ({error}); remove it, or give another --out"
-            ) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UsageError(f"{self.path}: not a file of trials ({error}); {instead}") from error
         different = [key for key in {**facts, **self.facts} if facts.get(key) != self.facts.get(key)]
         if different:
             details = ", ".join(f"{key} {facts.get(key)!r}, not {self.facts.get(key)!r}" for key in different)
@@ -162,8 +151,16 @@ class Store:
             )
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """So that `path` holds the old text or the new one, whenever the process ends."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def plain(trial: Trial) -> dict[str, Any]:
+    """A trial as JSON holds it."""
+    return {**asdict(trial), "test": trial.test and trial.test._asdict()}
+
+
+@functools.cache
+def commit() -> str | None:
+    """The checkout's commit, "-dirty" where it has changes beside it; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

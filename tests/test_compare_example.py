@@ -1,4 +1,4 @@
-"""The comparison: its curves, its search for learning rates, the file of trials, whole runs on a small encoder."""
+"""The comparison: its curves, its search for learning rates, the file of trials, whole runs on small models."""
 
 import json
 import math
@@ -7,15 +7,22 @@ from dataclasses import replace
 import pytest
 
 pytest.importorskip("transformers")
+pytest.importorskip("sklearn")
 
 import compare
 import comparison_report
 import contestants
 import curves
 import docstrings
+import files
+import task_gpt
+import topics
 import trials
+from byte_gpt import Shape
+from comparison_settings import DEFAULTS, QUICK, parse
 from contestants import CONTESTANTS
 from settings import UsageError
+from tasks import ACCURACY, Scores
 from tiny_examples import save_tiny_encoder, write_library
 from trials import Store, Trial, Validation
 
@@ -32,6 +39,8 @@ SMALL = [
     "1",
     "--device",
     "cpu",
+    "--timed-rounds",
+    "1",
 ]
 
 
@@ -55,11 +64,14 @@ def a_trial(name="lora", lr=1e-3, seed=0, losses=(3.0, 2.0), **changes):
         "contestant": name,
         "lr": lr,
         "seed": seed,
-        "overrides": dict(CONTESTANTS[name].overrides),
+        "recipe": CONTESTANTS[name].recipe,
+        "commit": "abc",
         "trainable": 7,
+        "optimizer_state": 14,
+        "notes": {},
         "losses": list(losses),
         "validation": [Validation(2, 1.5, 0.25)],
-        "test_accuracy": 0.5,
+        "test": Scores(1.6, 0.5),
         "diverged": False,
     }
     return Trial(**(values | changes))
@@ -140,8 +152,8 @@ def test_trials_survive_the_file(tmp_path):
     store = Store(tmp_path / "trials.json", {"steps": 2})
     kept = [
         a_trial(),
-        a_trial(lr=2e-3, test_accuracy=None),
-        a_trial("full", diverged=True, validation=[], test_accuracy=None),
+        a_trial(lr=2e-3, test=None),
+        a_trial("full", diverged=True, validation=[], test=None),
     ]
     for trial in kept:
         store.add(trial)
@@ -156,8 +168,9 @@ def test_trials_survive_the_file(tmp_path):
 def test_a_contestant_defined_otherwise_since_is_trained_again(tmp_path, monkeypatch):
     store = Store(tmp_path / "trials.json", {})
     store.add(a_trial("lora_ga"))
-    changed = replace(CONTESTANTS["lora_ga"], overrides={"init": "lora_ga", "gamma": 99.0})
-    monkeypatch.setitem(CONTESTANTS, "lora_ga", changed)
+    monkeypatch.setitem(CONTESTANTS, "lora_ga", replace(CONTESTANTS["lora_ga"], title="another title"))
+    assert store.get("lora_ga", 1e-3, 0, tested=False) == a_trial("lora_ga")
+    monkeypatch.setitem(CONTESTANTS, "lora_ga", replace(CONTESTANTS["lora_ga"], numbers={"gamma": 99.0}))
     assert store.get("lora_ga", 1e-3, 0, tested=False) is None
 
 
@@ -168,7 +181,18 @@ def test_trials_of_other_settings_are_refused(tmp_path):
         Store(path, {"steps": 3, "r": 8})
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"facts": {}, "trials": [{"lr": 1}]}', "[1]"])
+def test_trials_of_an_older_format_are_refused(tmp_path):
+    """As compare.py wrote them when contestants had `overrides`, and trials a `test_accuracy`."""
+    path = tmp_path / "trials.json"
+    trial = {"contestant": "lora", "overrides": {}, "test_accuracy": 0.5}
+    text = json.dumps({"facts": {"steps": 2}, "trials": [trial]})
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"holds trials in format 1, want 2: .*remove it, or give another --out"):
+        Store(path, {"steps": 2})
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"facts": {}, "format": 2, "trials": [{"lr": 1}]}', "[1]"])
 def test_a_file_of_something_else_is_refused(tmp_path, text):
     path = tmp_path / "trials.json"
     path.write_text(text)
@@ -187,6 +211,21 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert len(Store(tmp_path / "trials.json", {})) == 1
 
 
+def test_results_are_kept_for_the_same_facts_only(tmp_path):
+    made = []
+
+    def make():
+        made.append(1)
+        return {"n": len(made)}
+
+    path = tmp_path / "costs.json"
+    assert files.kept(path, {"steps": 2, "names": ("a",)}, make) == {"n": 1}
+    assert files.kept(path, {"steps": 2, "names": ("a",)}, make) == {"n": 1}
+    assert files.kept(path, {"steps": 3}, make) == {"n": 2}
+    path.write_text("{")
+    assert files.kept(path, {"steps": 3}, make) == {"n": 3}
+
+
 # The report
 
 
@@ -197,30 +236,40 @@ def rates(best=1e-3, inside=True):
 def test_rows_count_steps_to_the_baselines_loss_with_the_same_seed(monkeypatch):
     monkeypatch.setattr(comparison_report, "WINDOW", 2)
     finals = {
-        "lora": [a_trial(losses=[4, 4, 3, 3]), a_trial(seed=1, losses=[4, 4, 2, 2], test_accuracy=0.7)],
+        "lora": [a_trial(losses=[4, 4, 3, 3]), a_trial(seed=1, losses=[4, 4, 2, 2], test=Scores(1.0, 0.7))],
         "lora_ga": [a_trial("lora_ga", losses=[4, 2, 2, 2]), a_trial("lora_ga", seed=1, losses=[4, 4, 3, 2])],
         "full": [
-            a_trial("full", diverged=True, validation=[], test_accuracy=None),
+            a_trial("full", diverged=True, validation=[], test=None),
             a_trial("full", seed=1, losses=[1] * 4),
         ],
     }
-    rows = {row.contestant: row for row in comparison_report.summarise(dict.fromkeys(finals, rates()), finals)}
+    rows = {row.contestant: row for row in comparison_report.summarise(finals, ACCURACY)}
     assert rows["lora"].final_loss == (2.5, 2, 3)
-    assert rows["lora"].test_accuracy == (pytest.approx(0.6), 0.5, 0.7)
+    assert rows["lora"].test == pytest.approx((60, 50, 70))
     assert rows["lora"].steps_to_baseline == [4, 4]
     assert rows["lora_ga"].steps_to_baseline == [2, None]
     assert (rows["full"].steps_to_baseline, rows["full"].diverged) == ([2], 1)
-    lines = comparison_report.table(list(rows.values())).splitlines()
+    lines = comparison_report.table(list(rows.values()), ACCURACY).splitlines()
     assert "2.500 (2.000 to 3.000)" in lines[2]
     assert "60.0 % (50.0 to 70.0)" in lines[2]
+    nats = comparison_report.summarise(finals, task_gpt.GptTask.metric)
+    assert "1.300 (1.000 to 1.600)" in comparison_report.table(nats, task_gpt.GptTask.metric).splitlines()[2]
     assert "2, not reached" in lines[3]
     assert "full fine-tuning (1 diverged)" in lines[4]
 
 
 def test_without_the_baseline_no_steps_are_claimed():
-    rows = comparison_report.summarise({"full": rates()}, {"full": [a_trial("full")]})
+    rows = comparison_report.summarise({"full": [a_trial("full")]}, ACCURACY)
     assert rows[0].steps_to_baseline == []
-    assert "not measured" in comparison_report.table(rows)
+    assert "not measured" in comparison_report.table(rows, ACCURACY)
+
+
+def test_the_cost_table_says_what_is_left_at_the_end():
+    finals = {"lora": [a_trial()], "dora": [a_trial("dora", notes={"trainable at the end": 5})]}
+    costs = {"contestants": {name: {"step_seconds": 0.25, "peak_bytes": 3 * 2**20} for name in finals}}
+    lines = comparison_report.cost_table(comparison_report.summarise(finals, ACCURACY), costs).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert cells == [["LoRA", "7", "14", "4.0", "3.0 MiB"], ["DoRA", "7 to 5", "14", "4.0", "3.0 MiB"]]
 
 
 def test_the_search_table_marks_the_best_and_what_diverged():
@@ -240,28 +289,61 @@ def test_the_search_table_marks_the_best_and_what_diverged():
         (["--search-seeds", "none"], "--search-seeds: want a positive integer, got 'none'"),
         (["--steps", "0"], "--steps: want a positive integer, got 0"),
         (["--dropout", "1"], "--dropout: want a number from 0 up to, not including, 1, got 1"),
-        (["--lr", "1"], "unrecognized arguments: --lr 1"),
+        (["--lr", "0"], "--lr: want a positive number, got 0"),
+        (["--task", "mnist"], "argument --task: invalid choice: 'mnist'"),
+        (["--task", "gpt", "--max-length", "9"], "--max-length: the task gpt has no such setting"),
+        (["--task", "digits", "--head-lr", "1"], "--head-lr: the task digits has no such setting"),
+        (
+            ["--optimizer", "sgd", "--contestants", "lora", "lora_plus"],
+            "--contestants lora_plus: not with --optimizer sgd: its ratio of rates",
+        ),
     ],
 )
 def test_a_wrong_argument_is_explained(capsys, arguments, message):
     with pytest.raises(SystemExit) as exit_:
-        compare.parse(arguments)
+        parse(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_every_contestant_gets_through_the_quick_run(run, tmp_path):
-    assert run(tmp_path / "out", "--quick") == 0
-    results = json.loads((tmp_path / "out" / "quick" / "results.json").read_text())
-    assert [row["contestant"] for row in results["table"]] == list(CONTESTANTS)
+def test_defaults_are_the_tasks_own():
+    docs, digits = parse([]), parse(["--task", "digits", "--optimizer", "sgd", "--out", "here"])
+    assert (docs.task, docs.steps, docs.max_length) == ("docstrings", 150, 32)
+    assert docs.lr == DEFAULTS["docstrings"]["lr"]["adamw"]
+    assert (digits.steps, digits.max_length, digits.lr) == (100, None, DEFAULTS["digits"]["lr"]["sgd"])
+    assert (str(digits.folder), str(digits.pretrained_models)) == ("here/digits-sgd", "here/pretrained")
+    assert str(docs.folder) == "runs/compare/docstrings"
+    assert docs.contestants == tuple(CONTESTANTS)
+    assert "lora_plus" not in digits.contestants
+    given = parse(["--task", "gpt", "--quick", "--steps", "9"])
+    assert (given.steps, given.seeds, str(given.folder)) == (9, QUICK["seeds"], "runs/compare/quick/gpt")
+
+
+@pytest.fixture
+def small_gpt(monkeypatch):
+    monkeypatch.setattr(task_gpt, "Shape", lambda: Shape(width=64, layers=1, heads=2, context=16))
+    monkeypatch.setattr(topics, "sources", lambda: b"def f(x):\n    return x\n" * 50)
+
+
+@pytest.mark.parametrize("task", ["docstrings", "gpt", "digits"])
+def test_every_contestant_gets_through_the_quick_run(run, small_gpt, tmp_path, task):
+    options = ["--task", task, "--quick", "--device", "cpu", "--out", str(tmp_path / "out"), "--batch-size", "16"]
+    assert (run(tmp_path / "out", "--quick") if task == "docstrings" else compare.main(options)) == 0
+    folder = tmp_path / "out" / "quick" / task
+    results = json.loads((folder / "results.json").read_text())
+    assert [row["contestant"] for row in results["one rate"]] == list(CONTESTANTS)
     for name, runs in results["trials"].items():
         assert [trial["seed"] for trial in runs] == [0, 1]
-        assert all(len(trial["losses"]) == compare.QUICK["steps"] for trial in runs)
+        assert all(len(trial["losses"]) == QUICK["steps"] for trial in runs)
         assert [trial["losses"][0] for trial in runs] == pytest.approx(
             [trial["losses"][0] for trial in results["trials"]["full"]], rel=1e-4
         ), f"{name} starts elsewhere"
     assert len({tuple(runs[0]["losses"]) for runs in results["trials"].values()}) == len(CONTESTANTS)
-    assert (tmp_path / "out" / "quick" / "loss.png").stat().st_size > 10_000
+    assert set(results["costs"]["contestants"]) == set(CONTESTANTS)
+    assert (folder / "loss.png").stat().st_size > 10_000
+    text = (folder / "results.md").read_text()
+    assert all(text.count(f"| {entry.title} ") >= 2 for entry in CONTESTANTS.values())  # at one rate, and what it costs
+    assert "LoRA-GA of sign(G)" in text
 
 
 def test_an_interrupted_comparison_goes_on_to_the_same_result(run, tmp_path, monkeypatch, capsys):
@@ -278,21 +360,27 @@ def test_an_interrupted_comparison_goes_on_to_the_same_result(run, tmp_path, mon
 
     monkeypatch.setattr(trials, "run_trial", run_trial)
     assert run(tmp_path / "parts", *options) == compare.INTERRUPTED
-    assert f"the finished trials are in {tmp_path / 'parts' / 'trials.json'}" in capsys.readouterr().err
-    assert not (tmp_path / "parts" / "results.json").exists()
+    folder = tmp_path / "parts" / "docstrings"
+    assert f"the finished trials are in {folder / 'trials.json'}" in capsys.readouterr().err
+    assert not (folder / "results.json").exists()
     assert run(tmp_path / "parts", *options) == 0
     assert made.count(made[4]) == 2  # the one under way
-    assert len(made) == 2 * (3 + 2) + 1  # and no other
-    whole, parts = (json.loads((tmp_path / out / "results.json").read_text()) for out in ("whole", "parts"))
+    whole, parts = (json.loads((tmp_path / o / "docstrings" / "results.json").read_text()) for o in ("whole", "parts"))
+    best = {row["contestant"]: row["lr"] for row in whole["best rates"]}
+    one_rate = DEFAULTS["docstrings"]["lr"]["adamw"]
+    expected = sum(3 + 2 + (2 if lr != one_rate else 0) for lr in best.values())
+    assert len(made) == expected + 1  # and no other
     assert whole["trials"] == parts["trials"]
     assert whole["search"] == parts["search"]
+    assert whole["alignment"] == parts["alignment"]
     # The rate comes from one seed's validation loss, the results from others'.
-    for row in whole["table"]:
-        search = {float(lr): loss for lr, loss in whole["search"][row["contestant"]].items()}
-        assert row["lr"] == min(search, key=search.__getitem__)
-    kept = json.loads((tmp_path / "whole" / "trials.json").read_text())["trials"]
-    assert {trial["seed"] for trial in kept if trial["test_accuracy"] is None} == {compare.SEARCH_SEED}
-    assert {trial["seed"] for trial in kept if trial["test_accuracy"] is not None} == {0, 1}
+    for name, lr in best.items():
+        search = {float(tried): loss for tried, loss in whole["search"][name].items()}
+        assert lr == min(search, key=search.__getitem__)
+    assert {row["lr"] for row in whole["one rate"]} == {one_rate}
+    kept = json.loads((tmp_path / "whole" / "docstrings" / "trials.json").read_text())["trials"]
+    assert {trial["seed"] for trial in kept if trial["test"] is None} == {compare.SEARCH_SEED}
+    assert {trial["seed"] for trial in kept if trial["test"] is not None} == {0, 1}
     assert [found["step"] for found in whole["trials"]["lora"][0]["validation"]] == [2, 4]
 
 
@@ -303,20 +391,34 @@ def test_another_comparison_does_not_mix_with_the_trials_there(run, tmp_path, ca
     assert "holds trials made with head_lr 0.03, not 0.5" in capsys.readouterr().err
 
 
-def test_a_rate_that_is_far_too_large_is_recorded_as_diverged(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(CONTESTANTS, "full", replace(CONTESTANTS["full"], lr=1e30))
-    assert run(tmp_path / "out", "--quick", "--contestants", "full") == 0
-    results = json.loads((tmp_path / "out" / "quick" / "results.json").read_text())
-    assert results["table"][0]["diverged"] == 2
-    assert results["table"][0]["final_loss"] is None
+def quick_digits(tmp_path, *options):
+    """Runs the quick comparison on digits; returns its results."""
+    out = tmp_path / "out"
+    assert compare.main(["--task", "digits", "--quick", "--device", "cpu", "--out", str(out), *options]) == 0
+    (folder,) = (out / "quick").glob("digits*")
+    return json.loads((folder / "results.json").read_text()), (folder / "results.md").read_text()
+
+
+def test_a_rate_that_is_far_too_large_is_recorded_as_diverged(tmp_path):
+    results, text = quick_digits(tmp_path, "--contestants", "full", "--lr", "1e30")
+    assert results["one rate"][0]["diverged"] == 2
+    assert results["one rate"][0]["final_loss"] is None
     assert all(math.isfinite(loss) for loss in results["trials"]["full"][0]["losses"])
+    assert "full fine-tuning (2 diverged)" in text
 
 
-def test_a_new_entry_is_all_that_a_new_contestant_needs(run, tmp_path, monkeypatch):
-    added = contestants.Contestant("LoRA, r = 2", "fastlora", 2e-3, {"r": 2})
-    monkeypatch.setitem(CONTESTANTS, "lora_2", added)
-    assert run(tmp_path / "out", "--quick", "--contestants", "lora", "lora_2", "--no-plot") == 0
-    table = json.loads((tmp_path / "out" / "quick" / "results.json").read_text())["table"]
-    adapters = [row["trainable"] - (32 * 3 + 3) for row in table]
-    assert adapters[0] == 2 * adapters[1]
-    assert "LoRA, r = 2" in (tmp_path / "out" / "quick" / "results.md").read_text()
+def test_with_sgd_what_has_no_meaning_is_left_out_and_said(tmp_path):
+    results, text = quick_digits(tmp_path, "--optimizer", "sgd", "--no-plot")
+    assert "lora_plus" in results["left out"]
+    assert not set(results["left out"]) & {row["contestant"] for row in results["one rate"]}
+    for name, reason in results["left out"].items():
+        assert f"{CONTESTANTS[name].title} is left out: {reason}." in text
+    assert all(row["optimizer_state"] == 0 for row in results["one rate"])
+
+
+def test_a_new_entry_is_all_that_a_new_contestant_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(CONTESTANTS, "lora_2", contestants.Contestant("LoRA, r = 2", {"r": 2}))
+    results, text = quick_digits(tmp_path, "--contestants", "lora", "lora_2", "--no-plot")
+    trainable = [row["trainable"] for row in results["one rate"]]
+    assert trainable[0] == 2 * trainable[1]
+    assert "LoRA, r = 2" in text

@@ -94,7 +94,7 @@ def test_the_standard_library_gives_the_promised_data_set():
     dataset = docstrings.load()
     assert len(dataset.labels) == 25
     assert len(dataset) > 2500
-    texts = [docstrings._normalised(e.text) for part in (dataset.train, dataset.validation, dataset.test) for e in part]
+    texts = [docstrings.normalised(e.text) for part in (dataset.train, dataset.validation, dataset.test) for e in part]
     assert len(texts) == len(set(texts))
     assert {example.label for example in dataset.train} == set(range(25))
     assert len(dataset.test) / len(dataset) == pytest.approx(0.2, abs=0.03)

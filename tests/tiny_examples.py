@@ -1,6 +1,7 @@
-"""What the examples' tests run on: a small encoder on disk and a small 'standard library'."""
+"""What the examples' tests run on: a small encoder on disk, a small 'standard library', the digits."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,3 +37,12 @@ def write_library(root: Path, modules: int = 3, functions: int = 40) -> Path:
         body += [f'def f{i}():\n    """Topic {"abc"[module] * 4} case {i} of it."""' for i in range(functions)]
         (root / f"module{module}.py").write_text("\n".join(body))
     return root
+
+
+def digits_task(out: Path, *options: str) -> Any:
+    """The comparison's task on scikit-learn's digits, with its model pretrained under `out` (a second or two)."""
+    from comparison_settings import parse
+    from tasks import load_task
+
+    arguments = ["--task", "digits", "--device", "cpu", "--out", str(out), *options]
+    return load_task(parse(arguments), torch.device("cpu"))

@@ -1,0 +1,94 @@
+"""A comparison's curves: losses over steps in both protocols, the searches, the test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from comparison_report import WINDOW, Finals, Results, finished, summarise
+from contestants import CONTESTANTS
+from curves import Band, band, running_mean
+from tasks import Metric
+
+STYLES = ("-", "--")  # past ten contestants colours repeat
+
+
+def plot(results: Results, path: Path) -> Path:
+    """Training and validation loss over steps, mean and band (smallest to largest) over the seeds, one row a protocol;
+    beside them the search, and the test's mean and range.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, grid = pyplot.subplots(2, 3, figsize=(16, 9))
+    for row, (finals, what) in enumerate(((results.one_rate, "one rate for all"), (results.best_rate, "best rates"))):
+        _draw_curves(grid[row][0], grid[row][1], finals)
+        grid[row][0].set(xlabel="step", ylabel=f"training loss (mean of {WINDOW} steps)", title=what)
+        grid[row][1].set(xlabel="step", ylabel="validation loss", title=what)
+    _draw_search(grid[0][2], results)
+    _draw_test(grid[1][2], results)
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="lower center", ncols=6)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+    return path
+
+
+def _look(number: int) -> tuple[str, str]:
+    return f"C{number % 10}", STYLES[number // 10 % len(STYLES)]
+
+
+def _draw_curves(training: Any, validation: Any, finals: Finals) -> None:
+    ends: list[float] = []
+    for number, (name, trials) in enumerate(finals.items()):
+        good, label = finished(trials), CONTESTANTS[name].title
+        if good:
+            losses = band([running_mean(trial.losses, WINDOW) for trial in good])
+            last = len(good[0].losses)
+            _draw_band(training, range(last - len(losses.mean) + 1, last + 1), losses, _look(number), label)
+            steps = [found.step for found in good[0].validation]
+            losses = band([[found.loss for found in trial.validation] for trial in good])
+            _draw_band(validation, steps, losses, _look(number), label)
+            ends += losses.mean
+    if ends:  # one run that went wrong would flatten all the others
+        validation.set_ylim(top=min(max(ends), 2 * sorted(ends)[len(ends) // 2]) * 1.05)
+
+
+def _draw_band(axes: Any, x: Sequence[int], curve: Band, look: tuple[str, str], label: str) -> None:
+    axes.plot(x, curve.mean, color=look[0], linestyle=look[1], label=label)
+    axes.fill_between(x, curve.low, curve.high, color=look[0], alpha=0.1, linewidth=0)
+
+
+def _draw_search(axes: Any, results: Results) -> None:
+    for number, (name, found) in enumerate(results.rates.items()):
+        tried = {lr: loss for lr, loss in found.losses.items() if math.isfinite(loss)}
+        if tried:
+            color, style = _look(number)
+            label = CONTESTANTS[name].title
+            axes.semilogx(list(tried), list(tried.values()), "o", ls=style, color=color, label=label, markersize=4)
+    axes.set(xlabel="learning rate", ylabel="validation loss after the last step", title="search")
+
+
+def _draw_test(axes: Any, results: Results) -> None:
+    """A line per contestant, the two protocols above one another in it."""
+    metric: Metric = results.task.metric
+    protocols = ((results.one_rate, "s", 0.15, "one rate for all"), (results.best_rate, "o", -0.15, "best rates"))
+    for finals, marker, shift, label in protocols:
+        for number, row in enumerate(summarise(finals, metric)):
+            if row.test is not None:
+                bars = [[row.test.mean - row.test.low], [row.test.high - row.test.mean]]
+                color = _look(number)[0]
+                axes.errorbar([row.test.mean], [-number + shift], xerr=bars, fmt=marker, color=color, markersize=5)
+        axes.plot([], [], marker, color="gray", label=label)
+    names = list(results.best_rate)
+    axes.set_yticks([-number for number in range(len(names))], [CONTESTANTS[name].title for name in names])
+    axes.set(xlabel=f"{metric.name}{metric.unit}", title="test: mean, smallest and largest")
+    axes.legend()

@@ -1,0 +1,136 @@
+"""A contestant on its way: the model prepared as its entry says, its optimisers, its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from adapting import set_training, start_from_gradients
+from contestants import Contestant
+from memory import peak_growth, tensor_bytes
+from schedule import share_of_peak
+from tasks import Task
+from torch import nn
+
+import fastlora
+
+
+class Learner:
+    """One model in training. Its starting point comes from the task, the entry and the seed alone."""
+
+    def __init__(self, task: Task, entry: Contestant, lr: float, seed: int, steps: int):
+        self.task, self.entry = task, entry
+        self.model = prepared_model(task, entry, seed)
+        self.adapted = task.adapted(self.model)
+        self.optimizers = [make_optimizer(task, entry, self.adapted, lr)]
+        if head := task.head(self.model):
+            self.optimizers.append(torch.optim.AdamW(head, lr=task.settings.head_lr or lr, weight_decay=0.0))
+        self.schedulers = [
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_peak(step, steps))
+            for optimizer in self.optimizers
+        ]
+
+    @property
+    def trainable(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+    @property
+    def optimizer_state(self) -> int:
+        """The numbers that the optimisers keep beside the parameters (counters of steps left out)."""
+        return sum(tensor.numel() for tensor in self._state_tensors() if tensor.numel() > 1)
+
+    def step(self, batch: Any) -> float:
+        """One optimiser step; returns the task's loss before it."""
+        set_training(self.model, True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss = self.task.loss(self.model, batch)
+        loss.backward()
+        for optimizer, scheduler in zip(self.optimizers, self.schedulers):
+            optimizer.step()
+            scheduler.step()
+        return loss.item()
+
+    def peak_bytes(self, batch: Any) -> int:
+        """What it owns (weights, adapters, optimiser state), and the most that one step adds to that."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)  # the profiler does not see old gradients go
+        owned = tensor_bytes([*self.model.parameters(), *self.model.buffers(), *self._state_tensors()])
+        return owned + peak_growth(lambda: self.step(batch), self.task.device)
+
+    def notes(self) -> dict[str, Any]:
+        """What shows that the method ran: facts of its own beside the numbers that all have."""
+        notes: dict[str, Any] = {}
+        rates = {group["name"]: group["initial_lr"] for group in self.optimizers[0].param_groups if "name" in group}
+        if rates:
+            notes["rates"] = rates
+        if self.entry.uses("use_dora"):
+            notes["magnitudes"] = sum(m.numel() for m in parameters_named(self.adapted, "lora_magnitude_vector"))
+        return notes
+
+    def _state_tensors(self) -> Iterator[torch.Tensor]:
+        for optimizer in self.optimizers:
+            yield from tensors_in(optimizer.state)
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in nested dictionaries, lists and tuples, but no parameters."""
+    if isinstance(value, torch.Tensor):
+        if not isinstance(value, nn.Parameter):
+            yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
+
+
+def lora_layers(adapted: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in adapted.named_modules() if hasattr(module, "lora_A")}
+
+
+def parameters_named(adapted: nn.Module, holder: str) -> Iterator[nn.Parameter]:
+    """The adapters' parameters of one kind: lora_A, lora_B, lora_E, lora_magnitude_vector."""
+    for layer in lora_layers(adapted).values():
+        yield from getattr(layer, holder).values()
+
+
+def prepared_model(task: Task, entry: Contestant, seed: int) -> nn.Module:
+    """A fresh model in which what the entry trains requires a gradient, and the rest does not."""
+    model = task.fresh_model(seed)
+    adapted = task.adapted(model)
+    if entry.adapter is None:
+        adapted.requires_grad_(True)
+        return model
+    settings = task.settings
+    arguments: dict[str, Any] = {
+        "r": round(settings.r * entry.rank_share),
+        "lora_alpha": settings.lora_alpha * entry.rank_share,  # α/r is then what it is for the others
+        "lora_dropout": settings.dropout,
+        "strict": True,
+        **task.targets,
+        **entry.adapter,
+    }
+    torch.manual_seed(seed)
+    fastlora.patch(adapted, **arguments)
+    if entry.start:
+        batches = task.gradient_batches(seed)
+
+        def passes() -> None:
+            task.backward_passes(model, batches)
+
+        gamma = entry.numbers["gamma"]
+        start_from_gradients(entry.start, adapted, passes, settings.r, gamma, seed, task.targets)
+        model.zero_grad(set_to_none=True)
+    return model
+
+
+def make_optimizer(task: Task, entry: Contestant, adapted: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """The optimiser of everything but the task's head. No weight decay; SGD without momentum."""
+    groups: list[dict[str, Any]]
+    if entry.groups == "lora_plus":
+        groups = fastlora.optim.lora_plus_param_groups(adapted, lr, **entry.numbers)
+    else:
+        groups = [{"params": [parameter for parameter in adapted.parameters() if parameter.requires_grad], "lr": lr}]
+    if task.settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)

@@ -1,0 +1,123 @@
+"""What a comparison needs to know of a task: data, a pretrained model, a loss. Each task_*.py has one."""
+
+from __future__ import annotations
+
+import importlib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from adapting import set_training
+from batches import SKETCH_SEED
+from comparison_settings import Comparison
+from torch import nn
+
+PARTS = ("train", "validation", "test")
+
+
+class Scores(NamedTuple):
+    """Means over a part of the data."""
+
+    loss: float
+    accuracy: float
+
+
+class Metric(NamedTuple):
+    """What the test part is summarised by, and how it is written in a table."""
+
+    name: str
+    of: Callable[[Scores], float]
+    form: str
+    unit: str = ""
+
+
+ACCURACY = Metric("test accuracy", lambda scores: 100 * scores.accuracy, "{:.1f}", " %")
+
+
+class Task(ABC):
+    """`targets` are the arguments of `fastlora.patch` that say which layers of `adapted(model)` get adapters.
+
+    `facts` are what trials are made on: two comparisons with the same facts and settings may share their trials.
+    """
+
+    metric: Metric = ACCURACY
+    targets: Mapping[str, Any] = {}
+    facts: dict[str, Any]
+
+    def __init__(self, settings: Comparison, device: torch.device):
+        self.settings, self.device = settings, device
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """A sentence or two for the caption: the model, the data and their sizes."""
+
+    @abstractmethod
+    def fresh_model(self, seed: int) -> nn.Module:
+        """The pretrained model on the device; what of it starts at random comes from the seed."""
+
+    def adapted(self, model: Any) -> nn.Module:
+        """The part of the model that a contestant trains."""
+        return model
+
+    def head(self, model: Any) -> list[nn.Parameter]:
+        """What starts at random, and is trained by the same optimiser at the same rate in every contestant."""
+        return []
+
+    @abstractmethod
+    def order(self, seed: int, steps: int) -> Sequence[Sequence[int]]:
+        """The indices of each step's training examples, the same for every contestant."""
+
+    @abstractmethod
+    def batch(self, indices: Sequence[int]) -> Any:
+        """Training examples on the device."""
+
+    @abstractmethod
+    def loss(self, model: Any, batch: Any) -> torch.Tensor:
+        """The mean loss of a batch."""
+
+    def scores(self, model: nn.Module, part: str) -> Scores:
+        """Mean loss and accuracy over all of a part, without the adapters' dropout."""
+        set_training(model, False)
+        losses: list[torch.Tensor] = []
+        right: list[torch.Tensor] = []
+        with torch.inference_mode():
+            for logits, labels in self._predictions(model, part):
+                losses.append(nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu())
+                right.append((logits.argmax(-1) == labels).double().cpu())
+        return Scores(torch.cat(losses).mean().item(), torch.cat(right).mean().item())
+
+    @abstractmethod
+    def _predictions(self, model: Any, part: str) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """(logits (n, classes), labels (n,)) of a part, in pieces."""
+
+    def gradient_batches(self, seed: int) -> list[Any]:
+        """The training batches whose gradient LoRA-GA looks at, drawn apart from those of a run with this seed."""
+        return [self.batch(indices) for indices in self.order(seed + SKETCH_SEED, self.settings.sketch_batches)]
+
+    def backward_passes(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        """Backward passes of equal weight, in eval mode; their gradients add up to that of the mean over batches."""
+        set_training(model, False)
+        for batch in batches:
+            (self.loss(model, batch) / len(batches)).backward()
+
+
+def load_task(settings: Comparison, device: torch.device) -> Task:
+    """The task that the settings name, its data read and its model pretrained."""
+    module = importlib.import_module(f"task_{settings.task}")
+    return module.load(settings, device)
+
+
+def shuffled_epochs(examples: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """The indices of each step's batch: every example once per epoch; a short last batch is dropped."""
+    if batch_size > examples:
+        raise ValueError(f"--batch-size {batch_size}: the training set has only {examples} examples")
+    generator = random.Random(seed)
+    order: list[list[int]] = []
+    while len(order) < steps:
+        indices = list(range(examples))
+        generator.shuffle(indices)
+        order += [indices[i : i + batch_size] for i in range(0, examples - batch_size + 1, batch_size)]
+    return order[:steps]

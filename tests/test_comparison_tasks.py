@@ -1,0 +1,241 @@
+"""The comparison's tasks: data that no part shares, the small models, and their pretraining, kept in a file."""
+
+import math
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+
+import byte_gpt
+import pretraining
+import task_digits
+import task_gpt
+import tasks
+import topics
+from byte_gpt import ByteGPT, Shape
+from comparison_settings import parse
+from pretraining import pretrained, weights_hash
+from tasks import load_task, shuffled_epochs
+from tiny_examples import digits_task
+from torch import nn
+
+CPU = torch.device("cpu")
+
+
+# The topics
+
+
+def test_no_paragraph_is_in_two_topics_or_two_parts():
+    shared = "A paragraph that a chapter and one of its sections share."
+    found = {f"topic {i}": f"Only in {i}.\n\n{shared}\n\n" for i in range(40)} | {"again": shared.upper() + "\n"}
+    parts = topics.load(found)
+    texts = b"\n".join(parts.values()).decode()
+    assert texts.casefold().count(shared.casefold()) == 1
+    assert all(texts.count(f"Only in {i}.") == 1 for i in range(40))
+    assert all(parts[part] for part in tasks.PARTS)
+
+
+def test_the_installed_topics_are_split_without_overlap():
+    parts = topics.load()
+    paragraphs = {
+        part: {topics.normalised(p) for p in text.decode().split("\n\n")} - {""} for part, text in parts.items()
+    }
+    for part in tasks.PARTS:
+        others = set().union(*(paragraphs[other] for other in tasks.PARTS if other != part))
+        assert not paragraphs[part] & others
+    sizes = {part: len(text) for part, text in parts.items()}
+    assert sizes["train"] > 100_000
+    assert min(sizes.values()) > 5_000
+
+
+def test_the_sources_are_the_librarys_without_topics_and_tests(tmp_path):
+    for name in ("kept.py", "pydoc_data/topics.py", "test/test_kept.py", "pkg/site-packages/other.py", "pkg/kept.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"'{name}'\n")
+    assert topics.sources(tmp_path) == b"'kept.py'\n\n'pkg/kept.py'\n"
+
+
+def test_windows_predict_every_byte_once():
+    text = bytes(range(1, 24))
+    found = task_gpt.windows(text, 5)
+    assert found.shape == (5, 5)
+    assert found[:, 1:].flatten().tolist() == list(range(2, 22))
+    assert (found[1:, 0] == found[:-1, -1]).all()
+
+
+# The byte-level GPT
+
+
+def test_a_byte_is_predicted_from_those_before_it():
+    torch.manual_seed(0)
+    model = ByteGPT(Shape(width=32, layers=2, heads=2, context=16)).eval()
+    windows = torch.randint(0, 256, (2, 17))
+    changed = windows.clone()
+    changed[:, 9] += 1
+    changed %= 256
+    before, after = (byte_gpt.next_byte(model, w)[0].unflatten(0, (2, 16)) for w in (windows, changed))
+    torch.testing.assert_close(before[:, :9], after[:, :9])
+    assert all((before[:, t] - after[:, t]).abs().max() > 1e-4 for t in range(9, 16))
+    assert torch.equal(byte_gpt.next_byte(model, windows)[1], windows[:, 1:].flatten())
+
+
+def test_its_size_is_what_is_said():
+    assert sum(p.numel() for p in ByteGPT(Shape()).parameters()) == pytest.approx(0.9e6, rel=0.05)
+
+
+@pytest.fixture
+def small_gpt(tmp_path, monkeypatch):
+    """The task with a small model, on little text."""
+    monkeypatch.setattr(task_gpt, "Shape", lambda: Shape(width=32, layers=1, heads=2, context=16))
+    monkeypatch.setattr(task_gpt, "PRETRAINING", {"steps": 120, "batch_size": 8, "lr": 1e-2, "seed": 0})
+    monkeypatch.setattr(topics, "sources", lambda: b"def f(x):\n    return x\n" * 50)
+    return lambda: load_task(parse(["--task", "gpt", "--device", "cpu", "--out", str(tmp_path)]), CPU)
+
+
+def test_the_gpt_is_pretrained_once_and_adapted_below_its_head(small_gpt, monkeypatch, capsys):
+    task = small_gpt()
+    assert "pretraining the byte-level GPT: 120/120" in capsys.readouterr().err
+    model = task.fresh_model(0)
+    seen = task_gpt.windows(b"def f(x):\n    return x\n" * 4, 17)
+    assert nn.functional.cross_entropy(*byte_gpt.next_byte(model, seen)) < 1 < math.log(256) / 2
+    monkeypatch.setattr(task_gpt, "fit", None)  # a second time nothing is trained
+    again = small_gpt()
+    assert again.facts == task.facts
+    assert task.facts["weights"] == weights_hash(model.state_dict())
+    import learners
+    from contestants import CONTESTANTS
+
+    adapted = learners.lora_layers(learners.prepared_model(task, CONTESTANTS["lora"], 0))
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert set(adapted) == {f"blocks.0.attention.{name}" for name in names} | {"blocks.0.up_proj", "blocks.0.down_proj"}
+
+
+def test_other_sources_are_pretrained_on_again(small_gpt, monkeypatch):
+    first = small_gpt().facts
+    monkeypatch.setattr(topics, "sources", lambda: b"class C:\n    pass\n" * 50)
+    assert small_gpt().facts["weights"] != first["weights"]
+
+
+def test_scores_are_means_over_all_bytes(small_gpt, monkeypatch):
+    task = small_gpt()
+    model = task.fresh_model(0)
+    logits, labels = byte_gpt.next_byte(model, task.windows["test"])
+    found = task.scores(model, "test")
+    assert found.loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert found.accuracy == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
+    assert task.metric.of(found) == found.loss
+
+
+# The file of a pretrained model
+
+
+def a_model(value=1.0):
+    model = nn.Linear(2, 1)
+    nn.init.constant_(model.weight, value)
+    return model
+
+
+def test_weights_are_kept_for_the_same_facts_only(tmp_path):
+    made = []
+
+    def train():
+        made.append(1)
+        return a_model(len(made))
+
+    path = tmp_path / "deep" / "model.safetensors"
+    first = pretrained(path, {"steps": 1}, train)
+    assert torch.equal(pretrained(path, {"steps": 1}, train)["weight"], first["weight"])
+    assert len(made) == 1
+    assert torch.equal(pretrained(path, {"steps": 2}, train)["weight"], torch.full((1, 2), 2.0))
+    assert len(made) == 2
+    path.write_bytes(path.read_bytes()[:-3])  # cut short
+    pretrained(path, {"steps": 2}, train)
+    assert len(made) == 3
+    assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
+
+
+def test_an_interrupted_pretraining_leaves_the_old_file(tmp_path):
+    path = tmp_path / "model.safetensors"
+    pretrained(path, {"steps": 1}, a_model)
+    old = path.read_bytes()
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrained(path, {"steps": 2}, interrupted)
+    assert path.read_bytes() == old
+
+
+def test_the_hash_sees_every_weight():
+    weights = a_model().state_dict()
+    assert weights_hash(weights) == weights_hash(dict(reversed(weights.items())))
+    assert weights_hash(weights) != weights_hash({**weights, "bias": weights["bias"] + 1e-7})
+
+
+def test_fit_takes_one_step_a_loss():
+    model = a_model(0.0)
+    x = torch.ones(1, 2)
+    pretraining.fit(model, iter(lambda: (model(x) - 3).square().sum(), None), 100, 0.1, "a line")
+    assert model(x).item() == pytest.approx(3, abs=0.1)
+
+
+# The digits
+
+
+def test_digits_are_turned_by_a_quarter_and_inverted():
+    x = torch.zeros(1, 64)
+    x[0, 7] = 1  # top right
+    shifted = task_digits.rotated_and_inverted(x)
+    assert (shifted[0, 0], shifted.sum()) == (0, 63)  # is top left after a turn to the left; paper is ink now
+
+
+def test_no_image_is_in_two_parts():
+    parts = task_digits.digits()
+    rows = [tuple(image.tolist()) for x, _ in parts.values() for image in x]
+    assert len(rows) == len(set(rows)) > 1790
+    assert {part: len(x) for part, (x, _) in parts.items()} == {"train": 1262, "validation": 170, "test": 365}
+    assert all(x.min() == 0 and x.max() == 1 for x, _ in parts.values())
+
+
+def test_the_shift_is_one(tmp_path):
+    task = digits_task(tmp_path)
+    known, before = (task.accuracy(images["test"]) for images in (task.original, task.shifted))
+    assert known > 0.95
+    assert before < 0.3
+    assert f"test accuracy {100 * known:.1f} %" in task.description
+    assert task.scores(task.fresh_model(0), "test").accuracy == pytest.approx(before)
+
+
+def test_the_batches_for_the_gradient_are_not_the_first_of_the_run(tmp_path):
+    task = digits_task(tmp_path, "--sketch-batches", "2")
+    first = [task.batch(indices) for indices in task.order(0, 2)]
+    looked_at = task.gradient_batches(0)
+    assert len(looked_at) == 2
+    assert not any(torch.equal(a[0], b[0]) for a, b in zip(first, looked_at))
+    model = task.fresh_model(0)
+    task.backward_passes(model, looked_at)
+    x, y = (torch.cat(tensors) for tensors in zip(*looked_at))
+    whole = task.fresh_model(0)
+    nn.functional.cross_entropy(whole(x), y).backward()
+    torch.testing.assert_close(model[0].weight.grad, whole[0].weight.grad)
+
+
+def test_epochs_have_every_example_once():
+    order = shuffled_epochs(10, 3, 7, seed=1)
+    assert order == shuffled_epochs(10, 3, 7, seed=1) != shuffled_epochs(10, 3, 7, seed=2)
+    for epoch in (order[:3], order[3:6]):
+        assert len({i for batch in epoch for i in batch}) == 9
+    with pytest.raises(ValueError, match="--batch-size 11: the training set has only 10 examples"):
+        shuffled_epochs(10, 11, 1, seed=0)
+
+
+def test_a_task_is_one_module_with_a_load(tmp_path, monkeypatch):
+    module = ModuleType("task_digits")
+    module.load = lambda settings, device: (settings.task, device)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "task_digits", module)
+    assert load_task(parse(["--task", "digits", "--out", str(tmp_path)]), CPU) == ("digits", CPU)

@@ -1,0 +1,165 @@
+"""Every contestant trains what its name says, and as its name says: parameters, rates, ranks, starts, optimisers."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+
+import costs
+import learners
+from contestants import CONTESTANTS
+from learners import Learner
+from tiny_examples import digits_task
+
+R = 4
+SIZES = ((256, 64), (256, 256), (10, 256))  # (out, in) of the MLP's layers
+PER_RANK = sum(n + m for n, m in SIZES)
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return digits_task(tmp_path_factory.mktemp("digits"), "--sketch-batches", "2")
+
+
+@pytest.fixture(scope="module")
+def trained(task):
+    """Each contestant after the same few steps: (learner, its parameters before, its losses)."""
+    found = {}
+    for name, entry in CONTESTANTS.items():
+        learner = Learner(task, entry, 0.01, seed=0, steps=STEPS)
+        before = {key: value.detach().clone() for key, value in learner.model.named_parameters()}
+        losses = [learner.step(task.batch(indices)) for indices in task.order(0, STEPS)]
+        found[name] = learner, before, losses
+    return found
+
+
+def kinds(learner):
+    """What is trained, by the name that holds it."""
+    trained = (name for name, parameter in learner.model.named_parameters() if parameter.requires_grad)
+    return {name.removesuffix(".default").rpartition(".")[2] for name in trained}
+
+
+ADAPTERS = {"dora": {"lora_A", "lora_B", "lora_magnitude_vector"}, "adalora": {"lora_A", "lora_B", "lora_E"}}
+COUNTS = {"dora": R * PER_RANK + sum(n for n, _ in SIZES), "adalora": 6 * (PER_RANK + len(SIZES))}
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_what_is_trained_is_the_methods_own(trained, name):
+    learner, before, _ = trained[name]
+    whole = CONTESTANTS[name].adapter is None
+    assert kinds(learner) == ({"weight", "bias"} if whole else ADAPTERS.get(name, {"lora_A", "lora_B"}))
+    assert learner.trainable == (sum(n * m + n for n, m in SIZES) if whole else COUNTS.get(name, R * PER_RANK))
+    for key, parameter in learner.model.named_parameters():
+        moved = not torch.equal(parameter, before[key])
+        assert moved == parameter.requires_grad, f"{key} {'moved' if moved else 'stayed'}"
+
+
+def test_all_start_at_the_pretrained_function_and_none_goes_anothers_way(trained):
+    firsts = {name: losses[0] for name, (_, _, losses) in trained.items()}
+    assert firsts == pytest.approx(dict.fromkeys(firsts, firsts["full"]), rel=1e-4)
+    lasts = [losses[-1] for _, _, losses in trained.values()]
+    assert len({round(loss, 5) for loss in lasts}) == len(CONTESTANTS)
+    assert all(loss < 0.95 * firsts["full"] for loss in lasts)
+
+
+def layers(learner):
+    return list(learners.lora_layers(learner.adapted).values())
+
+
+def test_the_scale_of_rslora_is_the_root_of_r_larger(trained):
+    lora, rslora = (layers(trained[name][0])[0].scaling["default"] for name in ("lora", "rslora"))
+    assert rslora == pytest.approx(math.sqrt(R) * lora)
+
+
+def test_lora_plus_has_two_rates(trained):
+    learner = trained["lora_plus"][0]
+    groups = learner.optimizers[0].param_groups
+    rates = {id(p): group["initial_lr"] for group in groups for p in group["params"]}
+    for layer in layers(learner):
+        assert rates[id(layer.lora_A["default"])] == 0.01
+        assert rates[id(layer.lora_B["default"])] == 0.01 * 16
+    assert learner.notes()["rates"] == {"lora_A": 0.01, "lora_B": 0.01 * 16}
+    assert len(trained["lora"][0].optimizers[0].param_groups) == 1
+
+
+def test_dora_learns_the_lengths_of_rows(trained):
+    learner, before, _ = trained["dora"]
+    assert learner.notes() == {"magnitudes": sum(n for n, _ in SIZES)}
+    for name, layer in learners.lora_layers(learner.adapted).items():
+        start = before[f"{name}.lora_magnitude_vector.default"]
+        torch.testing.assert_close(start, layer.weight.norm(dim=1))
+        length = (layer.weight + layer.get_delta_weight("default")).norm(dim=1)
+        torch.testing.assert_close(length, layer.lora_magnitude_vector["default"].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_lora_ga_starts_along_the_gradient_with_the_size_that_gamma_says(task):
+    def start(name):
+        model = learners.prepared_model(task, CONTESTANTS[name], seed=0)
+        return list(learners.lora_layers(model).values())[1]
+
+    small, large, lora = start("lora_ga_64"), start("lora_ga"), start("lora")
+    torch.testing.assert_close(2 * small.lora_B["default"], large.lora_B["default"])
+    torch.testing.assert_close(2 * small.lora_A["default"], large.lora_A["default"])
+    assert lora.lora_B["default"].count_nonzero() == 0
+    model = task.fresh_model(0)
+    task.backward_passes(model, task.gradient_batches(0))
+    u = torch.linalg.svd(model[2].weight.grad).U[:, R : 2 * R]
+    b = large.lora_B["default"].detach()
+    assert (u.T @ b).norm() > 0.95 * b.norm()
+    sign = start("sign").lora_B["default"].detach()
+    assert (u.T @ sign).norm() < 0.8 * sign.norm()
+
+
+def test_pissa_starts_from_the_weight(task):
+    model = learners.prepared_model(task, CONTESTANTS["pissa"], seed=0)
+    layer = list(learners.lora_layers(model).values())[1]
+    s = torch.linalg.svdvals(task.fresh_model(0)[2].weight)[:R]
+    scale = layer.scaling["default"] ** 0.5
+    torch.testing.assert_close(layer.lora_A["default"].norm(dim=1) * scale, s.sqrt(), rtol=1e-3, atol=0)
+
+
+def test_sgd_is_sgd(tmp_path):
+    task = digits_task(tmp_path, "--optimizer", "sgd", "--lr", "0.05")
+    learner = Learner(task, CONTESTANTS["full"], 0.05, seed=0, steps=1)
+    assert type(learner.optimizers[0]) is torch.optim.SGD
+    before = [parameter.detach().clone() for parameter in learner.model.parameters()]
+    learner.step(task.batch(task.order(0, 1)[0]))
+    for parameter, old in zip(learner.model.parameters(), before):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.detach(), old - 0.05 * parameter.grad)
+    assert learner.optimizer_state == 0
+
+
+def test_costs_are_measured_in_turn(task, monkeypatch):
+    turns = []
+    real = Learner.step
+
+    def step(learner, batch):
+        turns.append(learner.entry.title)
+        return real(learner, batch)
+
+    monkeypatch.setattr(Learner, "step", step)
+    found = costs.measure(task, ["full", "lora"], rounds=2)["contestants"]
+    full, lora = "full fine-tuning", "LoRA"
+    assert turns == [full, lora, lora, full, full, lora, lora, full, full, lora, full, lora]
+    assert all(cost["step_seconds"] > 0 for cost in found.values())
+    weights = 4 * sum(n * m + n for n, m in SIZES)
+    assert found["full"]["peak_bytes"] > 4 * weights  # weights, gradients, two moments
+    assert weights < found["lora"]["peak_bytes"] < 2 * weights
+
+
+def test_a_task_may_have_a_head_of_its_own_that_adamw_trains(task, monkeypatch):
+    monkeypatch.setattr(type(task), "adapted", lambda self, model: model[:4])
+    monkeypatch.setattr(type(task), "head", lambda self, model: list(model[4].parameters()))
+    monkeypatch.setattr(task, "settings", replace(task.settings, optimizer="sgd", head_lr=0.02))
+    for name in ("full", "lora"):
+        learner = Learner(task, CONTESTANTS[name], 0.01, seed=0, steps=STEPS)
+        sgd, adamw = learner.optimizers
+        assert (type(sgd), type(adamw)) == (torch.optim.SGD, torch.optim.AdamW)
+        assert adamw.param_groups[0]["initial_lr"] == 0.02
+        held = [p for optimizer in (sgd, adamw) for group in optimizer.param_groups for p in group["params"]]
+        assert {id(p) for p in held} == {id(p) for p in learner.model.parameters() if p.requires_grad}
