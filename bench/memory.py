@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,11 +40,21 @@ def saved_bytes(contender: Contender, x: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Allocations:
-    """Bytes beyond those held at the start: at the peak, and at the end; and the sizes of all that was allocated."""
+    """Bytes beyond those held at the start: at the peak, and at the end; and all that was allocated (positive) and
+    freed (negative), in order."""
 
     peak: int
     held: int
-    sizes: tuple[int, ...]
+    changes: tuple[int, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of all that was allocated."""
+        return tuple(change for change in self.changes if change > 0)
+
+    def most_alive(self, nbytes: int) -> int:
+        """How many allocations of just this size there were at once."""
+        return max(accumulate((change == nbytes) - (change == -nbytes) for change in self.changes), default=0)
 
 
 def allocations_of(work: Callable[[], Any]) -> tuple[Any, Allocations]:
@@ -59,4 +70,4 @@ def allocations_of(work: Callable[[], Any]) -> tuple[Any, Allocations]:
     for event in changes:
         now += event.nbytes()
         peak = max(peak, now)
-    return result, Allocations(peak, now, tuple(event.nbytes() for event in changes if event.nbytes() > 0))
+    return result, Allocations(peak, now, tuple(event.nbytes() for event in changes))

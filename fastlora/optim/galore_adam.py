@@ -7,8 +7,8 @@ transformers'): ε beside the uncorrected √v, and the decay after the step.
     official    W ← W − lr·√(1 − β₂ᵗ)/(1 − β₁ᵗ) · m / (√v + ε);  W ← (1 − lr·λ) W
 
 8 bits: blocks of 256 entries with a maximum each, in bitsandbytes' dynamic data type (Dettmers et al. 2022, arXiv
-2110.02861). v is kept as √v: the smallest code is 3e-7 of the block's maximum, and an entry of v that became 0 would
-make the next step m/ε. The moments of R (l, r) are quantised along l, so that a block holds one direction of the basis.
+2110.02861). The moments of R (l, r) are quantised along l, so that a block holds one direction of the basis: with
+columns that decay as 1/i the steps are 12 % off after 400 of them, and 34 % where a block holds all directions.
 """
 
 from __future__ import annotations
@@ -78,8 +78,6 @@ def read(state: State, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
         return kept
     code = _code(key == "exp_avg", kept.device)
     value = bitsandbytes().dequantize_blockwise(kept, absmax=state[key + _MAXIMA], code=code, blocksize=BLOCK).to(dtype)
-    if key == "exp_avg_sq":
-        value.square_()
     return value.mT if "basis" in state else value
 
 
@@ -92,8 +90,6 @@ def write(state: State, key: str, value: Tensor) -> None:
 
 
 def _quantise(state: State, key: str, value: Tensor) -> None:
-    if key == "exp_avg_sq":
-        value = value.sqrt()
     if "basis" in state:
         value = value.mT
     code = _code(key == "exp_avg", value.device)

@@ -1,0 +1,393 @@
+"""Gradients taken during the backward pass: the plain mode's numbers, for models of every kind, and no more gradients
+alive at once than is said."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from galore_problem import PROJECTED, RANK, Net, backward, batch, difference, loss_of, net, optimizer_of, train
+from plain_models import Net as ConvNet
+from tiny_models import tiny_batch, tiny_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bench.memory import Allocations, allocations_of
+from fastlora.linalg import operators
+from fastlora.optim import GaLoreAdamW, galore_param_groups, galore_projector
+from fastlora.optim.galore_projector import PROJ_TYPES
+
+TAKEN = ("hook", "factored")
+MODES = ("plain", *TAKEN)
+
+
+def trained(kind: Any = Net, steps: int = 12, micro_batches: int = 1, groups: Any = None, **settings: Any) -> Any:
+    model = net(kind=kind)
+    optimizer = optimizer_of(model, groups, **{"refresh_steps": 1, **settings})
+    train(model, optimizer, steps, micro_batches)
+    return model
+
+
+# The numbers of the plain mode.
+
+
+@pytest.mark.parametrize("gradients", TAKEN)
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("refresh_steps", [1, 2])
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+def test_streamed_refreshes_give_the_plain_mode_s_numbers(proj_type, refresh_steps, micro_batches, gradients):
+    settings: Any = {"groups": {"proj_type": proj_type}, "refresh": "streamed", "refresh_steps": refresh_steps}
+    plain = trained(**settings)
+    assert difference(trained(micro_batches=micro_batches, gradients=gradients, **settings), plain) < 1e-12
+    assert difference(plain, net()) > 0.05
+
+
+@pytest.mark.parametrize("gradients", TAKEN)
+@pytest.mark.parametrize("proj_type", PROJ_TYPES)
+def test_subspace_refreshes_give_the_plain_mode_s_numbers_without_accumulation(proj_type, gradients):
+    settings: Any = {"groups": {"proj_type": proj_type}, "refresh": "subspace"}
+    assert difference(trained(gradients=gradients, **settings), trained(**settings)) < 1e-11
+
+
+def test_svd_refreshes_do_so_too():
+    paper: Any = {"refresh": "svd", "moments": "keep", "arithmetic": "official"}
+    exact: Any = {"refresh": "svd"}
+    for settings in (paper, exact):
+        assert difference(trained(gradients="hook", **settings), trained(**settings)) < 1e-11
+
+
+@pytest.mark.parametrize("gradients, refresh", [("hook", "svd"), ("hook", "subspace"), ("factored", "subspace")])
+def test_with_accumulation_the_basis_is_that_of_the_first_micro_batch(gradients, refresh):
+    """And R is all of the gradient in it."""
+    model, other = net(), net()
+    optimizer = optimizer_of(model, gradients=gradients, refresh=refresh)
+    tokens, targets = (tensor.chunk(3) for tensor in batch(0))
+    for part in zip(tokens, targets):
+        loss_of(model, *part).backward()
+    first = torch.autograd.grad(loss_of(other, tokens[0], targets[0]), [other.square.weight])[0]
+    sum(loss_of(other, *part) for part in zip(tokens, targets)).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    state = optimizer.state[model.square.weight]
+    wanted = torch.linalg.svd(first)[2][:RANK].T
+    overlap = torch.linalg.svdvals(wanted.T @ state["basis"])  # the cosines of the angles between the two subspaces
+    assert torch.allclose(overlap, torch.ones(RANK).double(), atol=2e-2)
+    assert torch.allclose(state["exp_avg"], 0.1 * other.square.weight.grad @ state["basis"], atol=1e-12)
+
+
+@pytest.mark.parametrize("gradients", TAKEN)
+def test_gradients_of_several_passes_add_up_until_they_are_used_or_forgotten(gradients):
+    model, other = net(), net()
+    settings = {"refresh": "streamed", "gradients": gradients}
+    optimizer, plain = optimizer_of(model, **settings), optimizer_of(other, refresh="streamed")
+    train(model, optimizer, 3)
+    train(other, plain, 3)
+    backward(model, 50)
+    optimizer.zero_grad()  # forgotten
+    for step in (3, 4):
+        backward(model, step)
+        backward(other, step)
+    optimizer.step()
+    plain.step()
+    assert difference(model, other) < 1e-12
+    optimizer.zero_grad()
+    before = copy.deepcopy(model)
+    optimizer.step()  # used up
+    assert difference(model, before) == 0
+
+
+# Models of every kind.
+
+
+class Shared(Net):
+    """A layer that is called twice, and one that shares its weight with another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = nn.Linear(20, 20)
+        self.again.weight = self.square.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = torch.tanh(self.up(self.embedding(tokens)))
+        hidden = hidden + torch.tanh(self.square(torch.tanh(self.square(hidden))))
+        return self.down(self.norm(hidden) + torch.tanh(self.again(hidden)))
+
+
+class TiedHead(Net):
+    """The embedding's weight serves a linear layer too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(12, 11, bias=False)
+        self.extra.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) + self.extra(self.embedding(tokens))[..., :9]
+
+
+class Attention(Net):
+    """nn.MultiheadAttention reads the weight of its out_proj without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(20, 2, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = torch.tanh(self.up(self.embedding(tokens)))
+        return self.down(self.norm(hidden + self.attention(hidden, hidden, hidden)[0] + self.square(hidden)))
+
+
+class Custom(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.tanh(), self.bias)
+
+
+class Subclassed(Net):
+    """A linear layer that computes something else: dYᵀX is not its weight's gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square = Custom(20, 20, bias=False)
+
+
+class Checkpointed(Net):
+    reentrant = False
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = torch.tanh(self.up(self.embedding(tokens)))
+        inner = lambda h: torch.tanh(self.square(self.norm(h)))  # noqa: E731
+        return self.down(hidden + checkpoint(inner, hidden, use_reentrant=self.reentrant))  # type: ignore[operator]
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("gradients", TAKEN)
+@pytest.mark.parametrize("kind", [Shared, TiedHead, Attention, Subclassed, Checkpointed, Reentrant])
+def test_models(kind, gradients, micro_batches):
+    settings: dict[str, Any] = {"refresh": "streamed", "kind": kind}
+    plain = trained(**settings)
+    taken = trained(micro_batches=micro_batches, gradients=gradients, **settings)
+    assert difference(taken, plain) < 1e-12
+    assert difference(plain, net(kind=kind)) > 0.05
+
+
+@pytest.mark.parametrize(
+    "kind, unseen",
+    [
+        (TiedHead, {"embedding.weight"}),
+        (Attention, {"attention.out_proj.weight"}),
+        (Subclassed, {"square.weight"}),
+    ],
+)
+def test_weights_whose_gradient_is_more_than_what_a_layer_shows_are_taken_by_a_hook(kind, unseen):
+    model = net(kind=kind)
+    optimizer_of(model, gradients="factored")
+    groups = galore_param_groups(net(kind=kind), RANK)
+    projected = {name for name, p in net(kind=kind).named_parameters() if p.dim() == 2 and min(p.shape) > RANK}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == projected - unseen - {"attention.in_proj_weight"} - ({"embedding.weight"} - unseen)
+    assert len(frozen) + len(unseen) == len(groups[0]["params"])
+
+
+@pytest.mark.parametrize("gradients", TAKEN)
+def test_conv1d_layers_hold_their_weight_the_other_way(gradients):
+    plain, taken = ConvNet().double(), ConvNet().double()
+    for model, mode in ((plain, "plain"), (taken, gradients)):
+        groups = galore_param_groups(model, 3, update_proj_gap=3, scale=1.0)
+        assert len(groups[0]["params"]) == 5  # two convs, two downs, one up that is not frozen
+        optimizer = GaLoreAdamW(groups, lr=1e-2, gradients=mode, model=model, refresh="streamed", refresh_steps=1)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(9):
+            model(torch.randn(5, 6, generator=generator, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert difference(taken, plain) < 1e-12
+    start = ConvNet().double()
+    assert torch.equal(plain.blocks[1].up.weight, start.blocks[1].up.weight)  # type: ignore[union-attr]
+    assert not torch.equal(plain.blocks[0].conv.weight, start.blocks[0].conv.weight)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("gradients", TAKEN)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "t5"])
+def test_transformers(architecture, gradients):
+    """In float64, with gradient checkpointing, and an input that needs no gradient (frozen embeddings)."""
+    models = []
+    for mode in ("plain", gradients):
+        model = tiny_model(architecture).double().train()
+        model.get_input_embeddings().requires_grad_(False)  # type: ignore[operator]
+        if mode != "plain":
+            model.gradient_checkpointing_enable({"use_reentrant": architecture == "llama"})  # type: ignore[operator]
+        groups = galore_param_groups(model, 8, update_proj_gap=4)
+        optimizer = GaLoreAdamW(groups, lr=1e-2, gradients=mode, model=model, refresh="streamed", refresh_steps=1)
+        for _ in range(6):
+            model(**tiny_batch(architecture)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model)
+    assert difference(models[1], models[0]) < 1e-9
+    assert difference(models[0], tiny_model(architecture).double()) > 1e-2
+
+
+def test_frozen_layers_stay():
+    for gradients in MODES:
+        model = net()
+        model.square.weight.requires_grad_(False)
+        optimizer = GaLoreAdamW(
+            [{"params": [p for p in model.parameters() if p.dim() == 2], "rank": RANK}],
+            lr=1e-2, gradients=gradients, model=model,
+        )  # fmt: skip
+        train(model, optimizer, 4)
+        assert torch.equal(model.square.weight, net().square.weight)
+        assert not torch.equal(model.up.weight, net().up.weight)
+        optimizer.release()
+        assert not model.square.weight.requires_grad and model.up.weight.requires_grad
+
+
+def test_under_autocast_factors_are_no_worse_than_the_gradient():
+    """The gradient of a bfloat16 product is rounded to float32's weights; the factors are multiplied in float32."""
+    exact = trained(refresh="streamed", steps=5)
+    errors = {}
+    for gradients in MODES:
+        model = net(torch.float32)
+        optimizer = optimizer_of(model, gradients=gradients, refresh="streamed", refresh_steps=1)
+        for step in range(5):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model, *batch(step))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        errors[gradients] = difference(model.double(), exact)
+    assert errors["factored"] < 0.1 and errors["hook"] == errors["plain"] < 0.1
+
+
+# What is done to the model, and undone.
+
+
+def test_what_is_left_of_gradients_and_what_release_puts_back():
+    for gradients in TAKEN:
+        model = net()
+        optimizer = optimizer_of(model, gradients=gradients)
+        backward(model, 0)
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is None) == (name in PROJECTED)
+            assert parameter.requires_grad == (gradients == "hook" or name not in PROJECTED)
+        optimizer.release()
+        assert optimizer.gradients == "plain" and all(p.requires_grad for p in model.parameters())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        optimizer.zero_grad()
+        backward(model, 0)
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        before = model.up.weight.detach().clone()
+        for _ in range(3):
+            optimizer.step()
+        assert not torch.equal(model.up.weight, before)
+
+
+def test_a_gradient_that_was_taken_and_is_there_too_is_an_error():
+    model = net()
+    optimizer = optimizer_of(model, gradients="factored")
+    train(model, optimizer, 1)
+    model.requires_grad_(True)
+    backward(model, 1)
+    with pytest.raises(
+        ValueError, match=r"step: params: the gradient of a weight \(20, 12\) was taken in the backward pass"
+    ):
+        optimizer.step()
+
+
+def test_a_layer_that_is_unfrozen_later_trains_from_its_gradient():
+    model = net()
+    model.square.weight.requires_grad_(False)
+    weights = [p for p in model.parameters() if p.dim() == 2]
+    optimizer = GaLoreAdamW([{"params": weights, "rank": RANK}], gradients="factored", model=model)
+    train(model, optimizer, 2)
+    model.square.weight.requires_grad_(True)
+    train(model, optimizer, 3)
+    assert not torch.equal(model.square.weight, net().square.weight)
+
+
+# Memory.
+
+SIDE, LAYERS, TOKENS = 96, 6, 40
+
+
+class Deep(nn.Module):
+    """Layers of one size, so that each tensor of that size is a gradient, an update or a copy of a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(SIDE, SIDE, bias=False) for _ in range(LAYERS))
+        self.scale = nn.Parameter(torch.ones(SIDE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x * self.scale))
+        return x
+
+
+def without_scratch(seen: Allocations) -> Allocations:
+    """Without what was freed as soon as it was allocated: oneDNN packs a bfloat16 weight for the time of a product."""
+    kept: list[int] = []
+    for change in seen.changes:
+        if kept and kept[-1] > 0 and kept[-1] == -change:
+            kept.pop()
+        else:
+            kept.append(change)
+    return Allocations(seen.peak, seen.held, tuple(kept))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gradients", MODES)
+def test_full_gradients_alive_at_once(gradients, dtype, monkeypatch):
+    """All of them, one, none; and nothing else of the weights' size is ever allocated, refreshes included."""
+    for module in (
+        operators,
+        galore_projector,
+    ):  # rows at a time: the layers here have fewer than would be cast at once
+        monkeypatch.setattr(module, "CHUNK", 16)
+    model = net(dtype, kind=Deep)
+    groups = galore_param_groups(model, 8, update_proj_gap=4)
+    optimizer = GaLoreAdamW(groups, gradients=gradients, model=model, refresh_steps=1)
+    x = torch.randn(TOKENS, SIDE, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    def steps(count: int = 8) -> None:
+        for _ in range(count):
+            for part in x.chunk(2):
+                model(part).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    _, seen = allocations_of(steps)
+    seen = without_scratch(seen)
+    # A gradient may be summed by autograd out of place, once a micro-batch: two of one layer's for a moment.
+    allowed = {"plain": LAYERS + 1, "hook": 1, "factored": 0}[gradients]
+    alive = seen.most_alive(SIDE * SIDE * dtype.itemsize)
+    assert alive <= allowed and (alive > 0) == (allowed > 0)
+    if gradients == "plain":
+        assert alive >= LAYERS
+    if dtype == torch.bfloat16:
+        assert seen.most_alive(SIDE * SIDE * 4) == 0  # no float32 copy of a gradient, no float32 update
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_state_bytes(dtype, gradients):
+    """kr + 2lr float32 numbers a projected weight: for the shorter side k the paper's mr + 2nr."""
+    model = net(dtype)
+    optimizer = optimizer_of(model, gradients=gradients, refresh_steps=1, refresh_iterations=1)
+    train(model, optimizer, 7)  # streamed: the first two steps, then five, in which a refresh may be under way
+    for name in PROJECTED:
+        weight = model.get_parameter(name)
+        state = optimizer.state[weight]
+        short, long = sorted(weight.shape)
+        numbers = {key: value.numel() for key, value in state.items() if isinstance(value, Tensor)}
+        extra = sum(numbers.pop(key, 0) for key in ("probe", "product"))
+        assert extra <= (short + long) * RANK and (gradients != "plain" or extra == 0)
+        assert numbers == {"basis": short * RANK, "exp_avg": long * RANK, "exp_avg_sq": long * RANK}
+        assert all(value.dtype == torch.float32 for value in state.values() if isinstance(value, Tensor))
+        full = 2 * weight.numel()
+        assert sum(numbers.values()) < full
