@@ -47,7 +47,6 @@ def _look(number: int) -> tuple[str, str]:
 
 
 def _draw_curves(training: Any, validation: Any, finals: Finals) -> None:
-    ends: list[float] = []
     for number, (name, trials) in enumerate(finals.items()):
         good, label = finished(trials), CONTESTANTS[name].title
         if good:
@@ -57,9 +56,19 @@ def _draw_curves(training: Any, validation: Any, finals: Finals) -> None:
             steps = [found.step for found in good[0].validation]
             losses = band([[found.loss for found in trial.validation] for trial in good])
             _draw_band(validation, steps, losses, _look(number), label)
-            ends += losses.mean
-    if ends:  # one run that went wrong would flatten all the others
-        validation.set_ylim(top=min(max(ends), 2 * sorted(ends)[len(ends) // 2]) * 1.05)
+    _zoom(training)
+    _zoom(validation)
+
+
+def _zoom(axes: Any) -> None:
+    """Shows the last two thirds of the curves, and no more than four times the lowest: the first steps, or one run that
+    went wrong, would flatten all the others.
+    """
+    late = [y for line in axes.lines for y in list(line.get_ydata())[len(line.get_ydata()) // 3 :]]
+    if late:
+        top = min(max(late), 4 * min(late))
+        margin = 0.05 * (top - min(late))
+        axes.set_ylim(min(late) - margin, top + margin)
 
 
 def _draw_band(axes: Any, x: Sequence[int], curve: Band, look: tuple[str, str], label: str) -> None:
@@ -80,15 +89,12 @@ def _draw_search(axes: Any, results: Results) -> None:
 def _draw_test(axes: Any, results: Results) -> None:
     """A line per contestant, the two protocols above one another in it."""
     metric: Metric = results.task.metric
-    protocols = ((results.one_rate, "s", 0.15, "one rate for all"), (results.best_rate, "o", -0.15, "best rates"))
-    for finals, marker, shift, label in protocols:
+    for finals, marker, shift in ((results.one_rate, "s", 0.15), (results.best_rate, "o", -0.15)):
         for number, row in enumerate(summarise(finals, metric)):
             if row.test is not None:
                 bars = [[row.test.mean - row.test.low], [row.test.high - row.test.mean]]
                 color = _look(number)[0]
                 axes.errorbar([row.test.mean], [-number + shift], xerr=bars, fmt=marker, color=color, markersize=5)
-        axes.plot([], [], marker, color="gray", label=label)
     names = list(results.best_rate)
     axes.set_yticks([-number for number in range(len(names))], [CONTESTANTS[name].title for name in names])
-    axes.set(xlabel=f"{metric.name}{metric.unit}", title="test: mean, smallest and largest")
-    axes.legend()
+    axes.set(xlabel=f"{metric.name}{metric.unit}", title="test, mean and range (□ one rate, ○ best rates)")

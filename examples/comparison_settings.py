@@ -20,16 +20,16 @@ TASKS = ("docstrings", "gpt", "digits")
 DEFAULTS: dict[str, dict[str, Any]] = {
     "docstrings": {
         "steps": 150, "batch_size": 16, "r": 8, "lora_alpha": 16.0, "dropout": 0.0, "sketch_batches": 8,
-        "eval_every": 50, "search_seeds": 1, "lr": {"adamw": 5e-4, "sgd": 1e-1},
+        "eval_every": 50, "search_seeds": 1, "timed_rounds": 20, "lr": {"adamw": 5e-4, "sgd": 1e-1},
         "max_length": 32, "head_lr": 3e-2, "model": "minilm", "dtype": "float32",
     },
     "gpt": {
         "steps": 160, "batch_size": 8, "r": 4, "lora_alpha": 8.0, "dropout": 0.0, "sketch_batches": 8,
-        "eval_every": 40, "search_seeds": 1, "lr": {"adamw": 5e-3, "sgd": 5e-1},
+        "eval_every": 40, "search_seeds": 1, "timed_rounds": 40, "lr": {"adamw": 5e-3, "sgd": 5e-1},
     },
     "digits": {
         "steps": 100, "batch_size": 32, "r": 4, "lora_alpha": 8.0, "dropout": 0.0, "sketch_batches": 8,
-        "eval_every": 10, "search_seeds": 3, "lr": {"adamw": 1e-2, "sgd": 2e-2},
+        "eval_every": 10, "search_seeds": 3, "timed_rounds": 400, "lr": {"adamw": 1e-2, "sgd": 2e-2},
     },
 }  # fmt: skip
 QUICK = {"steps": 4, "batch_size": 4, "sketch_batches": 1, "eval_every": 2, "seeds": 2, "timed_rounds": 2}
@@ -99,7 +99,7 @@ def parse(argv: list[str] | None = None) -> Comparison:
     impossible = [name for name in chosen if name in left_out]
     if impossible:
         parser.error(f"--contestants {impossible[0]}: not with --optimizer {optimizer}: {left_out[impossible[0]]}")
-    return Comparison(**{"seeds": 3, "timed_rounds": 20, **own, **defaults, **given, "contestants": chosen})
+    return Comparison(**{"seeds": 3, **own, **defaults, **given, "contestants": chosen})
 
 
 def by_optimizer(optimizer: str) -> tuple[dict[str, Contestant], dict[str, str]]:
@@ -129,9 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--task", choices=TASKS, default="docstrings", help="what is learnt (default docstrings)")
     run.add_argument("--contestants", nargs="+", choices=CONTESTANTS, metavar="NAME", help=", ".join(CONTESTANTS))
-    run.add_argument(
-        "--timed-rounds", type=options.positive_int, help="steps of each contestant that are timed (default 20)"
-    )
+    run.add_argument("--timed-rounds", type=options.positive_int, help="steps of each contestant that are timed")
     run.add_argument("--quick", action="store_true", help="a few steps of each, without a search; into OUT/quick")
     return parser
 

@@ -1,14 +1,16 @@
 """What a step of each contestant costs: time and peak memory, in a short pass of its own.
 
 The trials run one after another, for an hour or more, and whatever else the machine does meanwhile slows some of them
-and not others. So here all contestants are in memory at once and take their steps in turn, on the same batches, the
-first of them changing every round: a noisy machine hits all alike. The time of a step is the median over the rounds;
-one more step, the same batch for all, runs under the memory profiler.
+and not others. So here all contestants are in memory at once and take their steps in turn, on the same batches: a noisy
+machine hits all alike. The order is shuffled every round, because in a fixed one the rounds of a small model fall into
+step with the scheduler's time slices. The time of a step is the median over the rounds; one more step, on the same
+batch for all, runs under the memory profiler.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,16 +26,16 @@ UNTIMED_ROUNDS = 3  # the first steps pay for page faults, and on a GPU for comp
 
 
 def measure(task: Task, names: Sequence[str], rounds: int) -> dict[str, Any]:
-    """ "contestants": by name, the median seconds of a step and the bytes at its peak. "load average": before it."""
+    """By name, the median seconds of a step and the bytes at its peak; beside them the load average before it all."""
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     steps = UNTIMED_ROUNDS + rounds + 1
     learners = {name: Learner(task, CONTESTANTS[name], task.settings.lr, 0, steps) for name in names}
     batches = [task.batch(indices) for indices in task.order(0, steps)]
+    generator = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     with Progress(steps - 1, "timing", lines=1) as progress:
-        for turn, batch in enumerate(batches[:-1]):
-            for i in range(len(names)):
-                name = names[(turn + i) % len(names)]
+        for batch in batches[:-1]:
+            for name in generator.sample(list(names), len(names)):
                 seconds[name].append(_timed(learners[name], batch, task.device))
             progress.advance(f"{len(names)} contestants in turn")
     return {
