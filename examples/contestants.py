@@ -13,7 +13,7 @@ OPTIMIZERS = ("adamw", "sgd")
 class Contestant:
     """`adapter`: arguments of `fastlora.patch` beside those that all share; None trains the weights themselves.
     `rank_share`: the rank that it begins with, as a multiple of r. `start`: "" as `adapter` says, or one of
-    `adapting.start_from_gradients`. `groups`: the optimiser's parameter groups, "lora_plus". `numbers`: the
+    `adapting.start_from_gradients`. `groups`: the optimiser's parameter groups, "lora_plus" or "galore". `numbers`: the
     method's own, read in learners.py. `without`: optimisers with which the entry has no meaning, and why.
     """
 
@@ -48,6 +48,13 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "dora": Contestant("DoRA", {"use_dora": True}),
     "pissa": Contestant("PiSSA", {"init_lora_weights": "pissa"}),
+    "galore": Contestant(
+        "GaLore",
+        adapter=None,
+        groups="galore",
+        numbers={"update_proj_gap": 50},  # the paper's 200 would be longer than the runs here
+        without={"sgd": "it is Adam on projected gradients"},
+    ),
     "lora_ga": Contestant("LoRA-GA, γ = 16", start="lora_ga", numbers={"gamma": 16.0}),
     "lora_ga_64": Contestant("LoRA-GA, γ = 64", start="lora_ga", numbers={"gamma": 64.0}),
     "sign": Contestant(

@@ -127,6 +127,9 @@ def prepared_model(task: Task, entry: Contestant, seed: int) -> nn.Module:
 def make_optimizer(task: Task, entry: Contestant, adapted: nn.Module, lr: float) -> torch.optim.Optimizer:
     """The optimiser of everything but the task's head. No weight decay; SGD without momentum."""
     groups: list[dict[str, Any]]
+    if entry.groups == "galore":
+        groups = fastlora.optim.galore_param_groups(adapted, rank=task.settings.r, **entry.numbers, **task.targets)
+        return fastlora.optim.GaLoreAdamW(groups, lr=lr, weight_decay=0.0)
     if entry.groups == "lora_plus":
         groups = fastlora.optim.lora_plus_param_groups(adapted, lr, **entry.numbers)
     else:

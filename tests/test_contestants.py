@@ -14,6 +14,8 @@ from contestants import CONTESTANTS
 from learners import Learner
 from tiny_examples import digits_task
 
+import fastlora
+
 R = 4
 SIZES = ((256, 64), (256, 256), (10, 256))  # (out, in) of the MLP's layers
 PER_RANK = sum(n + m for n, m in SIZES)
@@ -94,6 +96,18 @@ def test_dora_learns_the_lengths_of_rows(trained):
         torch.testing.assert_close(start, layer.weight.norm(dim=1))
         length = (layer.weight + layer.get_delta_weight("default")).norm(dim=1)
         torch.testing.assert_close(length, layer.lora_magnitude_vector["default"].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_galore_steps_in_a_subspace_and_keeps_less(task, trained):
+    galore, full = trained["galore"][0], trained["full"][0]
+    assert type(galore.optimizers[0]) is fastlora.optim.GaLoreAdamW
+    assert galore.trainable == full.trainable
+    assert galore.optimizer_state < 0.2 * full.optimizer_state
+    learner = Learner(task, CONTESTANTS["galore"], 0.01, seed=0, steps=STEPS)
+    weight = learner.model[2].weight
+    before = weight.detach().clone()
+    learner.step(task.batch(task.order(0, 1)[0]))
+    assert torch.linalg.matrix_rank(weight.detach() - before, rtol=1e-4) == R
 
 
 def test_lora_ga_starts_along_the_gradient_with_the_size_that_gamma_says(task):
