@@ -1,0 +1,226 @@
+"""DoRA's scaling of a LoRA layer's output, forward and backward, each one pass over memory.
+
+    y = (m/n) ∘ z + b                                    `scale`: z read, y written (which may be z)
+    dz = (m/n) ∘ dY, dm = Σ dY ∘ z / n, db = Σ dY        `scale_backward`: dY and z read, dz written
+
+m, n and b (N,) are by column of z (M, N); the sums run over its rows, in fp32 and in a fixed order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from . import configs
+from .reduce import reduce_partials
+from .tiling import load_tile, store_tile
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    """A program owns a block of block_n columns and one of num_chunks parts of the rows, block_m of them at a time."""
+
+    block_m: int
+    block_n: int
+    num_chunks: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _load_columns(ref, columns, N, stride):
+    return tl.load(ref + columns.to(tl.int64) * stride, mask=columns < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_factor(m_ptr, n_ptr, columns, N, stride_m):
+    """(m/n, 1/n), zeros beyond the matrix."""
+    norm = tl.load(n_ptr + columns, mask=columns < N, other=1.0)
+    return _load_columns(m_ptr, columns, N, stride_m) / norm, 1.0 / norm
+
+
+@triton.jit(do_not_specialize=["M"])
+def _scale_kernel(
+    z_ptr,  # (M, N)
+    m_ptr,  # (N,)
+    n_ptr,  # (N,) fp32, contiguous
+    bias_ptr,  # (N,), read only with HAS_BIAS
+    y_ptr,  # (M, N), may be z
+    M,
+    N,
+    stride_zm,
+    stride_zn,
+    stride_m,
+    stride_bias,
+    stride_ym,
+    stride_yn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """y (M, N) = (m/n) ∘ z + b, in fp32 and rounded once."""
+    row = tl.program_id(0) * BLOCK_M
+    column = tl.program_id(1) * BLOCK_N
+    columns = column + tl.arange(0, BLOCK_N)
+    factor, _ = _load_factor(m_ptr, n_ptr, columns, N, stride_m)
+    y = load_tile(z_ptr, row, column, M, N, stride_zm, stride_zn, BLOCK_M, BLOCK_N, False).to(tl.float32)
+    y *= factor[None, :]
+    if HAS_BIAS:
+        y += _load_columns(bias_ptr, columns, N, stride_bias)[None, :]
+    store_tile(y_ptr, y, row, column, M, N, stride_ym, stride_yn, False)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _scale_backward_kernel(
+    dy_ptr,  # (M, N)
+    z_ptr,  # (M, N), read only with MAGNITUDE
+    m_ptr,  # (N,)
+    n_ptr,  # (N,) fp32, contiguous
+    dz_ptr,  # (M, N), written only with INPUT
+    sums_ptr,  # (chunks, 2, N) fp32: dm and db, or partials of them
+    M,
+    N,
+    stride_dm,
+    stride_dn,
+    stride_zm,
+    stride_zn,
+    stride_m,
+    stride_om,
+    stride_on,
+    m_per_chunk,  # a multiple of BLOCK_M
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INPUT: tl.constexpr,
+    MAGNITUDE: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """dz = (m/n) ∘ dY; sums[chunk, 0] = Σ dY ∘ z / n and sums[chunk, 1] = Σ dY over the chunk's rows."""
+    column = tl.program_id(0) * BLOCK_N
+    chunk = tl.program_id(1)
+    columns = column + tl.arange(0, BLOCK_N)
+    factor, inverse = _load_factor(m_ptr, n_ptr, columns, N, stride_m)
+    dm = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    start = chunk * m_per_chunk
+    for row in range(start, min(M, start + m_per_chunk), BLOCK_M):
+        dy = load_tile(dy_ptr, row, column, M, N, stride_dm, stride_dn, BLOCK_M, BLOCK_N, False).to(tl.float32)
+        if MAGNITUDE:
+            z = load_tile(z_ptr, row, column, M, N, stride_zm, stride_zn, BLOCK_M, BLOCK_N, False)
+            dm += dy * z.to(tl.float32)
+        if BIAS:
+            db += dy
+        if INPUT:
+            store_tile(dz_ptr, dy * factor[None, :], row, column, M, N, stride_om, stride_on, False)
+    sums_ptr += chunk.to(tl.int64) * 2 * N
+    if MAGNITUDE:
+        tl.store(sums_ptr + columns, tl.sum(dm, axis=0) * inverse, mask=columns < N)
+    if BIAS:
+        tl.store(sums_ptr + N + columns, tl.sum(db, axis=0), mask=columns < N)
+
+
+def scale_config(z: torch.Tensor) -> ScaleConfig:
+    """The launch of both kernels for z (M, N)."""
+    M, N = z.shape
+    if configs.capability(z.device) == configs.INTERPRETER:
+        block_m, block_n = 16, 32
+    else:
+        # Two fp32 accumulators of a block: 32 registers a thread with 4 warps. Twice that spilled where z is read
+        # element by element (2 stores and loads).
+        block_m, block_n = 16, 64 if z.dtype == torch.float32 else 128
+    programs, blocks = configs.cdiv(N, block_n), configs.cdiv(M, block_m)
+    return ScaleConfig(block_m, block_n, configs._parts(programs, blocks, 4 * configs.num_sms(z.device)), 4, 3)
+
+
+def scale(
+    z: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
+) -> None:
+    """y (M, N), which may be z, = (m/n) ∘ z + b for magnitude (N,), norm (N,) and bias (N,) or None.
+
+    Any strides and float dtypes, but for norm: fp32 and contiguous.
+    """
+    M, N = z.shape
+    assert y.shape == z.shape and magnitude.shape == norm.shape == (N,), (z.shape, y.shape, magnitude.shape, norm.shape)
+    assert norm.dtype == torch.float32 and norm.is_contiguous()
+    if M == 0:
+        return
+    config = scale_config(z)
+    _scale_kernel[(configs.cdiv(M, config.block_m), configs.cdiv(N, config.block_n))](
+        z,
+        magnitude,
+        norm,
+        bias,
+        y,
+        M,
+        N,
+        *z.stride(),
+        magnitude.stride(0),
+        0 if bias is None else bias.stride(0),
+        *y.stride(),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        HAS_BIAS=bias is not None,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+def scale_backward_workspace(dy: torch.Tensor) -> int:
+    """How many fp32 elements `scale_backward` needs as its workspace."""
+    chunks = scale_config(dy).num_chunks
+    return chunks * 2 * dy.shape[1] if chunks > 1 else 0
+
+
+def scale_backward(
+    dy: torch.Tensor,
+    z: torch.Tensor | None,
+    magnitude: torch.Tensor,
+    norm: torch.Tensor,
+    dz: torch.Tensor | None,
+    sums: torch.Tensor,
+    workspace: torch.Tensor | None = None,
+    *,
+    needs_bias: bool = False,
+) -> None:
+    """dz (M, N) = (m/n) ∘ dY; sums (2, N): Σ dY ∘ z / n where z is given, and Σ dY with `needs_bias`.
+
+    sums and norm: fp32, contiguous; the others any strides and float dtypes. A sum that is not asked for is undefined.
+    `workspace`: fp32, at least `scale_backward_workspace(dy)` elements.
+    """
+    M, N = dy.shape
+    assert magnitude.shape == norm.shape == (N,) and sums.shape == (2, N), (magnitude.shape, norm.shape, sums.shape)
+    assert norm.dtype == sums.dtype == torch.float32 and norm.is_contiguous() and sums.is_contiguous()
+    config = scale_config(dy)
+    chunks = config.num_chunks
+    target = sums
+    if chunks > 1:
+        assert workspace is not None, "a split of the rows needs a workspace"
+        assert workspace.numel() >= chunks * 2 * N
+        target = workspace
+    blocks = configs.cdiv(M, config.block_m)
+    _scale_backward_kernel[(configs.cdiv(N, config.block_n), chunks)](
+        dy,
+        z,
+        magnitude,
+        norm,
+        dz,
+        target,
+        M,
+        N,
+        *dy.stride(),
+        *((0, 0) if z is None else z.stride()),
+        magnitude.stride(0),
+        *((0, 0) if dz is None else dz.stride()),
+        configs.cdiv(blocks, chunks) * config.block_m,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        INPUT=dz is not None,
+        MAGNITUDE=z is not None,
+        BIAS=needs_bias,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if chunks > 1:
+        reduce_partials(target, sums, chunks)
