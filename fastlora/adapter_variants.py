@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import dora_functional, functional
+from . import dora_functional, functional, sharding
 from .kept_norms import KeptNorms
+from .rank_schedule import Allocation
 from .starts import AdapterStart
 
 ADALORA_STD = 0.02  # of P and Q at the start, as in the paper's code
@@ -30,6 +31,7 @@ class AdapterVariants(AdapterStart):
     lora_E: nn.ParameterDict
     lora_magnitude_vector: nn.ParameterDict
     backend: str
+    allocation: dict[str, Allocation]
     _adapters: Callable[[Sequence[str]], list[functional.Adapter]]
 
     @property
@@ -109,6 +111,26 @@ class AdapterVariants(AdapterStart):
         values = self.lora_E[name] if name in self.lora_E and a is self.lora_A[name] else None
         return super()._product(name, a if values is None else (a * values).detach(), b)
 
+    def as_plain_adapter(self, name: str) -> tuple[Tensor, Tensor, int, float]:
+        """As an ordinary adapter (see `AdapterStart`). AdaLoRA's singular values go into A, and the ranks whose value
+        is zero are left out, but for one where all are."""
+        a, b, r, alpha = super().as_plain_adapter(name)
+        if name not in self.lora_E:
+            return a, b, r, alpha
+        a, b, values = (sharding.whole(tensor.detach()) for tensor in (a, b, self.lora_E[name]))
+        kept = values.flatten().nonzero().flatten()
+        kept = kept if len(kept) else kept.new_zeros(1)
+        return (a * values)[kept], b[:, kept], len(kept), self.alpha_at(name, len(kept))
+
+    def check_initial_factors(self, name: str, exact: bool) -> None:
+        """Raises ValueError where `set_initial_factors` cannot work: with AdaLoRA's adapters too."""
+        if name in self.lora_E:
+            raise ValueError(
+                f"FusedLoraLinear.set_initial_factors: name: {name!r} is an AdaLoRA adapter, P Λ Q, whose own start is "
+                "Λ = 0; want one without use_adalora (LoRA-GA sets factors of B A)"
+            )
+        super().check_initial_factors(name, exact)
+
     def _rows(self) -> Tensor:
         """The weight as (out, in)."""
         return self.weight.t() if self.fan_in_fan_out else self.weight
@@ -137,6 +159,7 @@ class AdapterVariants(AdapterStart):
         super().__setstate__(state)
         for key in TRAINED[2:]:  # a layer pickled by an earlier version has none
             self._modules.setdefault(key, nn.ParameterDict())
+        self.__dict__.setdefault("allocation", {})
 
 
 def check_kinds(use_dora: Any, use_adalora: Any, init: bool | str, caller: str) -> None:

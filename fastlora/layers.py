@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import dispatch, functional, mixed_batches
 from .adapter_variants import FROZEN, TRAINED, AdapterVariants, check_kinds
+from .rank_schedule import Allocation
 from .starts import check_init, shifts_weight
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -119,6 +120,7 @@ class FusedLoraLinear(AdapterVariants):
         "active_adapters",
         "disable_adapters",
         "merged_adapters",
+        "allocation",
         "fan_in_fan_out",
         "backend",
         "group",
@@ -145,6 +147,7 @@ class FusedLoraLinear(AdapterVariants):
         self.active_adapters: list[str] = []
         self.disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.allocation: dict[str, Allocation] = {}  # of AdaLoRA's ranks
         self.fan_in_fan_out = fan_in_fan_out  # True: weight is (in, out), as in transformers' Conv1D
         self.backend = backend
         # While merged, what undoes it: a copy of the weight's bits, or the tied Parameter itself. In a tuple, so that
@@ -239,7 +242,7 @@ class FusedLoraLinear(AdapterVariants):
         """Removes what there is of an adapter: an interrupted `add_adapter` leaves a part of one."""
         self.forget_initial_factors(name)
         settings = (self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.scaling)
-        for state in (*settings, *(self._modules[key] for key in TRAINED)):
+        for state in (*settings, self.allocation, *(self._modules[key] for key in TRAINED)):
             if name in state:  # type: ignore[operator]
                 del state[name]  # type: ignore[index, attr-defined]
         self.active_adapters = [active for active in self.active_adapters if active != name]

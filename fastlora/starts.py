@@ -307,8 +307,12 @@ class AdapterStart(nn.Linear):
         if name not in self.lora_A0:
             return a, b, r, alpha
         a, b = torch.cat((a, self.lora_A0[name])), torch.cat((b, self.lora_B0[name]), dim=1)
-        growth = len(a) / r
-        return a, b, len(a), (math.sqrt(growth) if self.use_rslora[name] else growth) * alpha
+        return a, b, len(a), self.alpha_at(name, len(a))
+
+    def alpha_at(self, name: str, r: int) -> float:
+        """The alpha with which an adapter of rank r has this one's scale."""
+        growth = r / self.r[name]
+        return (math.sqrt(growth) if self.use_rslora[name] else growth) * self.lora_alpha[name]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Makes room for a frozen part of another rank, which a re-initialised adapter has."""

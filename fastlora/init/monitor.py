@@ -88,7 +88,7 @@ class AlignmentMonitor:
         on_record: called with each new `AlignmentRecord`: for a logger.
 
     Raises:
-        ValueError: no LoRA layers, every < 1, probes < 1, an unknown norm.
+        ValueError: no LoRA layers, AdaLoRA's adapters, every < 1, probes < 1, an unknown norm.
 
     Example:
         >>> with fastlora.AlignmentMonitor(model, every=50) as monitor:
@@ -131,6 +131,12 @@ class AlignmentMonitor:
                 f"AlignmentMonitor: target_modules: {target_modules!r} selects none of this {type(model).__name__}'s "
                 "LoRA layers"
             )
+        for name, module in self._modules.items():
+            if len(getattr(module, "lora_E", ())):
+                raise ValueError(
+                    f"AlignmentMonitor: model: {name!r} has an AdaLoRA adapter P Λ Q, whose steps are not those of "
+                    "B A; want it among exclude_modules"
+                )
         self.every, self.norm, self.probes, self.seed = every, norm, probes, seed
         self.on_record = on_record
         self.history: list[AlignmentRecord] = []
