@@ -45,7 +45,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     Example:
         >>> fastlora.save_adapter(model, "runs/my-adapter")
     """
-    model = _unwrap(model, "save_adapter")
+    model = targets.unwrap(model, "save_adapter")
     root = Path(directory)
     if root.exists() and not root.is_dir():
         raise ValueError(f"save_adapter: directory: got {str(root)!r}, which is a file; want a directory")
@@ -96,7 +96,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     Example:
         >>> fastlora.load_adapter(model, "runs/my-adapter")
     """
-    model, outermost = _unwrap(model, "load_adapter"), model
+    model, outermost = targets.unwrap(model, "load_adapter"), model
     root = Path(directory)
     config, tensors = peft_format.read(root)
     wrapped = sharding.wrapper(outermost)
@@ -131,19 +131,6 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
 
 
 # Which model.
-
-
-def _unwrap(model: nn.Module, caller: str) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or torch.compile's wrapper: names on disk are its own."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{caller}: model: got {type(model).__name__}, want a torch.nn.Module")
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def _is_peft_model(model: nn.Module) -> bool:

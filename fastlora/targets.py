@@ -87,6 +87,19 @@ def _output_heads(model: nn.Module) -> dict[int, str]:
     return heads
 
 
+def unwrap(model: nn.Module, caller: str) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel or torch.compile's wrapper: names on disk are its own."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{caller}: model: got {type(model).__name__}, want a torch.nn.Module")
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
 def candidates(model: nn.Module, selection: Selection) -> Iterator[tuple[str, nn.Module]]:
     """Every linear layer, and whatever else was named as a target, once each."""
     for name, module in model.named_modules():
