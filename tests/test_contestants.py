@@ -104,7 +104,7 @@ def test_galore_steps_in_a_subspace_and_keeps_less(task, trained):
     assert galore.trainable == full.trainable
     assert galore.optimizer_state < 0.2 * full.optimizer_state
     learner = Learner(task, CONTESTANTS["galore"], 0.01, seed=0, steps=STEPS)
-    weight = learner.model[2].weight
+    weight = dict(learner.model.named_parameters())["2.weight"]
     before = weight.detach().clone()
     learner.step(task.batch(task.order(0, 1)[0]))
     assert torch.linalg.matrix_rank(weight.detach() - before, rtol=1e-4) == R
