@@ -6,7 +6,7 @@ nothing else.
 
 import logging
 
-from . import functional, linalg, optim
+from . import functional, linalg, optim, variants
 from .adapters import adapter_names, disable_adapter, merge, set_adapter, unmerge
 from .checkpoint import load_adapter, save_adapter
 from .explanation import Explanation, explain
@@ -45,4 +45,5 @@ __all__ = [
     "sign_factors",
     "unmerge",
     "unpatch",
+    "variants",
 ]

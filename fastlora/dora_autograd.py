@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import dora_dispatch
-from .autograd import _as_2d, _as_shaped, backward_pass
+from .autograd import _as_2d, _as_shaped, autocast_enabled, backward_pass
 
 
 class ScaleFunction(torch.autograd.Function):
@@ -66,7 +66,10 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, 
     if torch.compiler.is_compiling():
         return torch.ops.fastlora.dora_weight_norm_any_scale(weight, lora_A, lora_B, scaling, backend)
     with torch.no_grad():
-        return _weight_norm(weight, lora_A, lora_B, scaling, backend)
+        if not autocast_enabled(weight):
+            return _weight_norm(weight, lora_A, lora_B, scaling, backend)
+        with torch.autocast(weight.device.type, enabled=False):
+            return _weight_norm(weight, lora_A, lora_B, scaling, backend)
 
 
 def _weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Tensor:

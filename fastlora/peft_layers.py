@@ -10,19 +10,23 @@ Merging is in peft_merge.py. docs/peft.md lists what is fused, what is not, and 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
-from . import functional, grouping, mixed_batches
+from . import dora_functional, functional, grouping, mixed_batches
+from .kept_norms import KeptNorms
 from .layers import is_overridden, keep_off_the_fast_path
 from .peft_merge import DTYPES, PLAIN_TENSORS, ExactMergeLinear, parameters, why_not_base
 from .peft_starts import StartedLinear
@@ -75,6 +79,7 @@ class FusedPeftLinear(FusedLayer, ExactMergeLinear):
     STATE = ("backend", "calls", "undos", "group")
     group: tuple[grouping.LayerGroup, str] | None  # the group that it belongs to, and its name there
     mixed_batch: mixed_batches.MixedBatch | None = None  # set on the instance within `fastlora.adapter_names`
+    kept_norms: KeptNorms | None = None  # set on the instance within `fastlora.variants.kept_norms`
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plan: Plan | str | None
@@ -275,7 +280,7 @@ def _plan(layer: PeftLinear, x: Tensor | None, mixed: Sequence[str] | None = Non
         if reason is not None:
             return reason
     plan = Plan(weight.t() if type(base) is Conv1D else weight, bias, [])
-    reason = add_adapters(plan, layer, x, mixed)
+    reason = add_adapters(plan, layer, x, mixed, dora=True)
     if reason is not None:
         return reason
     if plan.bias is not None and plan.bias.dtype != weight.dtype:
@@ -283,8 +288,11 @@ def _plan(layer: PeftLinear, x: Tensor | None, mixed: Sequence[str] | None = Non
     return plan
 
 
-def add_adapters(plan: Plan, layer: Any, x: Tensor | None, mixed: Sequence[str] | None = None) -> str | None:
-    """Adds a layer's active adapters (or these) to the plan, or says why the call is left to PEFT."""
+def add_adapters(
+    plan: Plan, layer: Any, x: Tensor | None, mixed: Sequence[str] | None = None, dora: bool = False
+) -> str | None:
+    """Adds a layer's active adapters (or these) to the plan, or says why the call is left to PEFT, as it is for DoRA
+    unless `dora`."""
     modules = layer._modules
     lora_a, lora_b = modules["lora_A"]._modules, modules["lora_B"]._modules  # type: ignore[union-attr]
     dropouts = modules["lora_dropout"]._modules  # type: ignore[union-attr]
@@ -292,11 +300,36 @@ def add_adapters(plan: Plan, layer: Any, x: Tensor | None, mixed: Sequence[str] 
         if name in lora_a:
             if mixed is not None and parameters(lora_b[name])[1] is not None:  # type: ignore[arg-type]
                 return "lora_bias in a batch that mixes adapters"
-            if name in layer.lora_variant:
-                return f"variant {type(layer.lora_variant[name]).__name__}"
+            variant = layer.lora_variant.get(name)
+            if variant is not None and not (dora and type(variant) is DoraLinearVariant):
+                return f"variant {type(variant).__name__}"
             reason = _add_adapter(plan, layer, lora_a[name], lora_b[name], dropouts[name], layer.scaling[name], x)
+            if reason is None and variant is not None:
+                reason = _add_magnitude(plan, layer, name)
             if reason is not None:
                 return reason
+    if len(plan.adapters) > 1 and any(adapter.magnitude is not None for adapter in plan.adapters):
+        return "DoRA beside other adapters"  # PEFT scales what the adapters before it have added
+    return None
+
+
+def _add_magnitude(plan: Plan, layer: Any, name: str) -> str | None:
+    """Makes the plan's last adapter DoRA's, or says why the call is left to PEFT."""
+    if parameters(layer.lora_B[name])[1] is not None:
+        return "DoRA with lora_bias"  # of which PEFT takes the bias into the norms
+    holder = layer.lora_magnitude_vector[name]
+    if type(holder) is not DoraLinearLayer or is_overridden(holder):
+        return f"the magnitudes are in a {type(holder).__name__}, or there are hooks on it"
+    magnitude, weight = holder.weight, plan.weight
+    if type(magnitude) not in PLAIN_TENSORS or magnitude.shape != weight.shape[:1] or magnitude.device != weight.device:
+        return "magnitudes that are sharded or offloaded"
+    adapter, norm = plan.adapters[-1], None
+    if layer.kept_norms is not None:
+        sources = [weight, adapter.lora_A, adapter.lora_B]
+        arguments = (weight, adapter.lora_A, adapter.lora_B, adapter.scaling, layer.backend)
+        make = functools.partial(dora_functional.weight_norm, *arguments)
+        norm = layer.kept_norms.of(name, sources, adapter.scaling, make)
+    plan.adapters[-1] = adapter._replace(magnitude=magnitude, norm=norm)
     return None
 
 

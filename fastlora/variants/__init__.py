@@ -1,0 +1,8 @@
+"""What the variants of LoRA need beside `fastlora.patch`. Importing it does nothing."""
+
+from .adalora import RankAllocator
+from .dora import kept_norms
+from .orthogonality import orthogonality_penalty
+from .shrinking import shrink_to_ranks
+
+__all__ = ["RankAllocator", "kept_norms", "orthogonality_penalty", "shrink_to_ranks"]

@@ -1,0 +1,555 @@
+"""`functional.dora_linear` and DoRA in a layer: against the paper's equations in fp64, and eager PyTorch in the same
+dtype."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_close_to_fp64
+from problems import PATHS, Problem, make_problem, path
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from bench.memory import allocations_of
+from fastlora import FusedLoraLinear, dora_dispatch, dora_functional, reference
+from fastlora.backends import dora_torch
+from fastlora.functional import Adapter, GroupLayer, dora_linear, lora_group, lora_mixed_batch, multi_lora_linear
+
+FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
+NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "magnitude")
+
+
+def magnitude_of(problem: Problem) -> Tensor:
+    generator = torch.Generator().manual_seed(9)
+    return (torch.rand(problem.weight.shape[0], generator=generator) + 0.5).to(problem.lora_A.dtype)
+
+
+def run(
+    problem: Problem,
+    function: Callable[..., Tensor],
+    trained: tuple[str, ...] = NAMES,
+    magnitude: Tensor | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """{"y": output, name: gradient}."""
+    values: dict[str, Any] = {name: getattr(problem, name) for name in NAMES[:-1]}
+    values["magnitude"] = magnitude_of(problem) if magnitude is None else magnitude.to(problem.lora_A.dtype)
+    trained = tuple(name for name in trained if values[name] is not None)
+    x, weight, bias, a, b, m = (
+        None if value is None else value.detach().clone().requires_grad_(name in trained)
+        for name, value in values.items()
+    )
+    y = function(x, weight, a, b, m, problem.scaling, bias, problem.dropout_p, **options)
+    leaves: dict[str, Any] = dict(zip(NAMES, (x, weight, bias, a, b, m), strict=True))
+    grads = torch.autograd.grad(y, [leaves[name] for name in trained], problem.dy) if trained else []
+    return {"y": y.detach(), **dict(zip(trained, grads, strict=True))}
+
+
+def assert_right(problem: Problem, trained: tuple[str, ...] = NAMES, **options: Any) -> dict[str, Tensor]:
+    keep = problem.keep_mask(seed=7)
+    torch.manual_seed(7)
+    got = run(problem, dora_linear, trained, **options)
+    near = run(problem, reference.dora_linear, trained, keep_mask=keep)
+    exact = run(problem.mapped(Tensor.double), reference.dora_linear, trained, magnitude_of(problem), keep_mask=keep)
+    for name, value in got.items():
+        if problem.x.dtype == FP64:
+            torch.testing.assert_close(value, exact[name])
+        else:
+            assert_close_to_fp64(value, exact[name], near[name], name)
+    return got
+
+
+# The function.
+
+
+def test_the_reference_is_the_papers_equation():
+    """Equation 5 with V = W0, and its gradients (equation 11) with the norm held constant, written out by hand."""
+    p = make_problem(6, 20, dtype=FP64)
+    m, s = magnitude_of(p), p.scaling
+    assert p.bias is not None
+    v = p.weight + s * p.lora_B @ p.lora_A
+    norm = v.norm(dim=1, keepdim=True)
+    merged = m[:, None] * v / norm
+    got = run(p, reference.dora_linear)
+    torch.testing.assert_close(got["y"], p.x @ merged.t() + p.bias)
+    gradient = p.dy.t() @ p.x  # of the merged weight
+    through = m[:, None] / norm * gradient
+    torch.testing.assert_close(got["weight"], through)
+    torch.testing.assert_close(got["lora_A"], s * p.lora_B.t() @ through)
+    torch.testing.assert_close(got["lora_B"], s * through @ p.lora_A.t())
+    torch.testing.assert_close(got["magnitude"], (gradient * v / norm).sum(1))
+    torch.testing.assert_close(got["x"], p.dy @ merged)
+    torch.testing.assert_close(got["bias"], p.dy.sum(0))
+
+
+@pytest.mark.parametrize("which", PATHS)
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, BF16), (BF16, FP32), (FP64, FP64)], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_output_and_gradients(which, dtypes, dropout_p):
+    with path(which):
+        assert_right(make_problem(3, 11, 33, dtype=dtypes[0], adapter_dtype=dtypes[1], dropout_p=dropout_p))
+
+
+@pytest.mark.parametrize("shape", [(20,), (1, 20), (2, 3, 4, 20)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_shapes(shape, bias):
+    with path("function"):
+        got = assert_right(make_problem(*shape, bias=bias))
+        assert got["y"].shape == (*shape[:-1], 47)
+
+
+@pytest.mark.parametrize(
+    "trained", [("lora_A",), ("magnitude",), ("bias",), ("x",), ("lora_B", "magnitude"), ()], ids=str
+)
+def test_each_gradient_alone(trained):
+    with path("function"):
+        whole, alone = (run(make_problem(9, 20), dora_linear, names) for names in (NAMES, trained))
+    for name, value in alone.items():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_no_rows():
+    got = run(make_problem(0, 20), dora_linear)
+    assert got["y"].shape == (0, 47)
+    assert not got["magnitude"].any()
+    assert not got["lora_B"].any()
+
+
+def test_everything_dropped():
+    p = make_problem(8, 20, dropout_p=1.0)
+    torch.testing.assert_close(run(p, dora_linear, ())["y"], F.linear(p.x, p.weight, p.bias))
+
+
+def test_a_magnitude_of_zero_still_learns():
+    """Its gradient cannot be had from the output, which does not depend on the row any more."""
+    p = make_problem(9, 20)
+    m = magnitude_of(p)
+    m[:5] = 0.0
+    got, exact = run(p, dora_linear, magnitude=m), run(p.mapped(Tensor.double), reference.dora_linear, magnitude=m)
+    torch.testing.assert_close(got["magnitude"].double(), exact["magnitude"], rtol=1e-5, atol=1e-5)
+    assert exact["magnitude"][:5].abs().min() > 1e-3
+
+
+def test_the_norm_of_a_row_that_nearly_cancels():
+    p = make_problem(1, 64)
+    weight = -p.scaling * (p.lora_B @ p.lora_A) * (1 + 2.0**-10)
+    exact = (weight.double() + p.scaling * (p.lora_B.double() @ p.lora_A.double())).norm(dim=1)
+    norm = dora_functional.weight_norm(weight, p.lora_A, p.lora_B, p.scaling)
+    torch.testing.assert_close(norm.double(), exact, rtol=1e-3, atol=0)
+    assert (norm > 0).all()
+    assert (
+        not dora_functional.weight_norm(-p.scaling * (p.lora_B @ p.lora_A), p.lora_A, p.lora_B, p.scaling).isnan().any()
+    )
+
+
+def test_norms_of_a_bf16_weight_are_not_rounded_to_it():
+    p = make_problem(1, 300, dtype=BF16, adapter_dtype=FP32)
+    exact = (p.weight.double() + p.scaling * (p.lora_B.double() @ p.lora_A.double())).norm(dim=1)
+    norm = dora_functional.weight_norm(p.weight, p.lora_A, p.lora_B, p.scaling)
+    assert norm.dtype == FP32
+    torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_nothing_of_the_weights_size_is_made():
+    """PEFT makes four such matrices a call."""
+    k = n = 1024
+    x, a, b = torch.randn(4, k), torch.randn(8, k, requires_grad=True), torch.randn(n, 8, requires_grad=True)
+    weight, m = torch.randn(n, k), torch.ones(n, requires_grad=True)
+    _, allocations = allocations_of(lambda: dora_linear(x, weight, a, b, m, 1.0).sum().backward())
+    assert max(allocations.sizes) <= 4 * dora_torch.CHUNK < n * k * 4 / 3
+
+
+def test_saved_for_the_backward_pass():
+    """x, S and z: of PEFT's form the frozen output, the low-rank one and both their products with the scale."""
+
+    def saved(function):
+        p = make_problem(64, 80, n=90, r=4, bias=False)
+        leaves = [t.requires_grad_() for t in (p.lora_A, p.lora_B, magnitude_of(p))]
+        owned = {t.data_ptr() for t in (p.weight, *leaves)}
+        found: dict[int, int] = {}
+
+        def pack(t):
+            if t.data_ptr() not in owned:
+                found[t.data_ptr()] = t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), path("function"):
+            y = function(p.x, p.weight, *leaves, p.scaling)
+        assert y.requires_grad
+        return sum(found.values())
+
+    small = 4 * (90 + 80)  # norms, scales
+    assert saved(dora_linear) <= 64 * (80 + 4 + 90) + small < saved(reference.dora_linear) - 64 * 80
+
+
+def test_autocast():
+    p = make_problem(6, 20)
+    m = magnitude_of(p)
+    assert p.bias is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        y = dora_linear(p.x, p.weight, p.lora_A, p.lora_B, m, p.scaling, p.bias)
+    assert y.dtype == BF16
+    cast = [t.to(BF16) for t in (p.x, p.weight, p.lora_A, p.lora_B)]
+    # The norms are those of the weight itself, so that a fresh layer's output stays the base layer's.
+    norm = (p.weight + p.scaling * p.lora_B @ p.lora_A).norm(dim=1)
+    want = m / norm * (F.linear(cast[0], cast[1]) + p.scaling * F.linear(F.linear(cast[0], cast[2]), cast[3])) + p.bias
+    torch.testing.assert_close(y.float(), want, rtol=2e-2, atol=2e-2)
+
+
+def test_second_derivatives_raise():
+    p = make_problem(6, 20)
+    x, m = p.x.clone().requires_grad_(), magnitude_of(p).requires_grad_()
+    with path("function"):
+        y = dora_linear(x, p.weight, p.lora_A, p.lora_B, m, p.scaling)
+        (grad,) = torch.autograd.grad(y.square().sum(), m, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            grad.sum().backward()
+
+
+def test_torch_func_takes_the_reference():
+    p = make_problem(6, 20)
+    m = magnitude_of(p)
+    grad = torch.func.grad(lambda a: dora_linear(p.x, p.weight, a, p.lora_B, m, p.scaling).square().sum())(p.lora_A)
+    a = p.lora_A.clone().requires_grad_()
+    reference.dora_linear(p.x, p.weight, a, p.lora_B, m, p.scaling).square().sum().backward()
+    torch.testing.assert_close(grad, a.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"magnitude": torch.ones(46)}, r"magnitude: got \(46,\) torch.float32 on cpu, want .* \(47,\) on cpu"),
+        ({"magnitude": torch.ones(47, dtype=torch.int64)}, "want floating-point"),
+        ({"lora_A": torch.ones(5, 21)}, "lora_linear: shapes"),
+        ({"dropout_p": 1.5}, "probability in"),
+    ],
+)
+def test_bad_input(change, message):
+    p = make_problem(6, 20)
+    arguments = {"x": p.x, "weight": p.weight, "lora_A": p.lora_A, "lora_B": p.lora_B, "scaling": 1.0}
+    with pytest.raises(ValueError, match=message):
+        dora_linear(**{**arguments, "magnitude": magnitude_of(p), **change})
+
+
+def test_where_a_magnitude_has_no_meaning():
+    p = make_problem(2, 3, 20)
+    adapter = Adapter(p.lora_A, p.lora_B, 1.0, 0.0, magnitude_of(p))
+    with pytest.raises(ValueError, match="magnitude"):
+        lora_mixed_batch(p.x, p.weight, [adapter], [0, -1])
+    layer = GroupLayer(p.weight, [adapter])
+    with pytest.raises(ValueError, match="shared_mask: got True and an adapter with a magnitude"):
+        lora_group(p.x, [layer, layer], shared_mask=True)
+    alone = multi_lora_linear(p.x, p.weight, [adapter])
+    assert all(torch.equal(y, alone) for y in lora_group(p.x, [layer, layer]))
+
+
+def test_several_adapters_each_add_their_difference():
+    """LoRA beside two DoRAs: the merged weights' differences from W0 add up, in any order."""
+    p, q = make_problem(7, 20, dtype=FP64), make_problem(7, 20, r=3, dtype=FP64, seed=1)
+    m = magnitude_of(p)
+    adapters = [
+        Adapter(p.lora_A, p.lora_B, 1.5, 0.0, m),
+        Adapter(q.lora_A, q.lora_B, 0.5),
+        Adapter(q.lora_A, q.lora_B, 2.0, 0.0, 2 * m),
+    ]
+    delta = adapters[1].scaling * q.lora_B @ q.lora_A
+    for adapter in (adapters[0], adapters[2]):
+        v = p.weight + adapter.scaling * adapter.lora_B @ adapter.lora_A
+        assert adapter.magnitude is not None
+        delta += (adapter.magnitude / v.norm(dim=1))[:, None] * v - p.weight
+    want = F.linear(p.x, p.weight + delta, p.bias)
+    for order in (adapters, adapters[::-1]):
+        torch.testing.assert_close(multi_lora_linear(p.x, p.weight, order, p.bias), want)
+
+
+def test_the_self_check_passes_on_atens_form_and_sees_a_wrong_one(monkeypatch):
+    arguments = (dora_torch, torch.device("cpu"), BF16, FP32)
+    assert dora_dispatch.self_check(*arguments) is None
+    monkeypatch.setattr(
+        dora_torch, "scale_backward", lambda dy, z, m, n, needs: (dy, dy.float().sum(0), dy.float().sum(0))
+    )
+    assert "dz differs" in str(dora_dispatch.self_check(*arguments))
+
+
+# The layer.
+
+
+def layer_of(dtype: torch.dtype = FP32, **settings: Any) -> FusedLoraLinear:
+    torch.manual_seed(0)
+    layer = FusedLoraLinear.from_linear(nn.Linear(24, 30, dtype=dtype), r=4, use_dora=True, **settings)
+    return layer
+
+
+def randomise(layer: FusedLoraLinear, name: str = "default") -> FusedLoraLinear:
+    with torch.no_grad():
+        layer.lora_B[name].normal_()
+        if name in layer.lora_magnitude_vector:
+            layer.lora_magnitude_vector[name].mul_(torch.rand(30) + 0.5)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP64])
+@pytest.mark.parametrize("init", [True, "gaussian", "orthogonal", "pissa", "olora"])
+def test_a_fresh_layer_gives_the_base_layers_output(dtype, init):
+    base = nn.Linear(24, 30, dtype=dtype)
+    x = torch.randn(5, 24, dtype=dtype)
+    layer = FusedLoraLinear.from_linear(base, r=4, use_dora=True, init_lora_weights=init)
+    torch.testing.assert_close(layer(x), base(x))
+    assert layer.use_dora == {"default": True}
+    assert "DoRA" in repr(layer)
+
+
+def test_a_bf16_layer_keeps_its_magnitudes_in_fp32():
+    layer = layer_of(BF16)
+    assert layer.lora_magnitude_vector["default"].dtype == FP32
+    x = torch.randn(5, 24, dtype=BF16)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_merging(dtype, conv1d):
+    if conv1d:
+        transformers = pytest.importorskip("transformers")
+        model: Any = nn.Sequential(transformers.pytorch_utils.Conv1D(30, 24).to(dtype))
+    else:
+        model = nn.Sequential(nn.Linear(24, 30, dtype=dtype))
+    fastlora.patch(model, r=4, use_dora=True)
+    layer = randomise(model[0])
+    x, bits = torch.randn(5, 24, dtype=dtype), layer.weight.detach().clone()
+    apart = layer(x).detach()
+    fastlora.merge(model)
+    torch.testing.assert_close(
+        layer(x), apart, rtol=2e-2 if dtype == BF16 else 1e-5, atol=2e-2 if dtype == BF16 else 1e-5
+    )
+    fastlora.unmerge(model)
+    assert torch.equal(layer.weight, bits)
+    assert torch.equal(layer(x), apart)
+
+
+def test_lora_and_dora_merge_together():
+    layer = randomise(layer_of(FP64))
+    layer.add_adapter("plain", r=3)
+    randomise(layer, "plain")
+    layer.set_adapter(["default", "plain"])
+    assert layer.lora_magnitude_vector["default"].requires_grad
+    x = torch.randn(5, 24, dtype=FP64)
+    apart = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), apart)
+
+
+def test_adapters_are_switched_deleted_and_copied():
+    layer = randomise(layer_of())
+    layer.add_adapter("second", r=2, use_dora=True)
+    x = torch.randn(5, 24)
+    y = layer(x)
+    assert layer.trained_parameters("default") == [
+        layer.lora_A["default"],
+        layer.lora_B["default"],
+        layer.lora_magnitude_vector["default"],
+    ]
+    layer.set_adapter("second")
+    assert not layer.lora_magnitude_vector["default"].requires_grad
+    assert layer.lora_magnitude_vector["second"].requires_grad
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    layer.set_adapter("default")
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(copied(x), y)
+    layer.delete_adapter("default")
+    assert list(layer.lora_magnitude_vector) == ["second"]
+
+
+def test_state_dicts():
+    layer, other = randomise(layer_of()), layer_of()
+    assert "lora_magnitude_vector.default" in layer.state_dict()
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(5, 24)
+    assert torch.equal(layer(x), other(x))
+
+
+def test_reset_measures_the_weight_anew():
+    layer = layer_of()
+    with torch.no_grad():
+        layer.weight.mul_(3.0)
+    layer.reset_adapter("default")
+    torch.testing.assert_close(layer.lora_magnitude_vector["default"], layer.weight.norm(dim=1))
+
+
+def test_checkpointing_and_dropout():
+    layer = randomise(layer_of(lora_dropout=0.3))
+    x = torch.randn(6, 24)
+    grads = []
+    for call in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+        torch.manual_seed(3)
+        layer.zero_grad()
+        call(x).square().sum().backward()
+        grads.append([p.grad.clone() for p in layer.trained_parameters("default") if p.grad is not None])
+    assert len(grads[0]) == 3
+    assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True))
+
+
+def test_patch():
+    model = nn.Sequential(nn.Linear(24, 30), nn.Tanh(), nn.Linear(30, 3))
+    x = torch.randn(5, 24)
+    y = model(x)
+    assert fastlora.patch(model, r=4, use_dora=True).patched == ["0", "2"]
+    assert torch.equal(model(x), y)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{i}.{part}.default" for i in "02" for part in ("lora_A", "lora_B", "lora_magnitude_vector")}
+    fastlora.patch(model, r=4, use_dora=True)  # does nothing
+    with pytest.raises(
+        ValueError, match="use_dora: got False, but '0' already has an adapter 'default' with use_dora=True"
+    ):
+        fastlora.patch(model, r=4)
+    with pytest.raises(ValueError, match="magnitude"), fastlora.adapter_names(model, ["default"] * 5):
+        model(x)
+    fastlora.unpatch(model)
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("kinds", [{"use_dora": 1}, {"use_dora": True, "use_adalora": True}])
+def test_kinds_that_do_not_exist(kinds):
+    with pytest.raises(ValueError, match="use_dora"):
+        fastlora.patch(nn.Sequential(nn.Linear(4, 4)), **kinds)
+
+
+@pytest.mark.parametrize("base", ["exact", "offset"])
+def test_lora_ga_starts_dora_too(base):
+    """At the start m/n is 1: the gradients of A and B are LoRA's, and so is the best start."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 30), nn.Tanh(), nn.Linear(30, 20)).double()
+    x = torch.randn(8, 24, dtype=FP64)
+    y = model(x).detach()
+    fastlora.patch(model, r=2, use_dora=True)
+    with fastlora.GradientSketch(model, r=2) as sketch:
+        model(x).square().sum().backward()
+    fastlora.init_lora_ga(model, sketch, base=base)
+    torch.testing.assert_close(model(x), y)
+    assert model[0].lora_B["default"].any()  # type: ignore[union-attr]
+    fastlora.unpatch(model)
+    assert torch.equal(model(x), y)
+
+
+# Norms that are kept.
+
+
+@pytest.fixture
+def norms_made(monkeypatch) -> list[int]:
+    made: list[int] = []
+    original = dora_torch.weight_norm
+    monkeypatch.setattr(dora_torch, "weight_norm", lambda *a: made.append(1) or original(*a))
+    return made
+
+
+def test_norms_are_made_at_every_call_and_kept_only_on_request(norms_made):
+    model = nn.Sequential(randomise(layer_of()))
+    x = torch.randn(5, 24)
+    norms_made.clear()
+    with torch.no_grad():
+        model(x)
+        model(x)
+        assert len(norms_made) == 2
+        with fastlora.variants.kept_norms(model):
+            y = model(x)
+            assert torch.equal(model(x), y)
+            assert len(norms_made) == 3
+            with torch.enable_grad():
+                model(x)
+            assert len(norms_made) == 4
+            copied = copy.deepcopy(model)
+        model(x)
+    assert len(norms_made) == 5
+    assert torch.equal(copied(x), y)
+
+
+@pytest.mark.parametrize(
+    "change", ["scale", "in place", "swapped", "swapped twice", "optimiser", "loaded", "dtype", "merged"]
+)
+def test_a_kept_norm_is_never_stale(change):
+    layer = randomise(layer_of())
+    model = nn.Sequential(layer)
+    x = torch.randn(5, 24)
+    weight, a = layer.weight, layer.lora_A["default"]
+
+    def do() -> None:
+        if change == "scale":
+            layer.scaling["default"] = 3.0
+        elif change == "in place":
+            weight.mul_(2.0)
+        elif change == "swapped":
+            a.data = torch.randn_like(a)
+        elif change == "swapped twice":  # the allocator may give the first one's memory to the last
+            a.data = torch.randn_like(a)
+            a.data = torch.randn_like(a)
+        elif change == "optimiser":
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            torch.optim.SGD(model.parameters(), lr=0.1).step()
+        elif change == "loaded":
+            layer.load_state_dict({key: value * 1.5 for key, value in layer.state_dict().items()})
+        elif change == "dtype":
+            model.to(BF16)
+            model.float()
+        else:
+            fastlora.merge(model)
+            fastlora.unmerge(model)
+
+    with torch.no_grad(), fastlora.variants.kept_norms(model):
+        model(x)
+        do()
+        kept = model(x)
+    with torch.no_grad():
+        assert torch.equal(kept, model(x))
+
+
+def test_kept_norms_of_what_is_no_model():
+    with pytest.raises(ValueError, match="kept_norms: model: got int"), fastlora.variants.kept_norms(3):  # type: ignore[arg-type]
+        pass
+
+
+# torch.compile.
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_compiled(dropout_p):
+    torch._dynamo.reset()
+    p = make_problem(3, 11, 33, dropout_p=dropout_p)
+    with path("function"):
+        torch.manual_seed(7)
+        want = run(p, dora_linear)
+        torch.manual_seed(7)
+        got = run(p, torch.compile(dora_linear, backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(got, want)
+
+
+def test_a_changing_scale_is_one_graph():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(dora_linear, backend=counter, fullgraph=True, dynamic=True)
+    frames = []
+    for scaling in (2.0, 0.75, 3.0, 1.25):
+        p = make_problem(6, 20, scaling=scaling)
+        torch.testing.assert_close(run(p, function, ())["y"], run(p, dora_linear, ())["y"])
+        frames.append(counter.frame_count)
+    assert frames[-1] == frames[1] <= 2
+
+
+def test_the_op():
+    p = make_problem(1, 20, dtype=BF16, adapter_dtype=FP32)
+    arguments = (p.weight, p.lora_A, p.lora_B, 1.5, "auto")
+    torch.library.opcheck(torch.ops.fastlora.dora_weight_norm.default, arguments)
+    assert math.isclose(
+        torch.ops.fastlora.dora_weight_norm(*arguments)[0].item(),
+        (p.weight.double() + 1.5 * p.lora_B.double() @ p.lora_A.double()).norm(dim=1)[0].item(),
+        rel_tol=1e-5,
+    )
