@@ -72,6 +72,11 @@ def check_optimizer(optimizer: Any, parameters: list[nn.Parameter], caller: str)
         )
 
 
+def is_known(optimizer: Any, state: dict[str, Any]) -> bool:
+    """Whether a parameter's state is made of moments of its shape, and of counters."""
+    return isinstance(optimizer, _KNOWN) and set(state) <= {*_FIRST, *_SECOND, *_COUNTERS}
+
+
 def plan(
     optimizer: Any, parameter: nn.Parameter, change: Mixing | None, dim: int, moments: str
 ) -> Callable[[], Callable[[], None]]:
@@ -83,7 +88,7 @@ def plan(
     state = optimizer.state.get(parameter)  # not optimizer.state[...]: that would make one
     if not state:
         return lambda: _nothing
-    known = isinstance(optimizer, _KNOWN) and set(state) <= {*_FIRST, *_SECOND, *_COUNTERS}
+    known = is_known(optimizer, state)
     if moments == "rotate" and not known and type(optimizer) not in _warned:
         _warned.add(type(optimizer))
         warnings.warn(

@@ -1,0 +1,395 @@
+"""`RankAllocator`: AdaLoRA's ranks, dealt out among the layers while they train (Zhang et al. 2023, arXiv 2303.10512).
+
+    I = |w·∇w|      Ī ← β₁Ī + (1 − β₁)I      Ū ← β₂Ū + (1 − β₂)|I − Ī|      s = Ī·Ū        for every w of P, Λ, Q
+    S_i = s(λ_i) + mean s(P_·i) + mean s(Q_i·)        for every triplet; the best b(t) of all layers' keep their λ
+
+The averages are kernels/importance.py's business (ATen's on a CPU), the budget b(t) rank_schedule.py's. Scores, order
+and masks stay on the device: nothing is read back but the final pattern, once.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import importance_dispatch, targets
+from ..init import moments
+from ..kernels.importance_plan import Factors, Layout
+from ..layers import FusedLoraLinear
+from ..rank_schedule import Allocation, RankSchedule
+from .adalora_layers import FACTORS, adalora_layers, factors_of
+
+_WHERE = "RankAllocator"
+
+
+class _Part:
+    """The layers of one device and dtype: their Ī and Ū (float32, or float64), and their latest scores."""
+
+    def __init__(self, layers: list[int], sizes: Sequence[tuple[int, int, int]], device: torch.device, dtype: Any):
+        self.layers = layers
+        self.layout = Layout(sizes)
+        self.device, self.dtype = device, dtype
+        kind = torch.promote_types(dtype, torch.float32)
+        self.sensitivity, self.uncertainty = (
+            torch.zeros(self.layout.numel, device=device, dtype=kind) for _ in range(2)
+        )
+        self.scores = torch.zeros(self.layout.total_rank, device=device, dtype=kind)
+        self.ranks = [r for r, _, _ in self.layout.sizes]
+
+
+class RankAllocator:
+    """Deals AdaLoRA's ranks out among a model's layers, and masks the λ of the others, step by step.
+
+    Either call `step()` once a step, between `optimizer.step()` and `zero_grad()`; or `follow(optimizer)` once, and
+    nothing more. docs/adalora.md says how they differ. Masked are λ only: P and Q go on learning, and a triplet comes
+    back where its score is among the best again. After step `total_steps - t_final` the pattern stays, and masked λ
+    stay zero; `shrink_to_ranks` can then cut them off.
+
+    Args:
+        model: patched with `use_adalora=True`, or with PEFT's AdaLoRA layers, patched or not. Under
+            DistributedDataParallel every process has the same gradients, and so the same masks.
+        target_r: b_T is this many ranks for each layer, on average; at most what they have.
+        total_steps: T, of the optimiser.
+        t_init: steps in which all are kept.
+        t_final: steps at the end, in which the pattern stays.
+        delta_t: in between, masks are made at every step that is a multiple of it.
+        beta1, beta2: of the averages Ī and Ū.
+        adapter_name: which adapter.
+
+    A layer without a gradient in a step counts as one whose gradient is zero. Scores that are equal: the earlier
+    layer's, and of one layer the first, are kept, so that it is b(t) exactly.
+
+    Raises:
+        ValueError: no such adapter; a value out of range, a target_r above the average rank; parameters sharded over
+            processes (FSDP, ZeRO-3).
+
+    Example:
+        >>> allocator = fastlora.variants.RankAllocator(model, target_r=8, total_steps=1000, t_init=100, t_final=200)
+        >>> for batch in batches:
+        ...     (model(**batch).loss + fastlora.variants.orthogonality_penalty(model)).backward()
+        ...     optimizer.step()
+        ...     allocator.step()
+        ...     optimizer.zero_grad()
+        >>> allocator.ranks
+
+    Source: Zhang et al. 2023, AdaLoRA, arXiv 2303.10512, equations 7 to 13.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_r: int,
+        total_steps: int,
+        t_init: int = 0,
+        t_final: int = 0,
+        delta_t: int = 1,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        adapter_name: str = "default",
+    ) -> None:
+        self.schedule = RankSchedule(target_r, total_steps, t_init, t_final, delta_t, beta1, beta2).checked(_WHERE)
+        self.adapter_name = adapter_name
+        self._model = targets.unwrap(model, _WHERE)
+        self._layers = adalora_layers(model, adapter_name, _WHERE)
+        self._names = list(self._layers)
+        factors = [factors_of(layer, adapter_name) for layer in self._layers.values()]
+        self._sizes = [(q.shape[0], q.shape[1], p.shape[0]) for q, p, _ in factors]
+        self.initial_budget = sum(r for r, _, _ in self._sizes)
+        self.target_budget = target_r * len(self._layers)
+        if self.target_budget > self.initial_budget:
+            raise ValueError(
+                f"{_WHERE}: target_r: got {target_r}, want at most {self.initial_budget / len(self._layers):g}, the "
+                "average rank that the layers begin with"
+            )
+        self.steps = 0  # taken so far
+        self._parts: list[_Part] = []
+        self._placement: list[tuple] = []
+        self._kept: Tensor | None = None  # (b_0,) bool, in the parts' order: None before the first masks
+        self._count = self.initial_budget  # of the ranks that are kept
+        self._masks: list[list[Tensor]] = []  # by part and layer (r, 1), in λ's dtype
+        self._final: dict[str, list[bool]] | None = None
+        self._cut = False  # by shrink_to_ranks
+        self._hooks: list[Any] = []
+        self._place()
+        for layer in self._layers.values():
+            if isinstance(layer, FusedLoraLinear):
+                layer.allocation[adapter_name] = Allocation(self.schedule)
+
+    # What it knows.
+
+    def budget(self, t: int) -> int:
+        """b(t): how many triplets are kept after step t."""
+        return self.schedule.budget(t, self.initial_budget, self.target_budget)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the pattern does not change any more."""
+        return self._final is not None
+
+    @property
+    def rank_pattern(self) -> dict[str, list[bool]]:
+        """Which of the ranks that a layer began with are kept now. Read from the device, until it is final."""
+        if self._final is not None:
+            return {name: list(kept) for name, kept in self._final.items()}
+        if self._kept is None:
+            return {name: [True] * r for name, (r, _, _) in zip(self._names, self._sizes, strict=True)}
+        return {name: kept.tolist() for name, kept in self._by_layer(self._kept.cpu()).items()}
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """How many ranks each layer keeps now."""
+        return {name: sum(kept) for name, kept in self.rank_pattern.items()}
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """S (r,) of each layer, of the latest step."""
+        return {name: scores.clone() for name, scores in self._by_layer(self._flat_scores()).items()}
+
+    def __repr__(self) -> str:
+        schedule = self.schedule
+        return (
+            f"{_WHERE}({len(self._layers)} layers, step {self.steps} of {schedule.total_steps}, {self._count} of "
+            f"{self.initial_budget} ranks, {self.target_budget} from step {schedule.last} on"
+            f"{', following an optimiser' if self._hooks else ''})"
+        )
+
+    # Running.
+
+    def step(self) -> None:
+        """Ends a step: after `optimizer.step()`, before `zero_grad()`. The importance is that of the weights after the
+        step, with the gradients that it was made with, as in the paper's code.
+
+        Raises ValueError while an optimiser is followed, and where no factor has a gradient.
+        """
+        if self._hooks:
+            raise ValueError(
+                f"{_WHERE}.step: an optimiser is followed, whose steps are counted already; want one of the two: leave "
+                "this call out, or call release() first"
+            )
+        self._observe()
+        self._advance()
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> RankAllocator:
+        """Hooks itself into `optimizer.step()`, so that `step` need not be called: before it the importance, of the
+        weights that the gradients belong to (the paper's Algorithm 1), after it the masks. `release` ends it.
+
+        In a loop of your own, in transformers' Trainer, under a GradScaler, with a closure. Raises ValueError where an
+        optimiser is followed already, or this one does not train every λ.
+        """
+        caller = f"{_WHERE}.follow"
+        if self._hooks:
+            raise ValueError(f"{caller}: an optimiser is followed already, want release() first")
+        lambdas = [factors_of(layer, self.adapter_name)[2] for layer in self._layers.values()]
+        moments.check_optimizer(optimizer, lambdas, caller)
+        optimizer = moments.unwrapped(optimizer)
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, e in zip(self._names, lambdas, strict=True) if id(e) not in trained]
+        if missing:
+            raise ValueError(
+                f"{caller}: optimizer: this {type(optimizer).__name__} does not have the lora_E of {missing[0]!r} and "
+                f"{len(missing) - 1} other layers, want one optimiser for all"
+            )
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(lambda *_: self._advance()),
+        ]
+        return self
+
+    def release(self) -> None:
+        """Takes the hooks away again; what is masked stays so."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    def _before_step(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimiser
+        scale = getattr(optimizer, "grad_scale", None)  # set by a GradScaler where the optimiser itself unscales
+        rate = None if scale is None else scale.detach().reshape(1).reciprocal()
+        if closure is None:
+            self._observe(rate)
+            return None
+        observed = functools.partial(_then, closure, lambda: self._observe(rate), [])
+        if len(args) > 1:
+            return (args[0], observed, *args[2:]), kwargs
+        return args, {**kwargs, "closure": observed}
+
+    @torch.no_grad()
+    def _observe(self, rate: Tensor | None = None) -> None:
+        """The averages and scores of the present weights and gradients."""
+        if self.steps >= self.schedule.last:
+            return
+        self._place()
+        weights = [self._factors(part) for part in self._parts]
+        gradients = [Factors(*([w.grad for w in tensors if w is not None] for tensors in of)) for of in weights]
+        if all(g is None for of in gradients for tensors in of for g in tensors):
+            raise ValueError(
+                f"{_WHERE}: no lora_A, lora_B or lora_E of the {len(self._layers)} layers has a gradient, want this "
+                "after backward() and before zero_grad(), and the adapter trainable"
+            )
+        for part, of_weights, of_gradients in zip(self._parts, weights, gradients, strict=True):
+            part.scores = importance_dispatch.select(of_weights).update(
+                part.layout, of_weights, of_gradients, part.sensitivity, part.uncertainty,
+                self.schedule.beta1, self.schedule.beta2, None if rate is None else rate.to(part.sensitivity),
+            )  # fmt: skip
+
+    @torch.no_grad()
+    def _advance(self) -> None:
+        """Counts the step, and masks."""
+        self.steps += 1
+        if self._cut:
+            return
+        if self.schedule.allocates(self.steps):
+            budget, scores = self.budget(self.steps), self._flat_scores()
+            best = scores.argsort(descending=True, stable=True)[:budget]
+            self._keep(torch.zeros_like(scores, dtype=torch.bool).index_fill_(0, best, True), budget)
+        if self.steps >= self.schedule.last or self.schedule.allocates(self.steps):
+            self._mask()
+        if self.steps == self.schedule.last:
+            self._finish()
+
+    def _mask(self) -> None:
+        self._place()
+        for part, masks in zip(self._parts, self._masks, strict=True):
+            lambdas: Any = self._factors(part).e
+            torch._foreach_mul_(lambdas, masks)
+
+    def _keep(self, kept: Tensor, count: int) -> None:
+        self._kept, self._count, self._masks = kept, count, []
+        start = 0
+        for part in self._parts:
+            flat = kept[start : start + part.layout.total_rank].to(part.device, part.dtype)
+            self._masks.append(list(flat.unsqueeze(1).split(part.ranks)))
+            start += part.layout.total_rank
+
+    def _finish(self) -> None:
+        """Reads the pattern, and has the layers remember it, for files."""
+        pattern = self._final = self.rank_pattern
+        for name, layer in self._layers.items():
+            if isinstance(layer, FusedLoraLinear):
+                layer.allocation[self.adapter_name] = Allocation(self.schedule, tuple(pattern[name]))
+        for tuner in _peft_tuners(self._model, self.adapter_name):
+            # As PEFT's own allocator leaves it, so that its `save_pretrained` prunes.
+            places = {id(layer): name for name, layer in tuner.model.named_modules()}
+            tuner.peft_config[self.adapter_name].rank_pattern = {
+                f"{places[id(layer)]}.lora_E.{self.adapter_name}": pattern[name]
+                for name, layer in self._layers.items()
+                if id(layer) in places
+            }
+
+    def was_cut(self) -> None:
+        """By `shrink_to_ranks`: there is nothing left to mask."""
+        self._cut = True
+
+    # Where things are.
+
+    def _place(self) -> None:
+        """Puts the averages where the factors are now: a model may be moved or cast between two steps."""
+        lambdas = [factors_of(layer, self.adapter_name)[2] for layer in self._layers.values()]
+        placement = [(e.device, e.dtype, e.numel(), type(e)) for e in lambdas]
+        if placement == self._placement:
+            return
+        adalora_layers(self._model, self.adapter_name, _WHERE)  # sharded since?
+        for name, e, (r, _, _) in zip(self._names, lambdas, self._sizes, strict=True):
+            if e.numel() != r:
+                raise ValueError(
+                    f"{_WHERE}: model: the adapter of {name!r} has rank {e.numel()}, and had {r}; want "
+                    "shrink_to_ranks(model, allocator), or an allocator made after the change"
+                )
+        state = self.state_dict() if self._parts else None
+        places: dict[tuple, list[int]] = {}
+        for i, (device, dtype, r, _) in enumerate(placement):
+            if r:
+                places.setdefault((device, dtype), []).append(i)
+        self._placement = placement
+        self._parts = [_Part(layers, [self._sizes[i] for i in layers], *place) for place, layers in places.items()]
+        if state is not None:
+            self.load_state_dict(state)
+
+    def _factors(self, part: _Part) -> Factors:
+        layers = list(self._layers.values())
+        of_layers = [factors_of(layers[i], self.adapter_name) for i in part.layers]
+        return Factors(*(list(tensors) for tensors in zip(*of_layers, strict=True)))
+
+    def _flat_scores(self) -> Tensor:
+        if len(self._parts) == 1:
+            return self._parts[0].scores
+        first = self._parts[0].scores
+        return torch.cat([part.scores.to(first) for part in self._parts])
+
+    def _by_layer(self, flat: Tensor) -> dict[str, Tensor]:
+        """The parts of a tensor that has a number for each rank, in the parts' order, in the layers' order."""
+        order = [i for part in self._parts for i in part.layers]
+        pieces = dict(zip(order, flat.split([self._sizes[i][0] for i in order]), strict=True))
+        return {name: pieces.get(i, flat[:0]) for i, name in enumerate(self._names)}
+
+    # Resuming.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers, to go beside the model's and the optimiser's: with it a run goes on bit for bit.
+
+        "importance": by layer and factor Ī and Ū (2, *shape), until the pattern is final; "kept": by layer, or None.
+        """
+        importance: dict[str, dict[str, Tensor]] = {}
+        for part in self._parts if self._final is None else ():
+            for i, layer in enumerate(part.layers):
+                importance[self._names[layer]] = {
+                    key: torch.stack([part.layout.view(f, factor, i) for f in (part.sensitivity, part.uncertainty)])
+                    for factor, key in FACTORS.items()
+                }
+        kept = None if self._kept is None else {name: k.clone() for name, k in self._by_layer(self._kept).items()}
+        return {"steps": self.steps, "kept": kept, "importance": importance}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken. Raises ValueError, with nothing changed, for another model's."""
+        shapes = dict(zip(self._names, self._sizes, strict=True))
+        kept = state["kept"]
+        wrong = [name for name in (*state["importance"], *(kept or ())) if name not in shapes]
+        wrong += [name for name, k in (kept or {}).items() if name in shapes and k.numel() != shapes[name][0]]
+        wrong += [
+            name
+            for name, tensors in state["importance"].items()
+            if name in shapes and tensors["lora_A"].shape[1:] != shapes[name][:2]
+        ]
+        if wrong or (kept is not None and set(kept) != set(shapes)):
+            raise ValueError(
+                f"{_WHERE}.load_state_dict: state: its layers, or their ranks, are not this model's "
+                f"({', '.join(wrong[:3]) or 'some are missing'}), want the state of an allocator of the same model"
+            )
+        for part in self._parts:
+            part.sensitivity.zero_()
+            part.uncertainty.zero_()
+            for i, layer in enumerate(part.layers):
+                for factor, key in FACTORS.items():
+                    found = state["importance"].get(self._names[layer])
+                    for f, values in zip((part.sensitivity, part.uncertainty), found[key] if found else ()):
+                        part.layout.view(f, factor, i).copy_(values)
+        self.steps = int(state["steps"])
+        self._kept, self._count, self._masks, self._final = None, self.initial_budget, [], None
+        if kept is not None:
+            device = self._parts[0].device
+            order = [self._names[i] for part in self._parts for i in part.layers]
+            flat = torch.cat([kept[name].to(device) for name in order])
+            self._keep(flat, int(flat.sum()))
+            if self.steps >= self.schedule.last:
+                self._finish()
+
+
+def _peft_tuners(model: nn.Module, adapter_name: str) -> list[Any]:
+    """The `AdaLoraModel`s in a model that have this adapter."""
+    peft: Any = sys.modules.get("peft.tuners.adalora.model")
+    tuners: list[Any] = [m for m in model.modules() if peft is not None and isinstance(m, peft.AdaLoraModel)]
+    return [tuner for tuner in tuners if adapter_name in tuner.peft_config]
+
+
+def _then(closure: Callable[[], Any], observe: Callable[[], None], seen: list[bool]) -> Any:
+    """An optimiser's closure, with the first gradients that it makes in a step looked at."""
+    loss = closure()
+    if not seen:
+        seen.append(True)
+        observe()
+    return loss
