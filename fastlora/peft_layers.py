@@ -315,8 +315,6 @@ def add_adapters(
 
 def _add_magnitude(plan: Plan, layer: Any, name: str) -> str | None:
     """Makes the plan's last adapter DoRA's, or says why the call is left to PEFT."""
-    if parameters(layer.lora_B[name])[1] is not None:
-        return "DoRA with lora_bias"  # of which PEFT takes the bias into the norms
     holder = layer.lora_magnitude_vector[name]
     if type(holder) is not DoraLinearLayer or is_overridden(holder):
         return f"the magnitudes are in a {type(holder).__name__}, or there are hooks on it"
@@ -324,7 +322,7 @@ def _add_magnitude(plan: Plan, layer: Any, name: str) -> str | None:
     if type(magnitude) not in PLAIN_TENSORS or magnitude.shape != weight.shape[:1] or magnitude.device != weight.device:
         return "magnitudes that are sharded or offloaded"
     adapter, norm = plan.adapters[-1], None
-    if layer.kept_norms is not None:
+    if isinstance(layer, FusedPeftLinear) and layer.kept_norms is not None:
         sources = [weight, adapter.lora_A, adapter.lora_B]
         arguments = (weight, adapter.lora_A, adapter.lora_B, adapter.scaling, layer.backend)
         make = functools.partial(dora_functional.weight_norm, *arguments)
