@@ -45,7 +45,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         refresh_steps: the steps whose gradients a streamed refresh adds up for each of its 2·`refresh_iterations`
             products.
         staggered: the layers refresh on different steps, as evenly as it goes; False: all on the same.
-        moments: on a refresh: "rotate", m ← C m and v ← (C∘C) v with C = P_newᵀP_old; "keep", as the paper does.
+        moments: on a refresh, with C = P_newᵀP_old: "rotate_first", m ← C m, and v stays with the directions in their
+            order; "rotate", v ← (C∘C) v too; "keep", both stay, as in the paper.
         optim_bits: of the moments of tensors with 4096 elements or more: 32, or 8 (bitsandbytes' blockwise type).
         gradients: how the projected weights' gradients come. "plain": from `p.grad`, by `step`. "hook": each `p.grad`
             is projected and freed during the backward pass, and R added up over micro-batches. "factored":
@@ -88,7 +89,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         refresh_iterations: int = 2,
         refresh_steps: int = 4,
         staggered: bool = True,
-        moments: str = "rotate",
+        moments: str = "rotate_first",
         optim_bits: int = 32,
         gradients: str = "plain",
         model: nn.Module | None = None,
@@ -266,8 +267,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         state["refresh_at"] = state["step"] + gap - early
 
     def _carry_over(self, weight: Tensor, changes: Changes) -> None:
+        both = self._projected()[weight][1]["moments"] == "rotate"
         for change, dim in changes:
-            galore_adam.carry_over(self.state[weight], change, dim)
+            galore_adam.carry_over(self.state[weight], change, dim, both)
 
     def _collect(self) -> list[Tensor]:
         """The projected weights that have a gradient in this step; what there is of it is in `_held`."""

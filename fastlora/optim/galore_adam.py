@@ -54,10 +54,10 @@ def decay_(weight: Tensor, group: Mapping[str, Any], before: bool) -> None:
         weight.mul_(1 - float(group["lr"]) * group["weight_decay"])
 
 
-def carry_over(state: State, change: Mixing, dim: int) -> None:
-    """Rotates the moments into a new basis."""
+def carry_over(state: State, change: Mixing, dim: int, both: bool) -> None:
+    """Rotates the first moment, or both, into a new basis."""
     for key, squared in (("exp_avg", False), ("exp_avg_sq", True)):
-        if key in state:
+        if key in state and (both or not squared):
             write(state, key, carried_over(read(state, key), change, dim, squared))
 
 

@@ -16,7 +16,7 @@ from .lora_plus import undecayed
 
 _WHERE = "fastlora.optim.galore_param_groups"
 GRADIENTS = ("plain", "hook", "factored")
-MOMENTS = ("rotate", "keep")
+MOMENTS = ("rotate_first", "rotate", "keep")
 _CHOICES = {
     "proj_type": PROJ_TYPES,
     "refresh": REFRESHES,

@@ -159,7 +159,7 @@ class Projector:
     def _set(self, state: State, group: Mapping[str, Any], basis: Tensor, other: Tensor) -> Changes:
         new = {"basis": basis} | ({"basis_right": other} if self.side == "full" else {})
         changes: Changes = []
-        if group["moments"] == "rotate":
+        if group["moments"] != "keep":
             for key, dim in zip(BASES, (0 if self.side == "full" else 1, 1)):
                 change = mixing(state[key].mT, new[key].mT) if key in new else None
                 if change is not None:
