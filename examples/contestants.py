@@ -48,6 +48,14 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "dora": Contestant("DoRA", {"use_dora": True}),
     "pissa": Contestant("PiSSA", {"init_lora_weights": "pissa"}),
+    "adalora": Contestant(
+        "AdaLoRA",
+        {"use_adalora": True},
+        rank_share=1.5,
+        # The penalty's γ; the shares of the steps with all ranks and with the final ones, near the paper's; and that
+        # from one cut to the next in between.
+        numbers={"orthogonality": 0.1, "initial": 0.125, "final": 0.3, "interval": 0.02},
+    ),
     "galore": Contestant(
         "GaLore",
         adapter=None,

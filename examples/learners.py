@@ -30,6 +30,9 @@ class Learner:
             torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share_of_peak(step, steps))
             for optimizer in self.optimizers
         ]
+        self.allocator: Any = None
+        if entry.uses("use_adalora"):
+            self.allocator = rank_allocator(entry, self.adapted, task.settings.r, steps)
 
     @property
     def trainable(self) -> int:
@@ -37,19 +40,25 @@ class Learner:
 
     @property
     def optimizer_state(self) -> int:
-        """The numbers that the optimisers keep beside the parameters (counters of steps left out)."""
+        """The numbers that optimisers, and AdaLoRA's averages, keep beside the parameters; counters are left out."""
         return sum(tensor.numel() for tensor in self._state_tensors() if tensor.numel() > 1)
 
     def step(self, batch: Any) -> float:
-        """One optimiser step; returns the task's loss before it."""
+        """One optimiser step; returns the task's loss before it, without AdaLoRA's penalty."""
         set_training(self.model, True)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss = self.task.loss(self.model, batch)
-        loss.backward()
+        if self.allocator is None:
+            loss.backward()
+        else:
+            gamma = self.entry.numbers["orthogonality"]
+            (loss + fastlora.variants.orthogonality_penalty(self.adapted, gamma=gamma)).backward()
         for optimizer, scheduler in zip(self.optimizers, self.schedulers):
             optimizer.step()
             scheduler.step()
+        if self.allocator is not None:
+            self.allocator.step()
         return loss.item()
 
     def peak_bytes(self, batch: Any) -> int:
@@ -67,21 +76,30 @@ class Learner:
             notes["rates"] = rates
         if self.entry.uses("use_dora"):
             notes["magnitudes"] = sum(m.numel() for m in parameters_named(self.adapted, "lora_magnitude_vector"))
+        if self.allocator is not None:
+            ranks, layers = self.allocator.ranks, lora_layers(self.adapted)
+            cut = {name: layer.r["default"] - ranks[name] for name, layer in layers.items()}
+            fewer = sum(cut[name] * (layer.in_features + layer.out_features + 1) for name, layer in layers.items())
+            notes |= {"ranks": sum(ranks.values()), "trainable at the end": self.trainable - fewer}
         return notes
 
     def _state_tensors(self) -> Iterator[torch.Tensor]:
         for optimizer in self.optimizers:
             yield from tensors_in(optimizer.state)
+        if self.allocator is not None:
+            yield from tensors_in(self.allocator)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in nested dictionaries, lists and tuples, but no parameters."""
+    """The tensors in nested dictionaries, lists, tuples and objects that are no modules; but no parameters."""
     if isinstance(value, torch.Tensor):
         if not isinstance(value, nn.Parameter):
             yield value
     elif isinstance(value, (Mapping, list, tuple)):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(item)
+    elif hasattr(value, "__dict__") and not isinstance(value, nn.Module):
+        yield from tensors_in(vars(value))
 
 
 def lora_layers(adapted: nn.Module) -> dict[str, Any]:
@@ -137,3 +155,16 @@ def make_optimizer(task: Task, entry: Contestant, adapted: nn.Module, lr: float)
     if task.settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=lr)
     return torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)
+
+
+def rank_allocator(entry: Contestant, adapted: nn.Module, r: int, steps: int) -> Any:
+    """AdaLoRA's, which brings the ranks down to r a layer on average."""
+    numbers = entry.numbers
+    return fastlora.variants.RankAllocator(
+        adapted,
+        target_r=r,
+        total_steps=steps,
+        t_init=round(numbers["initial"] * steps),
+        t_final=round(numbers["final"] * steps),
+        delta_t=max(1, round(numbers["interval"] * steps)),
+    )
