@@ -13,26 +13,41 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from . import peft_format, sharding
-from .layers import FusedLoraLinear
+from .layers import FusedLoraLinear, scale_of
+from .rank_schedule import Allocation, RankSchedule
 from .targets import lora_layers
 
+# AdaLoraConfig's default. PEFT's penalty is another one than ours, and no file says what ours was weighted with.
+ORTH_REG_WEIGHT = 0.5
 
-def contents(model: nn.Module, adapter_name: str) -> dict[str, bytes]:
-    """The two files' contents."""
+
+def contents(model: nn.Module, adapter_name: str, as_lora: bool = False) -> dict[str, bytes]:
+    """The two files' contents. `as_lora`: AdaLoRA's adapters as plain ones."""
     modules = dict(modules_outside_adapters(model))
     layers = {name: m for name, m in modules.items() if isinstance(m, FusedLoraLinear) and adapter_name in m.lora_A}
+    kind = _kind_of(layers, adapter_name)
+    kind = "use_lora" if as_lora and kind == "use_adalora" else kind
+    peft_type = "ADALORA" if kind == "use_adalora" else "LORA"
+    plan = _AdaLoraPlan(layers, adapter_name) if kind == "use_adalora" else None
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        lora_A, lora_B, r, _ = layer.as_plain_adapter(adapter_name)
+        if plan is not None:
+            r = layer.r[adapter_name]
+            lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+        else:
+            lora_A, lora_B, r, _ = layer.as_plain_adapter(adapter_name)
         found: dict[str, tuple[Tensor, tuple[int, ...]]] = {
             "lora_A": (lora_A, (r, layer.in_features)),
             "lora_B": (lora_B, (layer.out_features, r)),
         }
-        if layer.use_dora[adapter_name]:
+        if kind == "use_dora":
             found["lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter_name], (layer.out_features,)
+        if plan is not None:
+            found["lora_E"] = layer.lora_E[adapter_name], (r, 1)
         for factor, (parameter, wanted) in found.items():
             tensor = sharding.whole(parameter.detach())
             if tuple(tensor.shape) != wanted or tensor.is_meta:
@@ -40,13 +55,83 @@ def contents(model: nn.Module, adapter_name: str) -> dict[str, bytes]:
                     f"save_adapter: model: {factor} of {name!r} is a {tuple(tensor.shape)} tensor on "
                     f"{tensor.device}, want {wanted}: gather sharded parameters before saving"
                 )
-            key = f"{peft_format.PREFIX}{name}{'.' if name else ''}{factor}{peft_format.FACTORS[factor][0]}"
-            tensors[key] = tensor.cpu().contiguous()
-    config = _config(model, modules, layers, adapter_name)
+            tensor = tensor.cpu() if plan is None else plan.pruned(name, factor, tensor.cpu())
+            suffix = peft_format.FACTORS[peft_type][factor][0]
+            tensors[f"{peft_format.PREFIX}{name}{'.' if name else ''}{factor}{suffix}"] = tensor.contiguous()
+    config = _config(model, modules, layers, adapter_name, kind) | ({} if plan is None else plan.config())
     return {
         peft_format.CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         peft_format.WEIGHTS_NAME: safetensors.torch.save(tensors, metadata={"format": "pt"}),
     }
+
+
+def _kind_of(layers: dict[str, FusedLoraLinear], adapter_name: str) -> str:
+    """ "use_dora", "use_adalora" or "use_lora"; ValueError where layers differ in it."""
+    kinds = {
+        next((k for k in ("use_dora", "use_adalora") if getattr(layer, k)[adapter_name]), "use_lora")
+        for layer in layers.values()
+    }
+    if len(kinds) > 1:
+        raise ValueError(
+            f"save_adapter: adapter_name: {adapter_name!r} is of several kinds in different layers "
+            f"({', '.join(sorted(kinds))}), want one kind: the format holds one setting"
+        )
+    return kinds.pop()
+
+
+class _AdaLoraPlan:
+    """What PEFT's AdaLoRA format makes of our adapters: one rank that all began with, one alpha, and in `rank_pattern`
+    which of the ranks are left."""
+
+    def __init__(self, layers: dict[str, FusedLoraLinear], adapter_name: str) -> None:
+        self.allocations, self.kept = {}, {}
+        for name, layer in layers.items():
+            r, allocation = layer.r[adapter_name], layer.allocation.get(adapter_name, Allocation())
+            self.allocations[name] = allocation
+            known = allocation.kept is not None and r in (len(allocation.kept), sum(allocation.kept))
+            self.kept[name] = list(allocation.kept) if known and allocation.kept else [True] * r
+        self.final = any(allocation.kept is not None for allocation in self.allocations.values())
+        lengths = {len(kept) for kept in self.kept.values()}
+        self.init_r = max(lengths)
+        self.has_pattern = self.final or len(lengths) > 1
+        scales = {
+            name: scale_of(layer.lora_alpha[adapter_name], layer.r[adapter_name], layer.use_rslora[adapter_name])
+            for name, layer in layers.items()
+        }
+        # PEFT's scale is alpha over the rank that all began with, or 1 for an alpha that is not positive. What differs
+        # from that in a layer goes into its singular values.
+        alpha = float(f"{most_common(scales.values()) * self.init_r:.12g}")
+        self.alpha = (int(alpha) if alpha.is_integer() else alpha) if alpha > 0 else self.init_r
+        self.factors = {name: scale * self.init_r / self.alpha for name, scale in scales.items()}
+
+    def pruned(self, name: str, factor: str, tensor: Tensor) -> Tensor:
+        """A layer's tensor as the file has it."""
+        kept, dim = self.kept[name], peft_format.RANK_DIMS[factor]
+        if tensor.shape[dim] == len(kept):
+            tensor = tensor.index_select(dim, torch.tensor([i for i, keep in enumerate(kept) if keep]).long())
+        if factor == "lora_E" and not math.isclose(self.factors[name], 1.0, rel_tol=1e-9):
+            tensor = tensor * self.factors[name]
+        return tensor
+
+    def config(self) -> dict[str, Any]:
+        """AdaLoraConfig's settings. The schedule is the allocator's, or that of the file that was loaded."""
+        schedules = [a.schedule for a in self.allocations.values() if a.schedule is not None]
+        # PEFT wants a number of steps in every file.
+        schedule = most_common(schedules) if schedules else RankSchedule(target_r=self.init_r, total_steps=1)
+        pattern = {
+            f"{name}{'.' if name else ''}lora_E": kept + [False] * (self.init_r - len(kept))
+            for name, kept in self.kept.items()
+        }
+        return {
+            "init_r": self.init_r,
+            "lora_alpha": self.alpha,
+            **{key: getattr(schedule, field) for field, (key, _) in peft_format.SCHEDULE.items()},
+            "orth_reg_weight": ORTH_REG_WEIGHT,
+            "rank_pattern": pattern if self.has_pattern else None,
+            "r": 8,  # LoraConfig's default: AdaLoraConfig does not read it, and warns of any other
+            "alpha_pattern": {},
+            "use_rslora": False,
+        }
 
 
 def most_common(values: Iterable[Any]) -> Any:
@@ -54,15 +139,9 @@ def most_common(values: Iterable[Any]) -> Any:
 
 
 def _config(
-    model: nn.Module, modules: dict[str, nn.Module], layers: dict[str, FusedLoraLinear], adapter_name: str
+    model: nn.Module, modules: dict[str, nn.Module], layers: dict[str, FusedLoraLinear], adapter_name: str, kind: str
 ) -> dict[str, Any]:
     use_rslora = most_common(layer.use_rslora[adapter_name] for layer in layers.values())
-    kinds = {layer.use_dora[adapter_name] for layer in layers.values()}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"save_adapter: adapter_name: {adapter_name!r} is DoRA in some layers and not in others, want one "
-            "kind: the format holds one setting"
-        )
     plain = {name: layer.as_plain_adapter(adapter_name) for name, layer in layers.items()}
     ranks = {name: r for name, (_, _, r, _) in plain.items()}
     alphas = {}
@@ -83,7 +162,7 @@ def _config(
         )
     r, alpha = most_common(ranks.values()), most_common(alphas.values())
     return {
-        "peft_type": "LORA",
+        "peft_type": "ADALORA" if kind == "use_adalora" else "LORA",
         "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "revision": None,
@@ -103,7 +182,7 @@ def _config(
         "init_lora_weights": True,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "use_dora": kinds.pop(),
+        "use_dora": kind == "use_dora",
         "lora_bias": False,
     }
 

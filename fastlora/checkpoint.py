@@ -24,7 +24,9 @@ from .peft_format import AdapterFile, Spec, some
 from .targets import lora_layers
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None, as_lora: bool = False
+) -> None:
     """Writes adapters as PEFT would, so that `PeftModel.from_pretrained(base_model, directory)` loads them.
 
     Args:
@@ -32,6 +34,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         directory: made where it does not exist. An adapter that is there is replaced, whole or not at all.
         adapter_name: save this one, into `directory` itself. None: all of them, "default" into `directory` and each
             other one into the subdirectory of its name, as PEFT does.
+        as_lora: AdaLoRA's adapters as plain LoRA's, A = Λ∘Q of the triplets whose λ is not zero, for whatever loads
+            LoRA only. Otherwise they are in PEFT's AdaLoRA format.
 
     Of a model that `fully_shard` has sharded, every process must call this; the first one writes, and all wait for it.
     Of others, whoever calls this writes: one process is enough.
@@ -39,7 +43,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     Weights are saved in the dtype they have. What is saved of the scale is alpha, not a changed `scaling`, as in PEFT.
 
     Raises:
-        ValueError: no adapters, an unknown name, a directory that is a file, parameters sharded by ZeRO-3.
+        ValueError: no adapters, an unknown name, a directory that is a file, parameters sharded by ZeRO-3; `as_lora` of
+            a PeftModel, which saves itself.
         OSError: the directory cannot be written (PermissionError, no space left, ...); nothing in it was changed.
 
     Example:
@@ -56,6 +61,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         )
     if adapter_name is not None and adapter_name not in names:
         raise ValueError(f"save_adapter: adapter_name: got {adapter_name!r}, want one of {names}")
+    if as_lora and _is_peft_model(model):
+        raise ValueError(
+            "save_adapter: as_lora: got True for a PeftModel, which PEFT saves in its own format; want False, then "
+            "load_adapter into the base model, and save that with as_lora=True"
+        )
     wanted = names if adapter_name is None else [adapter_name]
     shards = sharding.has_shards(model)
     if shards:
@@ -63,7 +73,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     files: dict[Path, bytes] = {}
     for name in wanted:
         folder = root if name in ("default", adapter_name) else root / name
-        made = adapter_files.peft_contents(model, name, root) if _is_peft_model(model) else contents(model, name)
+        of_peft = _is_peft_model(model)
+        made = adapter_files.peft_contents(model, name, root) if of_peft else contents(model, name, as_lora)
         files.update({(root if file == "README.md" else folder) / file: data for file, data in made.items()})
 
     def write() -> None:
@@ -112,20 +123,25 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     file = peft_format.parse(root, config, tensors)
     layers = dict(modules_outside_adapters(model))
     _check_against_model(model, layers, file, adapter_name)
-    _check_wrapped(wrapped, adapter_name, any(not _has_adapter(layers[name], adapter_name) for name in file.modules))
+    new = [name for name in file.filled if not _has_adapter(layers[name], adapter_name)]
+    _check_wrapped(wrapped, adapter_name, bool(new))
     if sharding.has_shards(model):
         _check_starts_at_zero(file, layers, adapter_name)
     shifts = _shifts(model, {name: layers[name] for name in file.modules}, file, adapter_name)
-    new = [name for name in file.modules if not _has_adapter(layers[name], adapter_name)]
     with _added(model, layers, file, adapter_name, new), torch.no_grad():
         for name in file.modules:
             layer = layers[name]
+            if not _has_adapter(layer, adapter_name):  # of rank 0
+                continue
             assert isinstance(layer, FusedLoraLinear)
             layer.forget_initial_factors(adapter_name)
-            _set_scale(layer, adapter_name, file.spec(name))
+            r = layer.r[adapter_name]
+            _set_scale(layer, adapter_name, file.spec(name, r))
+            if file.is_adalora:
+                layer.allocation[adapter_name] = file.allocation(name)
             if name in shifts:
                 layer.set_initial_factors(adapter_name, *shifts[name], exact=False)
-            for factor, values in file.modules[name].items():
+            for factor, values in file.tensors(name, r).items():
                 parameter = getattr(layer, factor)[adapter_name]
                 parameter.copy_(sharding.spread(values, parameter))
 
@@ -206,9 +222,9 @@ def _check_against_model(model: nn.Module, layers: dict[str, nn.Module], file: A
             raise ValueError(
                 f"load_adapter: {layer.merged_adapters} merged into {name!r}; call fastlora.unmerge(model) first"
             )
-    if existing and given - existing:
+    if existing and (missing := set(file.filled) - existing):
         raise ValueError(
-            f"load_adapter: adapter_name: {adapter_name!r} exists already, and not in {some(given - existing)}, for "
+            f"load_adapter: adapter_name: {adapter_name!r} exists already, and not in {some(missing)}, for "
             "which there are weights; want another name"
         )
     for name in file.modules:
@@ -225,13 +241,14 @@ def _check_shapes(name: str, layer: nn.Module, file: AdapterFile, adapter_name: 
     r = spec.r
     if isinstance(layer, FusedLoraLinear) and adapter_name in layer.r:
         r = layer.r[adapter_name]
-        if (use_dora := layer.use_dora[adapter_name]) != spec.use_dora:
-            raise ValueError(
-                f"load_adapter: adapter_name: {adapter_name!r} of {name!r} has use_dora={use_dora}, the file "
-                f"use_dora={spec.use_dora}; want another name"
-            )
-    shapes = {"lora_A": (r, k), "lora_B": (n, r), "lora_magnitude_vector": (n,)}
-    for factor, tensor in file.modules[name].items():
+        for kind in ("use_dora", "use_adalora"):
+            if (there := getattr(layer, kind)[adapter_name]) != getattr(spec, kind):
+                raise ValueError(
+                    f"load_adapter: adapter_name: {adapter_name!r} of {name!r} has {kind}={there}, the file "
+                    f"{kind}={not there}; want another name"
+                )
+    shapes = {"lora_A": (r, k), "lora_B": (n, r), "lora_E": (r, 1), "lora_magnitude_vector": (n,)}
+    for factor, tensor in file.tensors(name, r).items():
         if tuple(tensor.shape) != shapes[factor]:
             raise ValueError(
                 f"load_adapter: {factor} of {name!r}: got shape {tuple(tensor.shape)}, want {shapes[factor]}"
