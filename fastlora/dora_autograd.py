@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dora_dispatch
+from . import autograd, dora_dispatch
 from .autograd import _as_2d, _as_shaped, autocast_enabled, backward_pass
+from .backends import dora_torch
 
 
 class ScaleFunction(torch.autograd.Function):
@@ -50,10 +51,10 @@ class ScaleFunction(torch.autograd.Function):
 def scale(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, lora_A: Tensor, backend: str) -> Tensor:
     """y = (m/n) ∘ z + b for z (..., N), which nobody else uses; n is a constant."""
     if torch.compiler.is_compiling():  # the compiler fuses what is written out
-        factor = magnitude.to(norm.dtype) / norm
-        y = z * factor if bias is None else z * factor + bias
-        return y.to(z.dtype)
+        return dora_torch.composed_scale(z, magnitude, norm, bias)
     module = dora_dispatch.select(z, lora_A, backend)
+    if module is dora_torch and z.device.type == "cpu" and z.numel() < autograd.SMALL:
+        return dora_torch.composed_scale(z, magnitude, norm, bias)
     if torch.is_grad_enabled():
         return ScaleFunction.apply(z, magnitude, norm, bias, module)  # type: ignore[return-value]
     z2 = _as_2d(z)

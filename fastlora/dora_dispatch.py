@@ -22,6 +22,9 @@ _failures: dict[tuple[str, torch.dtype, torch.dtype], str | None] = {}  # None: 
 
 def select(tensor: Tensor, lora_A: Tensor, backend: str = "auto") -> ModuleType:
     """What takes a weight (N, K), or z (M, N), with factors like lora_A."""
+    asked = env.backend_text() if backend == "auto" else backend
+    if not asked and not tensor.is_cuda:
+        return dora_torch
     requested = env.backend() if backend == "auto" else backend
     if requested == "torch" or (requested == "auto" and not tensor.is_cuda) or why_not(tensor, lora_A) is not None:
         return dora_torch

@@ -216,7 +216,7 @@ def test_one_kind_for_all_layers(tmp_path):
     model = plain_model()
     model.up.delete_adapter("default")
     model.up.add_adapter("default", r=4)
-    with pytest.raises(ValueError, match="is DoRA in some layers and not in others"):
+    with pytest.raises(ValueError, match="is of several kinds in different layers"):
         fastlora.save_adapter(model, tmp_path)
 
 

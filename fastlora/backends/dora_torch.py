@@ -17,6 +17,8 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
     """‖W0 + s·B A‖ of every row (N,) for weight (N, K), lora_A (r, K) and lora_B (N, r), in fp32 (fp64 for fp64)."""
     wide = _wide(weight.dtype, lora_A.dtype)
     lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
+    if weight.numel() <= CHUNK:
+        return torch.linalg.vector_norm(torch.addmm(weight.to(wide), lora_B, lora_A, alpha=scaling), dim=1)
     norm = weight.new_empty(weight.shape[0], dtype=wide)
     for rows in _chunks(*weight.shape):
         total = torch.addmm(weight[rows].to(wide), lora_B[rows], lora_A, alpha=scaling)
@@ -33,6 +35,14 @@ def scale(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, *, in
         product = z[rows] * factor  # in factor's dtype, the wider one
         y[rows] = product if bias is None else product.add_(bias)
     return y
+
+
+def composed_scale(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None) -> Tensor:
+    """The same y, differentiated by ATen's own autograd: the faster one for small problems on a CPU, where an
+    `autograd.Function` costs more than a pass over memory."""
+    factor = _factor(z, magnitude, norm)
+    y = z * factor if bias is None else torch.addcmul(bias.to(factor.dtype), z.to(factor.dtype), factor)
+    return y.to(z.dtype)
 
 
 def scale_backward(

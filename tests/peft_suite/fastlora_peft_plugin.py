@@ -137,13 +137,15 @@ def _subclasses(cls: type) -> list[type]:
 
 
 def _is_plain(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether PEFT's attributes say that this call is plain LoRA on a plain linear layer: judged here afresh, not by
-    the code under test."""
+    """Whether PEFT's attributes say that this call is plain LoRA, or DoRA alone, on a plain linear layer: judged here
+    afresh, not by the code under test."""
     base = layer.base_layer
     if args or any(value is not None for value in kwargs.values()) or layer.disable_adapters or layer.merged:
         return False
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if not active or any(name in layer.lora_variant for name in active) or type(base) not in (nn.Linear, Conv1D):
+    variants = [type(layer.lora_variant[name]).__name__ for name in active if name in layer.lora_variant]
+    known = not variants or (variants == ["DoraLinearVariant"] and len(active) == 1)
+    if not active or not known or type(base) not in (nn.Linear, Conv1D):
         return False
     adapters = [module for name in active for module in (layer.lora_A[name], layer.lora_B[name])]
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (base, *adapters))
