@@ -93,7 +93,8 @@ def _explain_peft(layer: Any, x: Tensor, measure: bool) -> Explanation | None:
 
     name = type(layer).__name__
     quantised = peft_layers._quantised(layer)
-    if quantised is None and not isinstance(layer, peft_layers.PeftLinear):
+    fusible: Any = tuple(peft_layers.FUSED)
+    if quantised is None and not isinstance(layer, fusible):
         return None
     _check_input(int(layer.in_features or 0), x)
     if "calls" not in layer.__dict__:  # not one that `patch` has swapped
@@ -102,7 +103,7 @@ def _explain_peft(layer: Any, x: Tensor, measure: bool) -> Explanation | None:
         return Explanation(name, "eager", "eager", reason, needed=() if why_not else ("fastlora.patch(model)",))
     if layer._disable_adapters or layer.merged_adapters:
         return _base(name, f"its adapters are {'disabled' if layer._disable_adapters else 'merged'}")
-    plan: Any = peft_layers._plan(layer, x) if quantised is None else quantised.read_plan(layer, x)
+    plan: Any = layer.read_plan(x) if quantised is None else quantised.read_plan(layer, x)
     if isinstance(plan, str):
         page = "docs/peft.md" if quantised is None else "docs/qlora.md"
         return Explanation(name, "eager", "eager", f"left to PEFT's forward: {plan}", needed=(page,))

@@ -49,7 +49,7 @@ NAMES: tuple[tuple[str, ...], ...] = (
 # In cross-attention the query comes from elsewhere: only the last two are fed the same tensor.
 CROSS_ATTENTION = re.compile(r"cross|enc_?dec|encoder_attn|attn2|multihead_attn", re.IGNORECASE)
 
-Layer = Any  # a FusedLoraLinear, or a FusedPeftLinear, which this module does not import: see `is_fused`
+Layer = Any  # a FusedLoraLinear, or a fused layer of PEFT's, which this module does not import: see `is_fused`
 
 _here = threading.local()  # .round: the one that is open in this thread
 
@@ -273,7 +273,8 @@ def _caller() -> int:
 def is_fused(module: Any) -> bool:
     """Whether it is a layer that can be in a group: ours, or PEFT's on our kernels. Nothing imports peft for this."""
     peft_layers = sys.modules.get("fastlora.peft_layers")
-    return type(module) is FusedLoraLinear or type(module) is getattr(peft_layers, "FusedPeftLinear", FusedLoraLinear)
+    fused = () if peft_layers is None else peft_layers.FUSED.values()
+    return type(module) is FusedLoraLinear or type(module) in fused
 
 
 def form_groups(model: nn.Module, names: Sequence[Sequence[str]] = NAMES) -> list[tuple[str, ...]]:

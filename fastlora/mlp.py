@@ -14,7 +14,6 @@ checked, in training state, hooks, children, settings or the class's forward, th
 from __future__ import annotations
 
 import functools
-import sys
 import types
 from typing import Any, NamedTuple, cast
 
@@ -136,7 +135,7 @@ def _layer(down: Any, gate: Tensor) -> tuple[functional.GroupLayer, str] | None:
     else:
         if down._disable_adapters or down.merged_adapters:
             return None
-        plan = sys.modules["fastlora.peft_layers"]._plan(down, gate)
+        plan = down.read_plan(gate)
         if isinstance(plan, str):
             return None
         weight, bias, adapters = plan.weight, plan.bias, plan.adapters

@@ -393,4 +393,4 @@ def is_fused_peft(module: nn.Module) -> bool:
 
 def _is_fused_tuner(module: nn.Module) -> bool:
     peft_tuner = sys.modules.get("fastlora.peft_tuner")
-    return peft_tuner is not None and isinstance(module, peft_tuner.FusedLoraModel)
+    return peft_tuner is not None and isinstance(module, peft_tuner.FusedTuner)

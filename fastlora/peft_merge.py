@@ -12,6 +12,7 @@ from typing import cast
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -33,10 +34,15 @@ class _Undo:
     fingerprint: tuple[int, int | None]  # of the merged weights: they are only replaced while they are still those
 
 
-class ExactMergeLinear(PeftLinear):
-    """PEFT's LoRA `Linear` whose merges are taken back bit for bit."""
+class ExactMerge(LoraLayer):
+    """What comes before a PEFT layer's own class, so that its merges are taken back bit for bit."""
 
     undos: list[_Undo]  # oldest first
+    fan_in_fan_out: bool
+
+    def low_rank(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, float]:
+        """(A (r, in), B (out, r), the bias beside B or None, s): an adapter adds s·B A, and s times the bias."""
+        raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds adapters' deltas to the base weight, in fp32 and rounded once; `unmerge` gives the very same bits back.
@@ -104,8 +110,7 @@ class ExactMergeLinear(PeftLinear):
             total = weight.detach().to(wide, copy=True)
             total_bias = bias.detach().to(wide, copy=True) if bias is not None else None
             for name in names:
-                scaling = float(self.scaling[name])
-                (down, _), (up, lora_bias) = parameters(self.lora_A[name]), parameters(self.lora_B[name])
+                down, up, lora_bias, scaling = self.low_rank(name)
                 lora_a, lora_b = down.to(device, wide), up.to(device, wide)
                 if self.fan_in_fan_out:
                     total.addmm_(lora_a.t(), lora_b.t(), alpha=scaling)
@@ -151,6 +156,14 @@ class ExactMergeLinear(PeftLinear):
             super().unmerge()
         finally:
             self.merged_adapters = everything
+
+
+class ExactMergeLinear(ExactMerge, PeftLinear):
+    """PEFT's LoRA `Linear` whose merges are taken back bit for bit."""
+
+    def low_rank(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, float]:
+        (down, _), (up, bias) = parameters(self.lora_A[name]), parameters(self.lora_B[name])
+        return down, up, bias, float(self.scaling[name])
 
 
 def why_not_base(base: nn.Module) -> str | None:

@@ -20,9 +20,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import functional, peft_layers, quantized
+from . import functional, peft_fused, peft_layers, quantized
 from .layers import is_overridden
-from .peft_layers import CallCounts, FusedLayer
+from .peft_fused import CallCounts, FusedLayer
 from .quant_autograd import quantised_lora_linear
 
 INFERENCE = "evaluation mode without gradients: the packed weight is multiplied with"
@@ -42,7 +42,7 @@ class FusedQuantisedLayer(FusedLayer):
         peft_forward = super().forward  # type: ignore[misc]
         if torch.compiler.is_compiling():  # a graph has no place for a buffer that layers share
             return peft_forward(x, *args, **kwargs)
-        plan: Plan | str | None = peft_layers.why_not_arguments(args, kwargs) if args or kwargs else None
+        plan: Plan | str | None = peft_fused.why_not_arguments(args, kwargs) if args or kwargs else None
         if plan is None:
             if layer._disable_adapters or layer.merged_adapters:
                 self.calls.base += 1
@@ -139,7 +139,7 @@ def read_plan(layer: Any, x: Tensor | None) -> Plan | str:
             return dtypes
         dtype, out_dtype = dtypes
     bias = base._parameters.get("bias")
-    read = peft_layers.Plan(base._parameters["weight"], bias if bias is None else bias.to(dtype), [])
+    read = peft_fused.Plan(base._parameters["weight"], bias if bias is None else bias.to(dtype), [])
     reason = peft_layers.add_adapters(read, layer, x)
     if reason is not None:
         return reason

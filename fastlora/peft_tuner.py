@@ -1,5 +1,5 @@
-"""PEFT's `LoraModel`, which adds adapters to a model, followed by `patch`: LoRA layers that a later adapter brings run
-fused like those that were there.
+"""PEFT's `LoraModel` and `AdaLoraModel`, which add adapters to a model, followed by `patch`: layers that a later
+adapter brings run fused like those that were there.
 
 A class swap, as with the layers: `follow(model, ...)` swaps the tuners found in a model, `leave(tuner)` swaps one back.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
+from peft.tuners.adalora.model import AdaLoraModel
 from peft.tuners.lora.model import LoraModel
 from torch import nn
 
@@ -25,8 +26,9 @@ class _Patch:
     prefix: str
 
 
-class FusedLoraModel(LoraModel):
-    """`LoraModel` that adopts the layers of adapters added after `patch`. Never constructed: see `follow`."""
+class FusedTuner(LoraModel):
+    """What adopts the layers of adapters added after `patch`, before a tuner's own class. Never constructed: see
+    `follow`."""
 
     STATE = ("patched_by",)
     patched_by: _Patch
@@ -41,16 +43,27 @@ class FusedLoraModel(LoraModel):
                 peft_layers.adopt(layer, patch.backend)
 
 
+class FusedLoraModel(FusedTuner):
+    """`LoraModel`, followed."""
+
+
+class FusedAdaLoraModel(FusedTuner, AdaLoraModel):
+    """`AdaLoraModel`, followed."""
+
+
+FUSED: dict[type, type[FusedTuner]] = {LoraModel: FusedLoraModel, AdaLoraModel: FusedAdaLoraModel}
+
+
 def follow(model: nn.Module, selection: Selection, backend: str) -> None:
-    """Swaps every `LoraModel` in a model. PEFT's functions that inject adapters without one leave nothing to follow."""
+    """Swaps every tuner in a model. PEFT's functions that inject adapters without one leave nothing to follow."""
     for name, tuner in model.named_modules():
-        if type(tuner) in (LoraModel, FusedLoraModel):
-            tuner.__class__ = FusedLoraModel
-            cast(FusedLoraModel, tuner).patched_by = _Patch(selection, backend, name)
+        if type(tuner) in (*FUSED, *FUSED.values()):
+            tuner.__class__ = FUSED.get(type(tuner), type(tuner))  # type: ignore[assignment]
+            cast(FusedTuner, tuner).patched_by = _Patch(selection, backend, name)
 
 
-def leave(tuner: FusedLoraModel) -> None:
+def leave(tuner: FusedTuner) -> None:
     """Makes it PEFT's own class again."""
-    for name in FusedLoraModel.STATE:
+    for name in FusedTuner.STATE:
         delattr(tuner, name)
-    cast(nn.Module, tuner).__class__ = LoraModel
+    cast(Any, tuner).__class__ = next(peft for peft, fused in FUSED.items() if type(tuner) is fused)

@@ -54,6 +54,8 @@ FLOORS = {
     "fastlora.targets": 5,
     "fastlora.peft_layers": 5,
     "fastlora.peft_merge": 5,
+    "fastlora.peft_fused": 5,
+    "fastlora.peft_adalora": 5,
     "fastlora.peft_starts": 5,
     "fastlora.peft_quantized": 5,
     "fastlora.peft_bnb": 5,
@@ -81,6 +83,8 @@ ALONE = ("fastlora.kernels", "fastlora.env", "fastlora.reference")
 PEFT_ALLOWED = (
     "fastlora.peft_layers",
     "fastlora.peft_merge",
+    "fastlora.peft_fused",
+    "fastlora.peft_adalora",
     "fastlora.peft_quantized",
     "fastlora.peft_bnb",
     "fastlora.peft_tuner",
