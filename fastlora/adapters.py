@@ -66,16 +66,15 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
     several = isinstance(adapter_name, Iterable) and not isinstance(adapter_name, str)
     names: list[Any] = list(dict.fromkeys(adapter_name)) if several else [adapter_name]
     layers = _require_layers(model, "set_adapter")
-    known = sorted({name for _, layer in layers for name in layer.lora_A})
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ValueError(f"set_adapter: adapter_name: got {adapter_name!r}, want one or several of {known}")
+    known: set[str] = set().union(*(layer.r for _, layer in layers))
+    if not names or not known.issuperset(names):
+        raise ValueError(f"set_adapter: adapter_name: got {adapter_name!r}, want one or several of {sorted(known)}")
     merged = [name for name, layer in layers if layer.merged_adapters]
     if merged:
         raise ValueError(f"set_adapter: adapters are merged into {merged[0]!r}; call fastlora.unmerge(model) first")
     for _, layer in layers:
         if isinstance(layer, FusedLoraLinear):
-            layer.set_adapter([name for name in names if name in layer.lora_A])
+            layer.activate([name for name in names if name in layer.r])
         else:
             layer.set_adapter(names)
 

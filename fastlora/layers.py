@@ -267,10 +267,13 @@ class FusedLoraLinear(AdapterVariants):
         self.__dict__["active_adapters"] = names
         modules = self._modules
         for key in TRAINED:
-            for name, parameter in modules[key]._parameters.items():  # type: ignore[union-attr]
-                wanted = name in names
-                if parameter.requires_grad is not wanted:  # type: ignore[union-attr]
-                    parameter.requires_grad_(wanted)  # type: ignore[union-attr]
+            parameters: Any = modules[key]._parameters  # type: ignore[union-attr]
+            for name, parameter in parameters.items():
+                if parameter.requires_grad:
+                    if name not in names:
+                        parameter.requires_grad = False
+                elif name in names:
+                    parameter.requires_grad = True
 
     # Merging.
 

@@ -171,12 +171,28 @@ def why_not_patchable(module: nn.Module) -> str | None:
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, layer) of every `FusedLoraLinear` and every PEFT LoRA layer."""
+    """(name, layer) of every `FusedLoraLinear` and every PEFT LoRA layer, once each, as `named_modules` orders them.
+
+    Of what has no children, and within our own layers, nothing is asked: a twentieth of `named_modules`' time on a
+    patched Llama, which switching adapters waits for.
+    """
     peft_layer = sys.modules.get("peft.tuners.lora.layer")
     kinds = (FusedLoraLinear,) if peft_layer is None else (FusedLoraLinear, peft_layer.LoraLayer)
-    for name, module in model.named_modules():
+    found: list[tuple[str, Any]] = []
+    seen: set[int] = set()
+
+    def walk(name: str, module: nn.Module) -> None:
+        seen.add(id(module))
         if isinstance(module, kinds):
-            yield name, module
+            found.append((name, module))
+            if isinstance(module, FusedLoraLinear):
+                return
+        for child_name, child in module._modules.items():
+            if child is not None and child._modules and id(child) not in seen:
+                walk(f"{name}.{child_name}" if name else child_name, child)
+
+    walk("", model)
+    return iter(found)
 
 
 def peft_lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
