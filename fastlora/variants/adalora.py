@@ -108,7 +108,7 @@ class RankAllocator:
             )
         self.steps = 0  # taken so far
         self._parts: list[_Part] = []
-        self._placement: list[tuple] = []
+        self._placement: list[tuple | None] = []
         self._kept: Tensor | None = None  # (b_0,) bool, in the parts' order: None before the first masks
         self._count = self.initial_budget  # of the ranks that are kept
         self._masks: list[list[Tensor]] = []  # by part and layer (r, 1), in λ's dtype
@@ -288,22 +288,22 @@ class RankAllocator:
 
     def _place(self) -> None:
         """Puts the averages where the factors are now: a model may be moved or cast between two steps."""
-        lambdas = [factors_of(layer, self.adapter_name)[2] for layer in self._layers.values()]
-        placement = [(e.device, e.dtype, e.numel(), type(e)) for e in lambdas]
+        there = [layer._modules["lora_E"]._parameters.get(self.adapter_name) for layer in self._layers.values()]
+        placement = [None if e is None else (e.device, e.dtype, e.numel(), type(e)) for e in there]
         if placement == self._placement:
             return
         adalora_layers(self._model, self.adapter_name, _WHERE)  # sharded since?
-        for name, e, (r, _, _) in zip(self._names, lambdas, self._sizes, strict=True):
-            if e.numel() != r:
+        for name, e, (r, _, _) in zip(self._names, there, self._sizes, strict=True):
+            if e is None or e.numel() != r:
                 raise ValueError(
-                    f"{_WHERE}: model: the adapter of {name!r} has rank {e.numel()}, and had {r}; want "
-                    "shrink_to_ranks(model, allocator), or an allocator made after the change"
+                    f"{_WHERE}: model: the adapter of {name!r} had rank {r} and has {0 if e is None else e.numel()}; "
+                    "want shrink_to_ranks(model, allocator), or an allocator made after the change"
                 )
         state = self.state_dict() if self._parts else None
         places: dict[tuple, list[int]] = {}
-        for i, (device, dtype, r, _) in enumerate(placement):
-            if r:
-                places.setdefault((device, dtype), []).append(i)
+        for i, e in enumerate(there):
+            if e is not None and e.numel():
+                places.setdefault((e.device, e.dtype), []).append(i)
         self._placement = placement
         self._parts = [_Part(layers, [self._sizes[i] for i in layers], *place) for place, layers in places.items()]
         if state is not None:
