@@ -160,6 +160,29 @@ def adapters_are_switched_and_merged(folder: str) -> None:
     assert_close(inner(own_batch()), Net()(own_batch()))
 
 
+def adalora_keeps_the_same_ranks_everywhere(folder: str) -> None:
+    """Every process has the same gradients, to the bit, and so the same scores and masks, without a message."""
+    for way in ("step", "follow"):
+        patterns = []
+        for model, batch in ((build(use_adalora=True), whole_batch), (replicate(build(use_adalora=True)), own_batch)):
+            allocator = fastlora.variants.RankAllocator(model, target_r=1, total_steps=8, t_final=2)
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+            if way == "follow":
+                allocator.follow(optimizer)
+            for step in range(8):
+                (loss_of(model, batch(step)) + fastlora.variants.orthogonality_penalty(model)).backward()
+                optimizer.step()
+                if way == "step":
+                    allocator.step()
+                optimizer.zero_grad()
+            patterns.append(allocator.rank_pattern)
+            mine = torch.cat([p.detach().flatten() for p in adapters(model).values()])
+            both = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+            dist.all_gather(both, mine)
+            assert torch.equal(*both)
+        assert patterns[0] == patterns[1]  # names too: the wrapper's prefix is left out
+
+
 CHECKS = [
     training_is_that_of_one_process,
     accumulating_without_sync,
@@ -168,6 +191,7 @@ CHECKS = [
     what_would_not_be_synchronised_is_refused,
     peft_models_are_patched_inside_the_wrapper,
     adapters_are_switched_and_merged,
+    adalora_keeps_the_same_ranks_everywhere,
 ]
 
 
