@@ -9,6 +9,7 @@ import logging
 from . import functional, linalg, optim, variants
 from .adapters import adapter_names, disable_adapter, merge, set_adapter, unmerge
 from .checkpoint import load_adapter, save_adapter
+from .combination import Combined, add_weighted_adapter
 from .explanation import Explanation, explain
 from .init import AlignmentMonitor, GradientSketch, PeriodicReinit, init_lora_ga, reinit_lora_ga
 from .init.ranks import allocate_ranks
@@ -21,6 +22,7 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # whether and whe
 __version__ = "0.1.0"
 __all__ = [
     "AlignmentMonitor",
+    "Combined",
     "Explanation",
     "FusedLoraLinear",
     "GradientSketch",
@@ -28,6 +30,7 @@ __all__ = [
     "PatchReport",
     "PeriodicReinit",
     "adapter_names",
+    "add_weighted_adapter",
     "allocate_ranks",
     "disable_adapter",
     "explain",

@@ -22,7 +22,7 @@ def merge(model: nn.Module) -> None:
     that several modules use is untied for the time being. Raises ValueError where a merged weight would not be finite,
     or where adapters are merged already, or for a model that is sharded over processes; the model is then as it was.
     """
-    layers = _require_layers(model, "merge")
+    layers = require_layers(model, "merge")
     if sharding.has_shards(model):
         raise ValueError(
             "merge: model: its parameters are sharded over processes, and merging would be lost with the next step; "
@@ -52,20 +52,28 @@ def _merge(model: nn.Module, layers: list[tuple[str, Any]]) -> None:
 
 def unmerge(model: nn.Module) -> None:
     """Takes merged adapters out of the weights again, bit for bit. Layers that are not merged stay as they are."""
-    for _, layer in _require_layers(model, "unmerge"):
+    for _, layer in require_layers(model, "unmerge"):
         if layer.merged_adapters:
             layer.unmerge()
 
 
-def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
-    """Makes one adapter, or several together, active and trainable in every layer that has it, and freezes the others.
+def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], *, trainable: bool = True) -> None:
+    """Makes one adapter, or several together, active in every layer that has it. No weight is touched.
 
-    A layer without the adapter then runs its base weight alone. Raises ValueError for a name that no layer has, or
-    while adapters are merged.
+    A layer without the adapter then runs its base weight alone.
+
+    Args:
+        model: patched, with fastlora's own layers or PEFT's.
+        adapter_name: a name, or several.
+        trainable: make these adapters trainable too and freeze the others; with False every `requires_grad` stays as it
+            is, which takes less than half of the time: what serving several tasks wants.
+
+    Raises:
+        ValueError: a name that no layer has, or adapters that are merged.
     """
     several = isinstance(adapter_name, Iterable) and not isinstance(adapter_name, str)
     names: list[Any] = list(dict.fromkeys(adapter_name)) if several else [adapter_name]
-    layers = _require_layers(model, "set_adapter")
+    layers = require_layers(model, "set_adapter")
     known: set[str] = set().union(*(layer.r for _, layer in layers))
     if not names or not known.issuperset(names):
         raise ValueError(f"set_adapter: adapter_name: got {adapter_name!r}, want one or several of {sorted(known)}")
@@ -74,9 +82,11 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str]) -> None:
         raise ValueError(f"set_adapter: adapters are merged into {merged[0]!r}; call fastlora.unmerge(model) first")
     for _, layer in layers:
         if isinstance(layer, FusedLoraLinear):
-            layer.activate([name for name in names if name in layer.r])
-        else:
+            layer.activate([name for name in names if name in layer.r], trainable)
+        elif trainable:
             layer.set_adapter(names)
+        else:
+            layer._active_adapter = list(names)
 
 
 @contextmanager
@@ -86,7 +96,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
     Nests, and undoes itself on an exception too. Example: the reference log-probabilities of DPO.
     """
-    layers = _require_layers(model, "disable_adapter")
+    layers = require_layers(model, "disable_adapter")
     attributes = [
         "disable_adapters" if isinstance(layer, FusedLoraLinear) else "_disable_adapters" for _, layer in layers
     ]
@@ -130,7 +140,7 @@ def adapter_names(model: nn.Module, names: Sequence[str], num_beams: int = 1) ->
         >>> with fastlora.adapter_names(model, ["french", "__base__", "german"]):
         ...     model(**batch_of_three)
     """
-    layers = _require_layers(model, "adapter_names")
+    layers = require_layers(model, "adapter_names")
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"adapter_names: names: got {names!r}, want a list with a name for each sequence")
     known = sorted({name for _, layer in layers for name in layer.lora_A})
@@ -149,7 +159,7 @@ def adapter_names(model: nn.Module, names: Sequence[str], num_beams: int = 1) ->
         yield model
 
 
-def _require_layers(model: nn.Module, caller: str) -> list[tuple[str, Any]]:
+def require_layers(model: nn.Module, caller: str) -> list[tuple[str, Any]]:
     if not isinstance(model, nn.Module):
         raise ValueError(f"{caller}: model: got {type(model).__name__}, want a torch.nn.Module")
     layers = list(lora_layers(model))

@@ -86,7 +86,8 @@ class LayerGroup:
         if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or x.is_inference():
             return None
         reading = _read(layer, x) if reading is None else reading
-        if reading is None:
+        # A member that could not share (DoRA's) runs alone without ending the round of those around it.
+        if reading is None or any(adapter.magnitude is not None for adapter in reading.adapters):
             return None
         open_round: Round | None = getattr(_here, "round", None)
         if open_round is None or not open_round.takes(self, layer, reading, x):

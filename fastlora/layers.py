@@ -259,12 +259,14 @@ class FusedLoraLinear(AdapterVariants):
                 f"FusedLoraLinear.set_adapter: adapters {self.merged_adapters} are merged into the weight; "
                 "call fastlora.unmerge(model) first"
             )
-        self.activate(names)
+        self.activate(names, trainable=True)
 
-    def activate(self, names: list[str]) -> None:
-        """`set_adapter` where the names are known to be this layer's, and nothing is merged. 3 µs: a model has hundreds
-        of layers, and serving switches them between requests."""
+    def activate(self, names: list[str], trainable: bool) -> None:
+        """`set_adapter` where the names are known to be this layer's, and nothing is merged. A model has hundreds of
+        layers, and serving switches them between requests."""
         self.__dict__["active_adapters"] = names
+        if not trainable:
+            return
         modules = self._modules
         for key in TRAINED:
             parameters: Any = modules[key]._parameters  # type: ignore[union-attr]

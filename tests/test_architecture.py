@@ -65,6 +65,7 @@ FLOORS = {
     "fastlora.peft_patching": 6,
     "fastlora.adapters": 6,
     "fastlora.checkpoint": 6,
+    "fastlora.combination": 6,
     "fastlora.adapter_files": 6,
     "fastlora.doctor": 6,
     "fastlora.explanation": 6,
