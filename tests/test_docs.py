@@ -23,6 +23,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 EXECUTED = [name for name in PAGES if name.startswith("quickstart/")] + [
     "answers.md",
+    "galore.md",
     "lora_plus.md",
     "migration.md",
     "messages.md",
@@ -51,6 +52,9 @@ def test_every_block_runs(page, offline):
     if page in ("answers.md", "lora_plus.md"):  # their blocks are about a model that is there already
         namespace |= {"torch": torch, "model": docs_models.tiny_causal_lm()}
         fastlora.patch(namespace["model"])  # type: ignore[arg-type]
+    if page == "galore.md":
+        tokens = torch.arange(3, 23).view(2, 10)
+        namespace |= {"model": docs_models.tiny_causal_lm(), "batches": [{"input_ids": tokens, "labels": tokens}] * 5}
     found = blocks(path.read_text(encoding="utf-8"))
     assert found
     for line, code in found:
@@ -84,6 +88,15 @@ def _lora_plus(names) -> None:
     assert rates == {"lora_A": (1e-4, 14), "lora_B": (1.6e-3, 14), "other": (3e-2, 1)}
 
 
+def _galore(names) -> None:
+    groups = {group["name"]: len(group["params"]) for group in names["optimizer"].param_groups}
+    assert groups == {"galore": 10, "other": 6, "other_no_decay": 5}
+    before = docs_models.tiny_causal_lm()
+    assert not torch.equal(names["model"].lm_head.weight, before.lm_head.weight)
+    moved = [a for a, b in zip(names["model"].parameters(), before.parameters()) if not torch.equal(a, b)]
+    assert len(moved) == 21
+
+
 def _answers(names) -> None:
     rates = {group["lr"]: len(group["params"]) for group in names["optimizer"].param_groups}
     assert rates == {1e-4: 14, 1.6e-3: 14}
@@ -91,6 +104,7 @@ def _answers(names) -> None:
 
 CHECKS = {
     "answers.md": _answers,
+    "galore.md": _galore,
     "lora_plus.md": _lora_plus,
     "quickstart/loop.md": _loop,
     "quickstart/trainer.md": _trainer,

@@ -61,6 +61,20 @@ def test_eight_bits_give_nearly_the_same_steps():
 
 
 @needs_bitsandbytes
+def test_blocks_hold_one_direction_each():
+    """Directions differ in size: with all of them in a block the small ones have the few codes near zero."""
+    errors = {}
+    exact, _ = directions(32)
+    for kind in ("by direction", "by row"):
+        state: dict[str, Any] = {"step": 0} | ({"basis": torch.zeros(1)} if kind == "by direction" else {})
+        for gradient in gradients(11):
+            galore_adam.moments_of(state, GROUP | {"optim_bits": 8}, gradient)
+        m, denominator, _ = galore_adam.moments_of(state, GROUP | {"optim_bits": 8}, gradients(12)[-1])
+        errors[kind] = (m / denominator - exact[-1]).norm() / exact[-1].norm()
+    assert errors["by direction"] < 0.5 * errors["by row"]
+
+
+@needs_bitsandbytes
 @pytest.mark.parametrize("small", [1e-3, 1e-5, 1e-7])
 def test_no_entry_is_divided_by_a_v_that_was_rounded_to_zero(small):
     """v of the small rows is under the smallest code that is not zero, 3e-7 of the maximum."""

@@ -47,6 +47,11 @@ def good(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     fastlora.load_adapter(model, "folder")
     fastlora.unpatch(model, keep_merged=True)
 
+    optimizer = fastlora.optim.GaLoreAdamW(fastlora.optim.galore_param_groups(model, rank=8), lr=1e-3, gradients="hook")
+    optimizer.step()
+    assert_type(optimizer.step(lambda: 0.5), float)
+    assert_type(optimizer.grad_norm, Tensor | None)
+
     layer = fastlora.FusedLoraLinear(64, 32, r=4, dtype=torch.bfloat16)
     again = fastlora.FusedLoraLinear.from_linear(nn.Linear(64, 32), r=4)
     assert_type(again, fastlora.FusedLoraLinear)
@@ -74,6 +79,8 @@ def mistakes(model: nn.Module, sketch: fastlora.GradientSketch) -> None:
     fastlora.set_adapter(model, 1)  # pyright: ignore[reportArgumentType]
     fastlora.save_adapter(model)  # pyright: ignore[reportCallIssue]
     fastlora.FusedLoraLinear(64)  # pyright: ignore[reportCallIssue]
+    fastlora.optim.GaLoreAdamW(model)  # pyright: ignore[reportArgumentType]
+    fastlora.optim.GaLoreAdamW(model.parameters(), rank=8)  # pyright: ignore[reportCallIssue]
     functional.lora_linear(torch.ones(3), [1.0])  # pyright: ignore[reportCallIssue]
     with sketch as entered:
         entered.backward()  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]

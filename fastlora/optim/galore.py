@@ -11,6 +11,7 @@ gradients come during a backward pass, galore_distributed.py several processes, 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -167,7 +168,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self._held: dict[Tensor, list[Tensor]] = {}  # R and a refresh's sums, over the micro-batches of this step
         self._groups: dict[Tensor, tuple[int, dict[str, Any]]] = {}
         self._undo: list[Callable[[], None]] = []
-        self._reduced = False
+        self._reduced = self._warned = False
         self._process_group: Any = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -381,6 +382,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 f"{_WHERE}.step: got gradients that a GradScaler scaled, with gradients={self.gradients!r}; want "
                 "gradients='plain', or bfloat16, which needs no scaler"
             )
+        self._warn_of_other_processes()
         weights = self._collect()
         rest = [(p, g) for g in self.param_groups if not g.get("rank") for p in g["params"] if p.grad is not None]
         if self.max_grad_norm is not None:
@@ -390,6 +392,18 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for weight in weights:
             self._step_projected(weight)
         return loss
+
+    def _warn_of_other_processes(self) -> None:
+        """Where DistributedDataParallel does not see the gradients, it does not say that nobody averages them."""
+        if self._warned or self._reduced or self.gradients == "plain" or galore_distributed.processes() == 1:
+            return
+        self._warned = True
+        warnings.warn(
+            f"fastlora: GaLoreAdamW with gradients={self.gradients!r} in {galore_distributed.processes()} processes, "
+            "without reduce_across_ranks: each trains on the gradients of its own data alone",
+            UserWarning,
+            stacklevel=5,
+        )
 
     def _clip(self, max_norm: float, gradients: list[list[Tensor]]) -> None:
         """Scales R, with it a refresh's sums, and the other gradients."""

@@ -45,6 +45,11 @@ class Zero:
         return u.new_zeros(self.shape[1], u.shape[1])
 
 
+def processes() -> int:
+    """How many there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def average(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> None:
     """The mean over the processes, in place. Sums, because gloo has no mean."""
     tensors = list(tensors)
