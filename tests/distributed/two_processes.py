@@ -23,8 +23,8 @@ R = 3
 STEPS = 3
 TARGETS = ["up", "down"]
 WORLD = 2
-# Plain patched models, PEFT's, and both after LoRA-GA, whose adapters have a frozen half.
-KINDS = ("plain", "peft", "plain-ga", "peft-ga")
+# Plain patched models, PEFT's, both after LoRA-GA, whose adapters have a frozen half, and both with DoRA.
+KINDS = ("plain", "peft", "plain-ga", "peft-ga", "plain-dora", "peft-dora")
 
 
 class Block(nn.Module):
@@ -68,14 +68,14 @@ def build(kind: str = "plain", **settings: Any) -> nn.Module:
     model: nn.Module = Net()
     torch.manual_seed(1)
     started = kind.endswith("-ga")
+    settings = {"init_lora_weights": started, "use_dora": kind.endswith("-dora"), **settings}
     if kind.startswith("peft"):
         import peft
 
-        config = peft.LoraConfig(r=R, lora_alpha=6, target_modules=TARGETS, init_lora_weights=started)
-        model = peft.get_peft_model(model, config)
+        model = peft.get_peft_model(model, peft.LoraConfig(r=R, lora_alpha=6, target_modules=TARGETS, **settings))
         fastlora.patch(model)
     else:
-        fastlora.patch(model, r=R, lora_alpha=6, target_modules=TARGETS, init_lora_weights=started, **settings)
+        fastlora.patch(model, r=R, lora_alpha=6, target_modules=TARGETS, **settings)
     if started:
         with fastlora.GradientSketch(model, r=R, target_modules=TARGETS) as sketch:
             loss_of(model, whole_batch()).backward()
