@@ -97,4 +97,4 @@ def _draw_test(axes: Any, results: Results) -> None:
                 axes.errorbar([row.test.mean], [-number + shift], xerr=bars, fmt=marker, color=color, markersize=5)
     names = list(results.best_rate)
     axes.set_yticks([-number for number in range(len(names))], [CONTESTANTS[name].title for name in names])
-    axes.set(xlabel=f"{metric.name}{metric.unit}", title="test, mean and range (□ one rate, ○ best rates)")
+    axes.set(xlabel=f"{metric.name}{metric.unit}", title="test: □ one rate, ○ best rates")
