@@ -48,8 +48,9 @@ class FusedSVDLinear(FusedForward, ExactMerge, SVDLinear):
                 return "hooks on lora_dropout, or its forward replaced"
             a, b, e = factors
             if len(a):  # PEFT keeps adapters of rank 0, which add nothing
-                values = e / (ranknum[name] + EPSILON)
-                plan.adapters.append(functional.Adapter(a * values, b, float(layer.scaling[name]), dropout_p))
+                # Without x nothing is computed: while PEFT loads, factors may be on the meta device, and ranknum not.
+                down = a if x is None else a * (e / (ranknum[name] + EPSILON))
+                plan.adapters.append(functional.Adapter(down, b, float(layer.scaling[name]), dropout_p))
         return None
 
     def group_sources(self) -> tuple[list[Tensor], tuple]:

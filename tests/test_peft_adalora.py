@@ -291,6 +291,14 @@ def test_what_is_left_to_peft_s_forward():
     assert "replaced on the instance" in (peft_layers.unsupported(layer) or "")
 
 
+def test_a_model_that_is_still_being_loaded_is_patched():
+    """PEFT puts new adapters on the meta device first, but for ranknum."""
+    fused = peft.get_peft_model(Mlp(), config(inference_mode=True), adapter_name="first", low_cpu_mem_usage=True)
+    assert fused.base_model.model.up.lora_A["first"].is_meta
+    report = fastlora.patch(fused)
+    assert len(report.patched) == 2 and all("run fused" in line.reason for line in report.modules)
+
+
 def test_convolutions_are_left_alone():
     model = peft_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3)), target_modules=["0", "2"])
     report = fastlora.patch(model)

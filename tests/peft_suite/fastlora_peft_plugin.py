@@ -89,7 +89,16 @@ def _patching(inject: Any) -> Any:
 
 
 def _count_calls() -> None:
-    fused_forward, peft_forward = peft_layers.FusedPeftLinear.forward, PeftLinear.forward
+    for peft_class, fused_class in peft_layers.FUSED.items():
+        _count_calls_of(peft_class, fused_class)
+    for cls in _subclasses(LoraLayer):
+        if "forward" in vars(cls) and not issubclass(cls, tuple(peft_layers.FUSED)):
+            cls.forward = _counted_as_other(cls, cls.forward)
+
+
+def _count_calls_of(peft_class: Any, fused_class: Any) -> None:
+    """Of LoRA's linear layer, or AdaLoRA's."""
+    fused_forward, peft_forward = fused_class.forward, peft_class.forward
 
     @functools.wraps(fused_forward)
     def counted(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -108,18 +117,15 @@ def _count_calls() -> None:
 
     @functools.wraps(peft_forward)
     def not_adopted(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(self) is PeftLinear:
+        if type(self) is peft_class:
             reason = peft_layers.unsupported(self) or "no reason"
             counts.not_patched[reason] += 1
             if _is_plain(self, x, args, kwargs):
                 counts.plain_not_fused[f"{current_test}: not patched, {reason}"] += 1
         return peft_forward(self, x, *args, **kwargs)
 
-    peft_layers.FusedPeftLinear.forward = counted
-    PeftLinear.forward = not_adopted
-    for cls in _subclasses(LoraLayer):
-        if "forward" in vars(cls) and not issubclass(cls, PeftLinear):
-            cls.forward = _counted_as_other(cls, cls.forward)
+    fused_class.forward = counted
+    peft_class.forward = not_adopted
 
 
 def _counted_as_other(cls: type, forward: Any) -> Any:
@@ -137,8 +143,8 @@ def _subclasses(cls: type) -> list[type]:
 
 
 def _is_plain(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """Whether PEFT's attributes say that this call is plain LoRA, or DoRA alone, on a plain linear layer: judged here
-    afresh, not by the code under test."""
+    """Whether PEFT's attributes say that this call is plain LoRA or AdaLoRA, or DoRA alone, on a plain linear layer:
+    judged here afresh, not by the code under test."""
     base = layer.base_layer
     if args or any(value is not None for value in kwargs.values()) or layer.disable_adapters or layer.merged:
         return False
@@ -147,6 +153,10 @@ def _is_plain(layer: Any, x: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
     known = not variants or (variants == ["DoraLinearVariant"] and len(active) == 1)
     if not active or not known or type(base) not in (nn.Linear, Conv1D):
         return False
-    adapters = [module for name in active for module in (layer.lora_A[name], layer.lora_B[name])]
+    adapters = [layer.lora_dropout[name] for name in active]
+    if isinstance(layer, PeftLinear):  # AdaLoRA's factors are no modules
+        adapters += [module for name in active for module in (layer.lora_A[name], layer.lora_B[name])]
+    elif not any(len(layer.lora_E[name]) for name in active):
+        return False
     hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (base, *adapters))
     return not hooked and x.dtype == base.weight.dtype and base.weight.dim() == 2
