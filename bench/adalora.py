@@ -8,6 +8,7 @@ compared with PEFT's before anything is timed. Writes JSON.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ import fastlora
 
 from . import machine
 from .compare import write_json
-from .timing import Summary, timer_for
+from .timing import CpuTimer, Summary
 
 MOST_ERROR = 1e-4
 STEPS = 10**6  # of the schedule: every timed step deals out, and none is the last
@@ -110,13 +111,15 @@ def measure(layers: int, width: int, r: int, device: torch.device, rounds: int, 
     peft_step()
     allocator.step()
     check(theirs, allocator)
-    functions = {
+    functions: dict[str, Callable[[], object]] = {
         "peft step": peft_step,
         "fastlora step": allocator.step,
         "peft penalty": lambda: theirs.base_model().loss.backward(),
         "fastlora penalty": lambda: fastlora.variants.orthogonality_penalty(ours).backward(),
     }
-    samples = timer_for(device, clock).interleaved(functions, rounds)  # type: ignore[arg-type]
+    # With the host's part, and on a GPU until it is idle: PEFT reads its threshold back, which a CUDA graph cannot.
+    waiting = {name: _until_idle(function, device) for name, function in functions.items()}
+    samples = CpuTimer(clock).interleaved(waiting, rounds)
     return {
         "layers": layers,
         "width": width,
@@ -125,6 +128,17 @@ def measure(layers: int, width: int, r: int, device: torch.device, rounds: int, 
         "predicted_seconds": predicted(layers, width, r) if device.type == "cpu" else {},
         "times": {name: asdict(Summary.of(seconds)) for name, seconds in samples.items()},
     }
+
+
+def _until_idle(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    if device.type != "cuda":
+        return function
+
+    def run() -> None:
+        function()
+        torch.cuda.synchronize(device)
+
+    return run
 
 
 def table(case: dict[str, Any]) -> str:
@@ -141,15 +155,16 @@ def table(case: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.adalora", description=(__doc__ or "").split("\n")[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help=f"cpu or cuda (default here: {default})")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--width", type=int, action="append", help="may repeat (default: 768 and 2048)")
     parser.add_argument("--r", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="on a CPU that is shared: cpu")
-    parser.add_argument("--out", type=Path, help="the JSON (default: bench/results/cpu/adalora.json)")
+    parser.add_argument("--out", type=Path, help="the JSON (default: bench/results/<gpu or cpu>/adalora.json)")
     options = parser.parse_args(arguments)
-    # PEFT's allocator reads its threshold back, and a CUDA graph, in which GPUs are timed here, cannot.
-    device = torch.device("cpu")
+    device = torch.device(options.device)
     facts = machine.describe(device)
     record: dict[str, Any] = {"machine": facts, "rounds": options.rounds, "clock": options.clock, "cases": []}
     print(f"{facts['cpu']}, {facts['threads']} threads, load {facts['load_average']:.1f}, {options.clock} clock")

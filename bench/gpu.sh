@@ -125,6 +125,7 @@ rehearse() {
     step suite 50 "${BENCH[@]}" bench.suite --device cpu --size tiny --time-limit %LEFT% --out "$OUT/suite.json"
     step adapters 30 "${BENCH[@]}" bench.multi_adapter --device cpu --sizes tiny --rounds 2 --out "$OUT/multi_adapter.json"
     step dora 15 "${BENCH[@]}" bench.dora --device cpu --shapes tiny --rounds 2 --out "$OUT/dora.json"
+    step adalora 15 "${BENCH[@]}" bench.adalora --device cpu --layers 4 --width 16 --rounds 2 --out "$OUT/adalora.json"
     step questions 45 "${interpreted[@]}" bench.questions --device cpu --rounds 2 --out "$OUT/questions.json"
     step lora_ga 20 "${BENCH[@]}" bench.lora_ga --shapes tiny --r 4 --tokens 40 --layers 1 --whole --out "$OUT/lora_ga.json"
 }
@@ -155,6 +156,7 @@ measure() {
         --contenders frozen,eager,peft,addmm,auto,cublas,triton --out "$OUT/lora_linear_peers.json"
     step adapters 12 "${BENCH[@]}" bench.multi_adapter --rounds 10 --out "$OUT/multi_adapter.json"
     step dora 18 "${BENCH[@]}" bench.dora --dtype bf16 --dtype mixed --rounds 10 --out "$OUT/dora.json"
+    step adalora 15 "${BENCH[@]}" bench.adalora --width 4096 --rounds 10 --out "$OUT/adalora.json"
 }
 
 CORES=$("$PYTHON" -c 'import os; print(os.cpu_count())')

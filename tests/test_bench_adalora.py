@@ -33,7 +33,10 @@ def test_the_counting_model():
 
 def test_the_whole_command(tmp_path, capsys):
     out = tmp_path / "results" / "adalora.json"
-    assert bench.main(["--layers", "4", "--width", "6", "--r", "3", "--rounds", "2", "--out", str(out)]) == 0
+    assert (
+        bench.main(["--device", "cpu", "--layers", "4", "--width", "6", "--r", "3", "--rounds", "2", "--out", str(out)])
+        == 0
+    )
     record = json.loads(out.read_text())
     (case,) = record["cases"]
     assert set(case["times"]) == {"peft step", "fastlora step", "peft penalty", "fastlora penalty"}

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
 EXECUTED = [name for name in PAGES if name.startswith("quickstart/")] + [
+    "adalora.md",
     "answers.md",
     "galore.md",
     "lora_plus.md",
@@ -52,7 +53,7 @@ def test_every_block_runs(page, offline):
     if page in ("answers.md", "lora_plus.md"):  # their blocks are about a model that is there already
         namespace |= {"torch": torch, "model": docs_models.tiny_causal_lm()}
         fastlora.patch(namespace["model"])  # type: ignore[arg-type]
-    if page == "galore.md":
+    if page in ("adalora.md", "galore.md"):
         tokens = torch.arange(3, 23).view(2, 10)
         namespace |= {"model": docs_models.tiny_causal_lm(), "batches": [{"input_ids": tokens, "labels": tokens}] * 5}
     found = blocks(path.read_text(encoding="utf-8"))

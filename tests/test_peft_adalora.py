@@ -388,6 +388,9 @@ def test_where_peft_s_allocator_differs():
     loss_of(model, 0, gamma=0.0).backward()
     with pytest.raises(RuntimeError, match="kthvalue"):  # no rank is to go
         model.base_model.update_and_allocate(1)
+    model = peft_model(plain(), target_modules=NAMES)
+    with pytest.raises(TypeError):  # a parameter has no gradient
+        model.base_model.update_and_allocate(1)
     model = peft_model(plain(), target_modules=NAMES, total_step=1, target_r=1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
