@@ -176,7 +176,8 @@ def _add_magnitude(plan: Plan, layer: Any, name: str) -> str | None:
     if type(holder) is not DoraLinearLayer or is_overridden(holder):
         return f"the magnitudes are in a {type(holder).__name__}, or there are hooks on it"
     magnitude, weight = holder.weight, plan.weight
-    if type(magnitude) not in PLAIN_TENSORS or magnitude.shape != weight.shape[:1] or magnitude.device != weight.device:
+    wanted = ((layer.out_features,), weight.device)
+    if type(magnitude) not in PLAIN_TENSORS or (tuple(magnitude.shape), magnitude.device) != wanted:
         return "magnitudes that are sharded or offloaded"
     adapter, norm = plan.adapters[-1], None
     if isinstance(layer, FusedPeftLinear) and layer.kept_norms is not None:

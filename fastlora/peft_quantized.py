@@ -23,7 +23,7 @@ from torch.nn.modules import module as nn_module
 from . import functional, peft_fused, peft_layers, quantized
 from .layers import is_overridden
 from .peft_fused import CallCounts, FusedLayer
-from .quant_autograd import quantised_lora_linear
+from .quant_autograd import quantised_dora_linear, quantised_lora_linear
 
 INFERENCE = "evaluation mode without gradients: the packed weight is multiplied with"
 
@@ -56,8 +56,11 @@ class FusedQuantisedLayer(FusedLayer):
             self.calls.base += 1
             return peft_forward(x, **kwargs)
         self.calls.fused += 1
-        weight = quantized.snapshot(layer.base_layer, plan.dtype)
-        return quantised_lora_linear(x, weight, plan.bias, *plan.adapters[0][:4], self.backend, plan.out_dtype)
+        weight, (adapter,) = quantized.snapshot(layer.base_layer, plan.dtype), plan.adapters
+        if adapter.magnitude is not None:
+            magnitude, factors = adapter.magnitude, adapter[:3]
+            return quantised_dora_linear(x, weight, plan.bias, *factors, magnitude, self.backend, plan.out_dtype)
+        return quantised_lora_linear(x, weight, plan.bias, *adapter[:4], self.backend, plan.out_dtype)
 
 
 class FusedTorchaoLinear(FusedQuantisedLayer, TorchaoLoraLinear):  # type: ignore[misc]
@@ -140,10 +143,15 @@ def read_plan(layer: Any, x: Tensor | None) -> Plan | str:
         dtype, out_dtype = dtypes
     bias = base._parameters.get("bias")
     read = peft_fused.Plan(base._parameters["weight"], bias if bias is None else bias.to(dtype), [])
-    reason = peft_layers.add_adapters(read, layer, x)
+    reason = peft_layers.add_adapters(read, layer, x, dora=True)
     if reason is not None:
         return reason
-    adapter = functional.as_one_adapter(read.adapters)
+    if any(adapter.magnitude is not None for adapter in read.adapters):
+        (adapter,) = read.adapters
+        if adapter.dropout_p > 0.0:
+            return "DoRA with dropout, whose second product needs the weight twice"
+    else:
+        adapter = functional.as_one_adapter(read.adapters)
     if adapter is None and read.adapters:
         return "several adapters, of which one drops something"
     if adapter is not None and x is not None and adapter.lora_A.device != x.device:

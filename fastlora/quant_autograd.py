@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, dora_autograd
 from .autograd import _as_shaped, backward_pass
 from .quantized import QuantisedWeight, materialised, stream_of
 
@@ -91,6 +91,26 @@ def quantised_lora_linear(
         return QuantLoraLinearFunction.apply(  # type: ignore[return-value]
             x, bias, lora_A, lora_B, weight, scaling, dropout_p, backend, out_dtype
         )
+
+
+def quantised_dora_linear(
+    x: Tensor,
+    weight: QuantisedWeight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor,
+    backend: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """y = (m/n) ∘ (x W0ᵀ + s·(x Aᵀ) Bᵀ) + b with n = ‖W0 + s·B A‖ by row, as `quantised_lora_linear` runs it. The
+    weight is written out once more, for the norms."""
+    with torch.autocast(x.device.type, enabled=False):
+        with materialised(weight) as matrix:
+            norm = dora_autograd.weight_norm(matrix, lora_A, lora_B, scaling, backend)
+        z = quantised_lora_linear(x, weight, None, lora_A, lora_B, scaling, 0.0, backend, weight.dtype)
+        return dora_autograd.scale(z, magnitude, norm, bias, lora_A, backend).to(out_dtype)
 
 
 def _forward(

@@ -155,6 +155,41 @@ def test_training_step_by_step():
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10, msg=name)
 
 
+# Quantised bases.
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_on_a_quantised_base(bits):
+    """PEFT's numbers in fp32, nothing of the weight's size kept; with dropout PEFT's own forward."""
+    from quantised_models import quantise
+
+    # Built twice, and PEFT's run once: its DoRA on bitsandbytes' 8-bit layers loses their scales by then.
+    torch.manual_seed(3)
+    base = Mlp().state_dict()
+    models = []
+    for _ in range(2):
+        one = Mlp()
+        one.load_state_dict(base)
+        models.append(peft_model(quantise(one, bits), use_dora=True))
+        with torch.no_grad():
+            models[-1].base_model.model.up.lora_magnitude_vector["default"].weight.mul_(1.5)
+    model, fused = models
+    assert fastlora.patch(fused).patched
+    assert_agree(model, fused, torch.randn(2, 5, K), tolerance=2e-5)
+    layer = fused.base_model.model.up
+    assert (layer.calls.fused, layer.calls.fallback) == (1, {})
+    x = torch.randn(3, K).requires_grad_()
+    assert torch.equal(fused(x), fused(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused(x).isfinite().all()
+    dropped = peft_model(quantise(Mlp(), bits), use_dora=True, lora_dropout=0.2)
+    fastlora.patch(dropped)
+    dropped(x)
+    assert set(dropped.base_model.model.up.calls.fallback) == {
+        "DoRA with dropout, whose second product needs the weight twice"
+    }
+
+
 # Files.
 
 
