@@ -4,6 +4,7 @@ alive at once than is said."""
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -185,12 +186,14 @@ def test_models(kind, gradients, micro_batches):
 )
 def test_weights_whose_gradient_is_more_than_what_a_layer_shows_are_taken_by_a_hook(kind, unseen):
     model = net(kind=kind)
-    optimizer_of(model, gradients="factored")
+    optimizer = optimizer_of(model, gradients="factored")
     groups = galore_param_groups(net(kind=kind), RANK)
     projected = {name for name, p in net(kind=kind).named_parameters() if p.dim() == 2 and min(p.shape) > RANK}
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == projected - unseen - {"attention.in_proj_weight"} - ({"embedding.weight"} - unseen)
     assert len(frozen) + len(unseen) == len(groups[0]["params"])
+    optimizer.release()
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("gradients", TAKEN)
@@ -285,6 +288,37 @@ def test_what_is_left_of_gradients_and_what_release_puts_back():
         for _ in range(3):
             optimizer.step()
         assert not torch.equal(model.up.weight, before)
+
+
+@pytest.mark.parametrize("gradients", TAKEN)
+def test_one_optimiser_at_a_time(gradients):
+    """A second one would see no gradients, and say nothing."""
+    model = net()
+    first = optimizer_of(model, gradients=gradients)
+    for mode in MODES:
+        groups = [{"params": [model.norm.weight]}, {"params": [model.up.weight], "rank": RANK}]
+        with pytest.raises(ValueError, match=r"params: another GaLoreAdamW takes the gradients of a weight \(20, 12\)"):
+            GaLoreAdamW(groups, gradients=mode, model=model)
+    train(model, first, 3)
+    assert not torch.equal(model.up.weight, net().up.weight)
+    del first
+    gc.collect()  # with it go its hooks
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    before = model.up.weight.detach().clone()
+    train(model, optimizer_of(model, gradients=gradients), 3)
+    assert not torch.equal(model.up.weight, before)
+
+
+@pytest.mark.parametrize("gradients", TAKEN)
+def test_a_refused_group_leaves_the_model_as_it_was(gradients):
+    model = net()
+    groups = [{"params": [model.up.weight], "rank": RANK}, {"params": [model.square.weight], "rank": 99}]
+    with pytest.raises(ValueError, match="rank: got 99"):
+        GaLoreAdamW(groups, gradients=gradients, model=model)
+    assert all(p.requires_grad and not p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    optimizer_of(model, gradients=gradients)
 
 
 def test_a_gradient_that_was_taken_and_is_there_too_is_an_error():

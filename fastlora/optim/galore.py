@@ -12,6 +12,7 @@ gradients come during a backward pass, galore_distributed.py several processes, 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -128,7 +129,11 @@ class GaLoreAdamW(torch.optim.Optimizer):
             "optim_bits": optim_bits,
             "arithmetic": arithmetic,
         }
-        super().__init__(params, defaults)
+        try:
+            super().__init__(params, defaults)
+        except BaseException:
+            self.release()  # a group before the one that was refused
+            raise
 
     @classmethod
     def official(
@@ -167,7 +172,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """What does not outlive the process."""
         self._held: dict[Tensor, list[Tensor]] = {}  # R and a refresh's sums, over the micro-batches of this step
         self._groups: dict[Tensor, tuple[int, dict[str, Any]]] = {}
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[weakref.finalize] = []  # an optimiser that is gone lets go of the model
         self._reduced = self._warned = False
         self._process_group: Any = None
 
@@ -176,18 +181,34 @@ class GaLoreAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             check_group(param_group, self.gradients, self._reduced)
+            galore_gradients.check_free(param_group["params"])
         except ValueError:
             self.param_groups.pop()
             raise
         self._groups = {}
-        weights = param_group["params"] if param_group.get("rank") else []
-        if self.gradients == "factored" and weights:
+        if self.gradients != "plain" and param_group.get("rank"):
+            self._take(param_group["params"])
+
+    def _take(self, weights: list[Tensor]) -> None:
+        """Has these weights' gradients shown during backward passes."""
+        this = weakref.ref(self)
+
+        def observe(weight: Tensor, op: LinearOperator) -> None:
+            optimizer = this()
+            if optimizer is not None:
+                optimizer._observe(weight, op)
+
+        def keep(undo: Callable[[], None]) -> None:
+            finalizer = weakref.finalize(self, undo)
+            finalizer.atexit = False
+            self._undo.append(finalizer)
+
+        if self.gradients == "factored":
             assert self._model is not None
-            undo, seen = galore_gradients.factored(self._model, weights, self._observe)
-            self._undo.append(undo)
+            undo, seen = galore_gradients.factored(self._model, weights, observe)
+            keep(undo)
             weights = [weight for weight in weights if all(weight is not other for other in seen)]
-        if self.gradients != "plain" and weights:
-            self._undo.append(galore_gradients.hook(weights, self._observe))
+        keep(galore_gradients.hook(weights, observe))
 
     def release(self) -> None:
         """Takes the hooks out of the model, and lets autograd compute all gradients again: `gradients` is "plain"

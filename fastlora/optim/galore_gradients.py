@@ -19,6 +19,7 @@ from ..linalg.operators import Factored, LinearOperator, Rows
 
 Observe = Callable[[Tensor, LinearOperator], None]
 Undo = Callable[[], None]
+_taken: set[int] = set()  # weights whose gradients some optimiser takes: another one would never see them
 
 
 class Factors(Factored):
@@ -31,6 +32,16 @@ class Factors(Factored):
         return native.factored_product(self.dy, self.x, u, 1.0)
 
 
+def check_free(weights: Collection[Tensor]) -> None:
+    """Raises ValueError where another optimiser takes one of these weights' gradients."""
+    for weight in weights:
+        if id(weight) in _taken:
+            raise ValueError(
+                f"GaLoreAdamW: params: another GaLoreAdamW takes the gradients of a weight {tuple(weight.shape)} in "
+                "the backward pass; want it to release() them first"
+            )
+
+
 def hook(weights: Collection[Tensor], observe: Observe) -> Undo:
     """`observe(weight, G)` once a backward pass for each weight that it reaches, tied ones too."""
 
@@ -39,11 +50,14 @@ def hook(weights: Collection[Tensor], observe: Observe) -> Undo:
             observe(weight, Rows(weight.grad))
             weight.grad = None
 
-    handles = [weight.register_post_accumulate_grad_hook(take) for weight in weights if weight.requires_grad]
+    seen = [weight for weight in weights if weight.requires_grad]
+    handles = [weight.register_post_accumulate_grad_hook(take) for weight in seen]
+    _taken.update(map(id, seen))
 
     def undo() -> None:
         for handle in handles:
             handle.remove()
+        _taken.difference_update(map(id, seen))
 
     return undo
 
@@ -75,10 +89,12 @@ def factored(model: nn.Module, weights: Collection[Tensor], observe: Observe) ->
     detach = taps.attach(model, tapped, lambda args, kwargs: 1.0, look)
     for weight in seen:
         weight.requires_grad_(False)
+    _taken.update(map(id, seen))
 
     def undo() -> None:
         detach()
         for weight in seen:
             weight.requires_grad_(True)
+        _taken.difference_update(map(id, seen))
 
     return undo, seen
