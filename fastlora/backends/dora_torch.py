@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18  # elements made at a time: 1 MiB in fp32
+CHUNK = 1 << 18  # elements made at a time on a CPU: 1 MiB in fp32
+GPU_CHUNK = 1 << 24  # elsewhere, where a launch costs as much as 4 MiB do
 
 
 def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -20,7 +21,7 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
     if weight.numel() <= CHUNK:
         return torch.linalg.vector_norm(torch.addmm(weight.to(wide), lora_B, lora_A, alpha=scaling), dim=1)
     norm = weight.new_empty(weight.shape[0], dtype=wide)
-    for rows in _chunks(*weight.shape):
+    for rows in _chunks(weight):
         total = torch.addmm(weight[rows].to(wide), lora_B[rows], lora_A, alpha=scaling)
         torch.linalg.vector_norm(total, dim=1, out=norm[rows])
     return norm
@@ -31,7 +32,7 @@ def scale(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, *, in
     factor = _factor(z, magnitude, norm)
     y = z if in_place else torch.empty_like(z)
     bias = None if bias is None else bias.to(factor.dtype)
-    for rows in _chunks(*z.shape):
+    for rows in _chunks(z):
         product = z[rows] * factor  # in factor's dtype, the wider one
         y[rows] = product if bias is None else product.add_(bias)
     return y
@@ -56,7 +57,7 @@ def scale_backward(
     factor = _factor(dy, magnitude, norm)
     dz = torch.empty_like(dy) if needs_z else None
     dm, db = (factor.new_zeros(factor.shape) if needed else None for needed in (needs_m, needs_bias))
-    for rows in _chunks(*dy.shape):
+    for rows in _chunks(dy):
         wide = dy[rows].to(factor.dtype)
         if dz is not None:
             dz[rows] = wide * factor
@@ -77,6 +78,8 @@ def _wide(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _chunks(rows: int, columns: int) -> Iterator[slice]:
-    step = max(1, CHUNK // max(1, columns))
+def _chunks(matrix: Tensor) -> Iterator[slice]:
+    """Of its rows."""
+    rows, columns = matrix.shape
+    step = max(1, (CHUNK if matrix.device.type == "cpu" else GPU_CHUNK) // max(1, columns))
     yield from (slice(start, start + step) for start in range(0, rows, step))
