@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import env
 from .backends import importance_torch
-from .kernels.importance_plan import Factors, Layout
+from .kernels.importance_plan import Averages, Factors, Layout
 from .self_check import first_difference, first_use, seeded
 
 _failures: dict[tuple[str, torch.dtype], str | None] = {}  # None: agrees with fp64
@@ -54,19 +54,18 @@ def why_not(weights: Factors) -> str | None:
 def self_check(module: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """Compares Ī, Ū and the scores with fp64 after three steps of layers that divide nothing, one with ranks beyond a
     block, one without a gradient for its P; None where they agree, else what differs."""
-    beta1, beta2, rate = 0.85, 0.75, 0.5
     with seeded(device), torch.no_grad():
         layout = Layout([(5, 133, 71), (70, 24, 40), (5, 133, 71), (4, 64, 32)])
         smooth, unsure = (torch.zeros(layout.numel, device=device) for _ in range(2))
-        smooth64, unsure64 = smooth.double(), unsure.double()
-        scores, wanted = smooth, smooth64
+        averages = Averages(layout, smooth, unsure, 0.85, 0.75)
+        exact = averages._replace(sensitivity=smooth.double(), uncertainty=unsure.double())
+        scores, wanted = smooth, smooth
         for _ in range(3):
             weights, gradients = (_random(layout, device, dtype) for _ in range(2))
             gradients = gradients._replace(p=[*gradients.p[:2], None, *gradients.p[3:]])
-            factor = torch.full((1,), rate, device=device)
-            scores = module.update(layout, weights, gradients, smooth, unsure, beta1, beta2, factor)
-            wanted = reference(layout, weights, gradients, smooth64, unsure64, beta1, beta2, rate)
-        results = [("the sensitivity", smooth, smooth64), ("the uncertainty", unsure, unsure64)]
+            scores = module.update(averages, weights, gradients, torch.full((1,), 0.5, device=device))
+            wanted = reference(exact, weights, gradients, 0.5)
+        results = [("the sensitivity", smooth, exact.sensitivity), ("the uncertainty", unsure, exact.uncertainty)]
         results += [
             (f"layer {i}'s scores", part, want)
             for i, (part, want) in enumerate(
@@ -83,17 +82,9 @@ def _random(layout: Layout, device: torch.device, dtype: torch.dtype) -> Factors
     )
 
 
-def reference(
-    layout: Layout,
-    weights: Factors,
-    gradients: Factors,
-    sensitivity: Tensor,
-    uncertainty: Tensor,
-    beta1: float,
-    beta2: float,
-    rate: float = 1.0,
-) -> Tensor:
-    """The equations in fp64, a layer at a time; sensitivity and uncertainty are updated in place."""
+def reference(averages: Averages, weights: Factors, gradients: Factors, rate: float = 1.0) -> Tensor:
+    """The equations in fp64, a layer at a time; the averages are updated in place."""
+    layout, sensitivity, uncertainty, beta1, beta2 = averages
     scores = []
     for layer in range(len(layout.sizes)):
         of_layer = {}

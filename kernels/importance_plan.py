@@ -131,6 +131,16 @@ class Layout:
         return self._tables[key]
 
 
+class Averages(NamedTuple):
+    """Ī and Ū, flat (layout.numel,), and what they are averaged with."""
+
+    layout: Layout
+    sensitivity: Tensor
+    uncertainty: Tensor
+    beta1: float
+    beta2: float
+
+
 def addresses(weights: Factors, gradients: Factors) -> tuple[Tensor, bool]:
     """((layers, 6) int64: where Q, its gradient, P, its gradient, Λ and its gradient begin, 0 for a gradient that is
     not there; whether all are multiples of 16 bytes). On the host."""

@@ -550,8 +550,8 @@ def test_on_a_cpu_aten_runs_and_a_wrong_implementation_is_seen(monkeypatch):
     assert all(importance_dispatch.self_check(importance_torch, cpu, d) is None for d in (FP64, torch.bfloat16))
     original = importance_torch._smooth
 
-    def swapped(products, sensitivity, uncertainty, beta1, beta2, rate):
-        original(products, sensitivity, uncertainty, beta2, beta1, rate)
+    def swapped(products, averages, part, rate):
+        original(products, averages._replace(beta1=averages.beta2, beta2=averages.beta1), part, rate)
 
     monkeypatch.setattr(importance_torch, "_smooth", swapped)
     assert "sensitivity differs" in str(importance_dispatch.self_check(importance_torch, cpu, torch.float32))

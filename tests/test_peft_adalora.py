@@ -13,7 +13,7 @@ from adalora_problem import NAMES, TARGET, R, loss_of, optimizer_of, plain
 from peft.tuners.adalora.layer import RankAllocator as PeftAllocator
 from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
-from test_peft_layers import assert_agree, run
+from test_peft_layers import K, Mlp, N, assert_agree, assert_within_twice_in_bf16
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -23,17 +23,6 @@ from fastlora.peft_adalora import FusedSVDLinear
 from fastlora.variants import RankAllocator
 
 STEPS = 12
-K, N = 24, 20
-
-
-class Mlp(nn.Module):
-    def __init__(self, bias: bool = True, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.up = nn.Linear(K, N, bias=bias, dtype=dtype)
-        self.down = nn.Linear(N, K, bias=bias, dtype=dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.tanh(self.up(x)))
 
 
 def config(**settings: Any) -> peft.AdaLoraConfig:
@@ -86,21 +75,12 @@ def test_same_outputs_and_gradients(bias, dropout):
 
 
 def test_float32_adapters_on_a_bf16_base_and_under_autocast():
-    """At most twice PEFT's error against fp64, for the output and every gradient."""
     for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
         model = peft_model(Mlp(dtype=dtype))
         fused = patched_copy(model)
-        x = torch.randn(64, K, dtype=dtype)
-        want_y, want_dx, want = run(copy.deepcopy(model).double(), x.double())
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y, dx, grads = run(model, x)
-            y2, dx2, grads2 = run(fused, x)
+        grads = assert_within_twice_in_bf16(model, fused, torch.randn(64, K, dtype=dtype), autocast)
         assert counts(fused) == [1, 1]
-        pairs = [(want_y, y, y2), (want_dx, dx, dx2)] + [(want[name], grads[name], grads2[name]) for name in want]
-        for exactly, theirs, ours in pairs:
-            assert theirs.dtype == ours.dtype
-            ulp = torch.finfo(torch.bfloat16).eps * exactly.abs().max()
-            assert (ours.double() - exactly).abs().max() <= 2 * (theirs.double() - exactly).abs().max() + ulp
+        assert all(grad.dtype == torch.float32 for grad in grads.values())
 
 
 def test_conv1d():
@@ -293,7 +273,7 @@ def test_what_is_left_to_peft_s_forward():
 
 def test_a_model_that_is_still_being_loaded_is_patched():
     """PEFT puts new adapters on the meta device first, but for ranknum."""
-    fused = peft.get_peft_model(Mlp(), config(inference_mode=True), adapter_name="first", low_cpu_mem_usage=True)
+    fused: Any = peft.get_peft_model(Mlp(), config(inference_mode=True), "first", low_cpu_mem_usage=True)
     assert fused.base_model.model.up.lora_A["first"].is_meta
     report = fastlora.patch(fused)
     assert len(report.patched) == 2 and all("run fused" in line.reason for line in report.modules)

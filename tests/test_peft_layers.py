@@ -90,6 +90,21 @@ def assert_agree(plain, fused, x, tolerance=1e-6, **kwargs):
             assert error <= tolerance, f"{name}: {error:.1e}"
 
 
+def assert_within_twice_in_bf16(model, fused, x, autocast=False):
+    """At most twice PEFT's error against fp64 plus one bf16 rounding, for the output and every gradient, and the same
+    dtypes; the fused model's gradients."""
+    want_y, want_dx, want = run(copy.deepcopy(model).double(), x.double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y, dx, grads = run(model, x)
+        y2, dx2, grads2 = run(fused, x)
+    pairs = [(want_y, y, y2), (want_dx, dx, dx2)] + [(want[name], grads[name], grads2[name]) for name in want]
+    for exactly, theirs, ours in pairs:
+        assert theirs.dtype == ours.dtype
+        ulp = torch.finfo(torch.bfloat16).eps * exactly.abs().max()
+        assert (ours.double() - exactly).abs().max() <= 2 * (theirs.double() - exactly).abs().max() + ulp
+    return grads2
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"r": 7, "lora_alpha": 3}], ids=["lora", "rslora", "odd"])
@@ -135,22 +150,11 @@ def test_only_a_or_only_b_is_trained():
 
 
 def test_fp32_adapters_on_a_bf16_base():
-    """At most twice PEFT's error against fp64, for the output and every gradient, and fp32 gradients."""
     model = peft_model(Mlp(dtype=torch.bfloat16), r=8)
     fused = patched_copy(model)
-    exact = copy.deepcopy(model).double()
-    x = torch.randn(64, K, dtype=torch.bfloat16)
-    want_y, want_dx, want = run(exact, x.double())
-    y, dx, grads = run(model, x)
-    y2, dx2, grads2 = run(fused, x)
+    grads = assert_within_twice_in_bf16(model, fused, torch.randn(64, K, dtype=torch.bfloat16))
     assert counts(fused) == [1, 1]
-    assert y2.dtype == dx2.dtype == torch.bfloat16
-    assert all(grad.dtype == torch.float32 for grad in grads2.values())
-    pairs = [(want_y, y, y2), (want_dx, dx, dx2)] + [(want[name], grads[name], grads2[name]) for name in want]
-    for exactly, theirs, ours in pairs:
-        eager = (theirs.double() - exactly).abs().max()
-        ulp = torch.finfo(torch.bfloat16).eps * exactly.abs().max()
-        assert (ours.double() - exactly).abs().max() <= 2 * eager + ulp
+    assert all(grad.dtype == torch.float32 for grad in grads.values())
 
 
 @pytest.mark.parametrize("dropouts", [(0.0, 0.0, 0.0), (0.2, 0.0, 0.3), (0.2, 0.4, 0.1)])
@@ -331,20 +335,10 @@ def test_activation_checkpointing(use_reentrant):
 
 
 def test_autocast_bf16():
-    """At most twice PEFT's error against fp64 under autocast; the same dtypes out."""
     model = peft_model(lora_dropout=0.0)
     fused = patched_copy(model)
-    x = torch.randn(64, K)
-    want_y, want_dx, want = run(copy.deepcopy(model).double(), x.double())
-    with torch.autocast("cpu", torch.bfloat16):
-        y, dx, grads = run(model, x)
-        y2, dx2, grads2 = run(fused, x)
+    assert_within_twice_in_bf16(model, fused, torch.randn(64, K), autocast=True)
     assert counts(fused) == [1, 1]
-    pairs = [(want_y, y, y2), (want_dx, dx, dx2)] + [(want[name], grads[name], grads2[name]) for name in want]
-    for exactly, theirs, ours in pairs:
-        assert theirs.dtype == ours.dtype
-        ulp = torch.finfo(torch.bfloat16).eps * exactly.abs().max()
-        assert (ours.double() - exactly).abs().max() <= 2 * (theirs.double() - exactly).abs().max() + ulp
 
 
 def test_llama_trained_three_steps():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import importance
-from ..kernels.importance_plan import Factors, Layout, addresses
+from ..kernels.importance_plan import Averages, Factors, addresses
 from ..kernels.segment_plan import to_device
 from .cublas import DTYPES, device_of
 
@@ -21,17 +21,9 @@ def unsupported(weights: Factors) -> str | None:
     return None
 
 
-def update(
-    layout: Layout,
-    weights: Factors,
-    gradients: Factors,
-    sensitivity: Tensor,
-    uncertainty: Tensor,
-    beta1: float,
-    beta2: float,
-    rate: Tensor | None = None,
-) -> Tensor:
+def update(averages: Averages, weights: Factors, gradients: Factors, rate: Tensor | None = None) -> Tensor:
     """As `importance_torch.update`. Nothing is read back: the addresses go to the device in one copy."""
+    layout, sensitivity, uncertainty, beta1, beta2 = averages
     like = weights.e[0]
     assert like is not None
     # The copies of gradients that are not contiguous must live until the launches are queued.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import importance_dispatch, targets
 from ..init import moments
-from ..kernels.importance_plan import Factors, Layout
+from ..kernels.importance_plan import Averages, Factors, Layout
 from ..layers import FusedLoraLinear
 from ..rank_schedule import Allocation, RankSchedule
 from .adalora_layers import FACTORS, adalora_layers, factors_of
@@ -30,7 +30,14 @@ _WHERE = "RankAllocator"
 class _Part:
     """The layers of one device and dtype: their Ī and Ū (float32, or float64), and their latest scores."""
 
-    def __init__(self, layers: list[int], sizes: Sequence[tuple[int, int, int]], device: torch.device, dtype: Any):
+    def __init__(
+        self,
+        layers: list[int],
+        sizes: Sequence[tuple[int, int, int]],
+        schedule: RankSchedule,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.layers = layers
         self.layout = Layout(sizes)
         self.device, self.dtype = device, dtype
@@ -38,6 +45,7 @@ class _Part:
         self.sensitivity, self.uncertainty = (
             torch.zeros(self.layout.numel, device=device, dtype=kind) for _ in range(2)
         )
+        self.averages = Averages(self.layout, self.sensitivity, self.uncertainty, schedule.beta1, schedule.beta2)
         self.scores = torch.zeros(self.layout.total_rank, device=device, dtype=kind)
         self.ranks = [r for r, _, _ in self.layout.sizes]
 
@@ -231,10 +239,9 @@ class RankAllocator:
                 "after backward() and before zero_grad(), and the adapter trainable"
             )
         for part, of_weights, of_gradients in zip(self._parts, weights, gradients, strict=True):
-            part.scores = importance_dispatch.select(of_weights).update(
-                part.layout, of_weights, of_gradients, part.sensitivity, part.uncertainty,
-                self.schedule.beta1, self.schedule.beta2, None if rate is None else rate.to(part.sensitivity),
-            )  # fmt: skip
+            part_rate = None if rate is None else rate.to(part.sensitivity)
+            update = importance_dispatch.select(of_weights).update
+            part.scores = update(part.averages, of_weights, of_gradients, part_rate)
 
     @torch.no_grad()
     def _advance(self) -> None:
@@ -305,7 +312,9 @@ class RankAllocator:
             if e is not None and e.numel():
                 places.setdefault((e.device, e.dtype), []).append(i)
         self._placement = placement
-        self._parts = [_Part(layers, [self._sizes[i] for i in layers], *place) for place, layers in places.items()]
+        self._parts = [
+            _Part(layers, [self._sizes[i] for i in layers], self.schedule, *place) for place, layers in places.items()
+        ]
         if state is not None:
             self.load_state_dict(state)
 

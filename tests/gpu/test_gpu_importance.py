@@ -6,7 +6,7 @@ from numerics import assert_close_to_fp64
 
 from fastlora import importance_dispatch
 from fastlora.backends import importance_torch
-from fastlora.kernels.importance_plan import Factors, Layout
+from fastlora.kernels.importance_plan import Averages, Factors, Layout
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +40,7 @@ def test_three_steps(dtype, sizes):
         for step in range(3):
             weights, gradients = normal(layout, dtype, step), normal(layout, dtype, 100 + step)
             gradients = gradients._replace(p=[None, *gradients.p[1:]])
-            arguments = (layout, weights, gradients, smooth, unsure, 0.85, 0.7)
+            arguments = (Averages(layout, smooth, unsure, 0.85, 0.7), weights, gradients)
             scores = importance_dispatch.reference(*arguments) if name == "exact" else update(*arguments)
         runs[name] = (smooth, unsure, scores)
     columns = (runs[name] for name in ("kernels", "again", "torch", "exact"))

@@ -9,7 +9,7 @@ from numerics import assert_close_to_fp64, poisoned_empty
 from fastlora import importance_dispatch
 from fastlora.backends import importance_kernels, importance_torch
 from fastlora.kernels import importance
-from fastlora.kernels.importance_plan import Factors, Layout, addresses
+from fastlora.kernels.importance_plan import Averages, Factors, Layout, addresses
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BETAS = (0.85, 0.7)
@@ -33,8 +33,8 @@ def check(sizes, dtype=FP32, without=(), rate=1.0):
     """The launchers themselves, into poisoned outputs and workspaces."""
     layout, weights, gradients, smooth, unsure = problem(sizes, dtype, without)
     exact, near = ([smooth.to(of, copy=True), unsure.to(of, copy=True)] for of in (torch.float64, FP32))
-    wanted = importance_dispatch.reference(layout, weights, gradients, *exact, *BETAS, rate)
-    eager = importance_torch.update(layout, weights, gradients, *near, *BETAS, torch.full((1,), rate))
+    wanted = importance_dispatch.reference(Averages(layout, *exact, *BETAS), weights, gradients, rate)
+    eager = importance_torch.update(Averages(layout, *near, *BETAS), weights, gradients, torch.full((1,), rate))
     table, aligned = addresses(weights, gradients)
     assert aligned  # torch's CPU allocator aligns to 64 bytes
     cpu = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_gradients_that_are_not_there_count_as_zero():
             for ws, gs in zip(weights, gradients, strict=True)
         )
     )
-    scores = importance_kernels.update(layout, weights, zeros, smooth, unsure, *BETAS)
+    scores = importance_kernels.update(Averages(layout, smooth, unsure, *BETAS), weights, zeros)
     assert all(torch.equal(a, b) for a, b in zip(got, (smooth, unsure, scores), strict=True))
 
 
@@ -88,8 +88,8 @@ def test_what_is_not_finite_counts_as_zero(bad):
         tensors[1].flatten()[-1] = bad
     zeroed = Factors(*([g.nan_to_num(0.0, 0.0, 0.0) for g in tensors] for tensors in gradients))
     want = [smooth.clone(), unsure.clone()]
-    want.append(importance_kernels.update(layout, weights, zeroed, *want, *BETAS))
-    got = importance_kernels.update(layout, weights, gradients, smooth, unsure, *BETAS)
+    want.append(importance_kernels.update(Averages(layout, *want, *BETAS), weights, zeroed))
+    got = importance_kernels.update(Averages(layout, smooth, unsure, *BETAS), weights, gradients)
     assert all(torch.equal(a, b) for a, b in zip((smooth, unsure, got), want, strict=True))
 
 
@@ -101,8 +101,8 @@ def test_the_module_takes_what_the_launchers_do_not():
         e=[torch.empty(g.numel() + 1)[1:].view(g.shape).copy_(g) for g in gradients.e],
     )
     want = [smooth.clone(), unsure.clone()]
-    want.append(importance_kernels.update(layout, weights, gradients, *want, *BETAS))
-    got = importance_kernels.update(layout, weights, odd, smooth, unsure, *BETAS)
+    want.append(importance_kernels.update(Averages(layout, *want, *BETAS), weights, gradients))
+    got = importance_kernels.update(Averages(layout, smooth, unsure, *BETAS), weights, odd)
     for a, b in zip((smooth, unsure, got), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
     assert importance_kernels.unsupported(weights) is None
