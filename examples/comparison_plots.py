@@ -12,7 +12,8 @@ from contestants import CONTESTANTS
 from curves import Band, band, running_mean
 from tasks import Metric
 
-STYLES = ("-", "--")  # past ten contestants colours repeat
+COLORS = (*(f"C{i}" for i in range(10)), "black", "gold")
+STYLES = ("-", "--")  # past twelve contestants colours repeat
 
 
 def plot(results: Results, path: Path) -> Path:
@@ -43,7 +44,7 @@ def plot(results: Results, path: Path) -> Path:
 
 
 def _look(number: int) -> tuple[str, str]:
-    return f"C{number % 10}", STYLES[number // 10 % len(STYLES)]
+    return COLORS[number % len(COLORS)], STYLES[number // len(COLORS) % len(STYLES)]
 
 
 def _draw_curves(training: Any, validation: Any, finals: Finals) -> None:
@@ -83,6 +84,10 @@ def _draw_search(axes: Any, results: Results) -> None:
             color, style = _look(number)
             label = CONTESTANTS[name].title
             axes.semilogx(list(tried), list(tried.values()), "o", ls=style, color=color, label=label, markersize=4)
+    tried = [loss for found in results.rates.values() for loss in found.losses.values() if math.isfinite(loss)]
+    if tried:  # a rate at which training collapsed would flatten the rest
+        low, middle = min(tried), sorted(tried)[len(tried) // 2]
+        axes.set_ylim(top=max(loss for loss in tried if loss <= low + 4 * (middle - low)) + 0.1 * (middle - low))
     axes.set(xlabel="learning rate", ylabel="validation loss after the last step", title="search")
 
 
