@@ -38,8 +38,8 @@ class Spread(NamedTuple):
 @dataclass(frozen=True)
 class Row:
     """One contestant at one rate. `steps_to_baseline`: per seed, the steps after which its training loss is first the
-    baseline's final one with that seed; empty where the baseline did not take part. `diverged` seeds count in nothing
-    else.
+    baseline's final one with that seed; empty where the baseline did not take part. `beside_baseline`: its test result
+    less the baseline's with the same seed, hence after the same batches. `diverged` seeds count in nothing else.
     """
 
     contestant: str
@@ -50,6 +50,7 @@ class Row:
     final_loss: Spread | None
     validation_loss: Spread | None
     test: Spread | None
+    beside_baseline: Spread | None
     steps_to_baseline: list[int | None]
     diverged: int
 
@@ -70,7 +71,9 @@ class Results:
 
 
 def summarise(finals: Finals, metric: Metric) -> list[Row]:
-    targets = {trial.seed: running_mean(trial.losses, WINDOW)[-1] for trial in finished(finals.get(BASELINE, ()))}
+    baseline = finished(finals.get(BASELINE, ()))
+    targets = {trial.seed: running_mean(trial.losses, WINDOW)[-1] for trial in baseline}
+    tested = {trial.seed: metric.of(trial.test) for trial in baseline if trial.test is not None}
     rows = []
     for name, trials in finals.items():
         good = finished(trials)
@@ -84,6 +87,9 @@ def summarise(finals: Finals, metric: Metric) -> list[Row]:
                 final_loss=_spread([running_mean(trial.losses, WINDOW)[-1] for trial in good]),
                 validation_loss=_spread([trial.score for trial in good]),
                 test=_spread([metric.of(trial.test) for trial in good if trial.test is not None]),
+                beside_baseline=_spread(
+                    [metric.of(t.test) - tested[t.seed] for t in good if t.test is not None and t.seed in tested]
+                ),
                 steps_to_baseline=[
                     steps_to(trial.losses, targets[trial.seed], WINDOW) for trial in good if trial.seed in targets
                 ],
@@ -110,7 +116,9 @@ def table(rows: Sequence[Row], metric: Metric) -> str:
         f"steps to {CONTESTANTS[BASELINE].title}'s",
         "validation loss",
         metric.name,
+        f"less {CONTESTANTS[BASELINE].title}'s, by seed",
     )
+    signed = metric.form.replace(":", ":+")
     body = [
         (
             CONTESTANTS[row.contestant].title + (f" ({row.diverged} diverged)" if row.diverged else ""),
@@ -119,6 +127,7 @@ def table(rows: Sequence[Row], metric: Metric) -> str:
             ", ".join(NEVER if steps is None else str(steps) for steps in row.steps_to_baseline) or "not measured",
             _text(row.validation_loss, "{:.3f}"),
             _text(row.test, metric.form, metric.unit),
+            "" if row.contestant == BASELINE else _text(row.beside_baseline, signed),
         )
         for row in rows
     ]

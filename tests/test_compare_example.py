@@ -248,6 +248,8 @@ def test_rows_count_steps_to_the_baselines_loss_with_the_same_seed(monkeypatch):
     assert rows["lora"].test == pytest.approx((60, 50, 70))
     assert rows["lora"].steps_to_baseline == [4, 4]
     assert rows["lora_ga"].steps_to_baseline == [2, None]
+    assert rows["lora_ga"].beside_baseline == pytest.approx((-10, -20, 0))
+    assert rows["full"].beside_baseline == pytest.approx((-20, -20, -20))  # its one seed beside the same seed's
     assert (rows["full"].steps_to_baseline, rows["full"].diverged) == ([2], 1)
     lines = comparison_report.table(list(rows.values()), ACCURACY).splitlines()
     assert "2.500 (2.000 to 3.000)" in lines[2]
@@ -255,6 +257,7 @@ def test_rows_count_steps_to_the_baselines_loss_with_the_same_seed(monkeypatch):
     nats = comparison_report.summarise(finals, task_gpt.GptTask.metric)
     assert "1.300 (1.000 to 1.600)" in comparison_report.table(nats, task_gpt.GptTask.metric).splitlines()[2]
     assert "2, not reached" in lines[3]
+    assert "-10.0 (-20.0 to +0.0)" in lines[3]
     assert "full fine-tuning (1 diverged)" in lines[4]
 
 
