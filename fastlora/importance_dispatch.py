@@ -55,7 +55,7 @@ def self_check(module: Any, device: torch.device, dtype: torch.dtype) -> str | N
     """Compares Ī, Ū and the scores with fp64 after three steps of layers that divide nothing, one with ranks beyond a
     block, one without a gradient for its P; None where they agree, else what differs."""
     with seeded(device), torch.no_grad():
-        layout = Layout([(5, 133, 71), (70, 24, 40), (5, 133, 71), (4, 64, 32)])
+        layout = Layout([(5, 67, 35), (70, 24, 20), (5, 67, 35), (4, 32, 16)])
         smooth, unsure = (torch.zeros(layout.numel, device=device) for _ in range(2))
         averages = Averages(layout, smooth, unsure, 0.85, 0.75)
         exact = averages._replace(sensitivity=smooth.double(), uncertainty=unsure.double())
