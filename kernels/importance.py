@@ -72,8 +72,8 @@ def _update_kernel(
     rank = tl.load(tiles_ptr + 3 * tile + 1)
     position = tl.load(tiles_ptr + 3 * tile + 2)
     row = layers_ptr + 8 * layer
-    r = tl.load(row)
-    length = tl.load(row + (2 if OF_P else 1))
+    r = tl.load(row).to(tl.int32)  # 32 bits do within a factor: `Layout` has none of 2^31 numbers
+    length = tl.load(row + (2 if OF_P else 1)).to(tl.int32)
     start = tl.load(row + (5 if OF_P else 4))
     w_ptr = tl.load(addresses_ptr + 6 * layer + (2 if OF_P else 0)).to(like_ptr.dtype)
     g_address = tl.load(addresses_ptr + 6 * layer + (3 if OF_P else 1))
@@ -88,15 +88,19 @@ def _update_kernel(
         position = tl.multiple_of(position, 4)
     ranks = rank + tl.arange(0, BLOCK_R)
     positions = position + tl.arange(0, BLOCK_L)
+    known = tl.where(g_address != 0, length, 0)  # as far as there is a gradient
     if OF_P:
-        offs = positions.to(tl.int64)[:, None] * r + ranks[None, :]
+        offs = positions[:, None] * r + ranks[None, :]
         mask = (positions < length)[:, None] & (ranks < r)[None, :]
+        g_mask = (positions < known)[:, None] & (ranks < r)[None, :]
     else:
-        offs = ranks.to(tl.int64)[:, None] * length + positions[None, :]
+        offs = ranks[:, None] * length + positions[None, :]
         mask = (ranks < r)[:, None] & (positions < length)[None, :]
+        g_mask = (ranks < r)[:, None] & (positions < known)[None, :]
     w = tl.load(w_ptr + offs, mask=mask, other=0.0)
-    g = tl.load(g_ptr + offs, mask=mask & (g_address != 0), other=0.0)
-    offs += start
+    g = tl.load(g_ptr + offs, mask=g_mask, other=0.0)
+    sensitivity_ptr += start
+    uncertainty_ptr += start
     rate = tl.load(rate_ptr)
     s = _smoothed(w, g, rate, sensitivity_ptr + offs, uncertainty_ptr + offs, mask, weight1, weight2)
     tl.store(partials_ptr + tile.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R), tl.sum(s, axis=0 if OF_P else 1))
@@ -143,7 +147,7 @@ def _score_kernel(
     ranks = rank + tl.arange(0, BLOCK_R)
     inside = ranks < r
     e = tl.load(e_ptr + ranks, mask=inside, other=0.0)
-    g = tl.load(g_address.to(like_ptr.dtype) + ranks, mask=inside & (g_address != 0), other=0.0)
+    g = tl.load(g_address.to(like_ptr.dtype) + ranks, mask=ranks < tl.where(g_address != 0, r, 0), other=0.0)
     offs = start + ranks
     rate = tl.load(rate_ptr)
     score = _smoothed(e, g, rate, sensitivity_ptr + offs, uncertainty_ptr + offs, inside, weight1, weight2)
@@ -154,8 +158,7 @@ def _score_kernel(
 
 def importance_config(layout: Layout, device: torch.device) -> ImportanceConfig:
     """The launch for these layers. Tiles of 1024 numbers, each with its w, g, Ī and Ū: 16 KiB of fp32 on the way to a
-    program, and up to 16 programs on a multiprocessor. Twice as many took 144 registers where nothing is aligned, and
-    spilled one on sm_100."""
+    program, in 64 registers at most, so that eight programs fit a multiprocessor."""
     block_r = min(MAX_BLOCK_R, configs.power_of_two_at_least(max(r for r, _, _ in layout.sizes)))
     if configs.capability(device) == configs.INTERPRETER:
         return ImportanceConfig(min(block_r, 8), 16, 4)

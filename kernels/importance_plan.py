@@ -57,6 +57,7 @@ class Layout:
 
     def __init__(self, sizes: Sequence[tuple[int, int, int]]) -> None:
         self.sizes = list(sizes)
+        assert all(r * max(k, n) < 2**31 for r, k, n in self.sizes), "the kernels count a factor's numbers in 32 bits"
         self.rank_starts = [0, *itertools.accumulate(r for r, _, _ in self.sizes)]
         self.total_rank = self.rank_starts.pop()
         self.starts: dict[str, list[int]] = {"e": self.rank_starts, "q": [0] * len(sizes), "p": [0] * len(sizes)}
