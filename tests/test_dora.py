@@ -548,6 +548,7 @@ def test_the_op():
     p = make_problem(1, 20, dtype=BF16, adapter_dtype=FP32)
     arguments = (p.weight, p.lora_A, p.lora_B, 1.5, "auto")
     torch.library.opcheck(torch.ops.fastlora.dora_weight_norm.default, arguments)
+    torch.library.opcheck(torch.ops.fastlora.dora_weight_norm_any_scale.default, arguments)
     assert math.isclose(
         torch.ops.fastlora.dora_weight_norm(*arguments)[0].item(),
         (p.weight.double() + 1.5 * p.lora_B.double() @ p.lora_A.double()).norm(dim=1)[0].item(),
