@@ -52,6 +52,8 @@ class FusedAdaLoraModel(FusedTuner, AdaLoraModel):
 
 
 FUSED: dict[type, type[FusedTuner]] = {LoraModel: FusedLoraModel, AdaLoraModel: FusedAdaLoraModel}
+for _peft, _fused in FUSED.items():
+    _fused.__name__ = _peft.__name__  # what PEFT's model status calls a tuner; pickle goes by __qualname__
 
 
 def follow(model: nn.Module, selection: Selection, backend: str) -> None:

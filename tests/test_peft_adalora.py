@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import fastlora
 from fastlora import peft_layers
 from fastlora.peft_adalora import FusedSVDLinear
+from fastlora.peft_tuner import FusedAdaLoraModel
 from fastlora.variants import RankAllocator
 
 STEPS = 12
@@ -137,7 +138,7 @@ def test_later_adapters_are_picked_up(tmp_path):
     wide.save_pretrained(tmp_path)
     model = peft_model(target_modules=["up"])
     fused = patched_copy(model)
-    assert type(fused.base_model).__name__ == "FusedAdaLoraModel" and isinstance(fused.base_model, AdaLoraModel)
+    assert type(fused.base_model) is FusedAdaLoraModel and isinstance(fused.base_model, AdaLoraModel)
     for each in (model, fused):
         each.load_adapter(tmp_path, "wide")
         each.set_adapter("wide")

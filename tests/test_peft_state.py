@@ -121,6 +121,7 @@ def test_later_layers_follow_what_patch_was_asked_for():
 def test_the_tuner_is_swapped_back():
     plain, fused = pair()
     assert type(fused.base_model) is FusedLoraModel
+    assert fused.get_model_status() == plain.get_model_status()
     for again in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         again.add_adapter("wide", config(target_modules=["head"]))
         assert type(again.base_model.model.head) is FusedPeftLinear
