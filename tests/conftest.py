@@ -7,4 +7,17 @@ looks like an allocation of ours. Without AMX the same tests mean the same on ev
 
 import os
 
+import pytest
+
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Torch's generator where each test begins: a test draws the same numbers alone as after any others.
+
+    TEST_SEED tries other numbers.
+    """
+    import torch
+
+    torch.manual_seed(int(os.environ.get("TEST_SEED", "0")))

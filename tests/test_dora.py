@@ -303,7 +303,9 @@ def test_a_fresh_layer_gives_the_base_layers_output(dtype, init):
     base = nn.Linear(24, 30, dtype=dtype)
     x = torch.randn(5, 24, dtype=dtype)
     layer = FusedLoraLinear.from_linear(base, r=4, use_dora=True, init_lora_weights=init)
-    torch.testing.assert_close(layer(x), base(x))
+    # "orthogonal" is drawn in float32, as in PEFT: there B A is zero to its rounding in any dtype.
+    rtol, atol = (1.3e-6, 1e-5) if init == "orthogonal" or dtype == FP32 else (1e-7, 1e-7)
+    torch.testing.assert_close(layer(x), base(x), rtol=rtol, atol=atol)
     assert layer.use_dora == {"default": True}
     assert "DoRA" in repr(layer)
 
