@@ -40,12 +40,17 @@ Tensors = dict[str, torch.Tensor]
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """step -> start -> layer -> [residual, cosine]; and step -> "bound" -> layer -> [residual, cosine]."""
+    """step -> start -> layer -> [residual, cosine]; and step -> "bound" -> layer -> [residual, cosine].
+
+    An r that is more than a layer's shorter side leaves only LoRA's start: there are no so many singular vectors.
+    """
     gradients = full_gradients(task)
     wanted = {"sgd": gradients, "adam": {name: gradient.sign() for name, gradient in gradients.items()}}
     found: dict[str, Any] = {step: {BOUND: _bounds(wanted[step], 2 * task.settings.r)} for step in STEPS}
-    with Progress(len(STARTS), "first steps", lines=1) as progress:
-        for start, entry in STARTS.items():
+    widest = min(min(gradient.shape) for gradient in gradients.values())
+    starts = {name: entry for name, entry in STARTS.items() if task.settings.r <= widest or name == "lora"}
+    with Progress(len(starts), "first steps", lines=1) as progress:
+        for start, entry in starts.items():
             changes = first_changes(task, entry)
             for step in STEPS:
                 found[step][start] = {
@@ -105,6 +110,8 @@ def table(found: dict[str, Any]) -> str:
     header = ("start", *(f"{name}, {what}" for name in ("SGD", "Adam") for what in ("residual", "cosine")))
     body = []
     for start, title in titles.items():
+        if start not in found[STEPS[0]]:
+            continue
         cells = []
         for step in STEPS:
             for values in zip(*found[step][start].values()):
@@ -115,7 +122,7 @@ def table(found: dict[str, Any]) -> str:
 
 def table_by_layer(found: dict[str, Any]) -> str:
     """Every layer's residual."""
-    starts = [*STARTS, BOUND]
+    starts = [start for start in (*STARTS, BOUND) if start in found[STEPS[0]]]
     header = ("residual", *(f"{name}, {start}" for name in ("SGD", "Adam") for start in starts))
     layers = found[STEPS[0]][BOUND]
     body = [(layer, *(f"{found[step][s][layer][0]:.3f}" for step in STEPS for s in starts)) for layer in layers]

@@ -12,8 +12,9 @@ while that is the smallest or the largest, and with it the contestant is trained
 which the choice has not seen. Time and memory of a step are measured apart (costs.py), and so is how near each
 start's first step comes to full fine-tuning's (alignment.py).
 
-Every finished trial is kept in trials.json under --out, and the same command again goes on from there: Ctrl-C loses the
-trial under way and nothing else. results.md, results.json and loss.png are written at the end.
+Every finished trial is kept in trials.json under --out, and the same command again goes on from there: Ctrl-C loses what
+is under way (a trial, a pretraining, the first steps, the timing) and nothing else. results.md, results.json and
+loss.png are written at the end, for the contestants that were named; trials of others that are there stay.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ def main(argv: list[str] | None = None) -> int:
         options.require_writable(settings.folder)
         compare(settings)
         return 0
-    except (UsageError, FileNotFoundError, RuntimeError, ValueError) as error:
+    except (UsageError, OSError, RuntimeError, ValueError) as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ncompare.py: interrupted; the finished trials are in {settings.folder / 'trials.json'}, and the same "
-              "command goes on from there", file=sys.stderr)  # fmt: skip
+        print(f"\ncompare.py: interrupted; what was finished is kept in {settings.out}, and the same command goes on "
+              "from there", file=sys.stderr)  # fmt: skip
         return INTERRUPTED
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from comparison_report import WINDOW, Finals, Results, finished, summarise
 from contestants import CONTESTANTS
 from curves import Band, band, running_mean
+from files import replacing
 from tasks import Metric
 
 COLORS = (*(f"C{i}" for i in range(10)), "black", "gold")
@@ -38,7 +39,8 @@ def plot(results: Results, path: Path) -> Path:
     if handles:
         figure.legend(handles, labels, loc="lower center", ncols=6)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    figure.savefig(path, dpi=90)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=90)
     pyplot.close(figure)
     return path
 

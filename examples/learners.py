@@ -41,7 +41,8 @@ class Learner:
     @property
     def optimizer_state(self) -> int:
         """The numbers that optimisers, and AdaLoRA's averages, keep beside the parameters; counters are left out."""
-        return sum(tensor.numel() for tensor in self._state_tensors() if tensor.numel() > 1)
+        tensors = {(tensor.data_ptr(), tensor.numel()): tensor for tensor in self._state_tensors()}
+        return sum(tensor.numel() for tensor in tensors.values() if tensor.numel() > 1)
 
     def step(self, batch: Any) -> float:
         """One optimiser step; returns the task's loss before it, without AdaLoRA's penalty."""

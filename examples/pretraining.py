@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from files import replacing
 from progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -32,9 +32,11 @@ def pretrained(path: Path, facts: Mapping[str, Any], train: Callable[[], nn.Modu
     model = train()
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(weights, temporary, metadata={"fingerprint": fingerprint})
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        try:
+            save_file(weights, temporary, metadata={"fingerprint": fingerprint})
+        except SafetensorError as error:  # what a full disk is there
+            raise OSError(f"{path}: {error}") from error
     return weights
 
 

@@ -7,7 +7,7 @@ nothing else.
 import logging
 
 from . import functional, linalg, optim, variants
-from .adapters import adapter_names, disable_adapter, merge, set_adapter, unmerge
+from .adapters import adapter_names, delete_adapter, disable_adapter, merge, set_adapter, unmerge
 from .checkpoint import load_adapter, save_adapter
 from .combination import Combined, add_weighted_adapter
 from .explanation import Explanation, explain
@@ -32,6 +32,7 @@ __all__ = [
     "adapter_names",
     "add_weighted_adapter",
     "allocate_ranks",
+    "delete_adapter",
     "disable_adapter",
     "explain",
     "functional",

@@ -89,6 +89,34 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], *, trainabl
             layer._active_adapter = list(names)
 
 
+def delete_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Removes an adapter from every layer that has it; a layer without any other runs its base weight alone.
+
+    A weight that the adapter has shifted (PiSSA, OLoRA, LoRA-GA's `base="offset"`) gets its former bits back.
+
+    Raises:
+        ValueError: a name that no layer has, an adapter that is merged, or one that has shifted a weight into which
+            another is merged; PEFT's layers, whose model has a `delete_adapter` of its own. Nothing is removed then.
+    """
+    layers = require_layers(model, "delete_adapter")
+    if any(not isinstance(layer, FusedLoraLinear) for _, layer in layers):
+        raise ValueError(
+            f"delete_adapter: model: its adapters are PEFT's; want model.delete_adapter({adapter_name!r}), which "
+            "removes their configuration too"
+        )
+    known: set[str] = set().union(*(layer.r for _, layer in layers))
+    if adapter_name not in known:
+        raise ValueError(f"delete_adapter: adapter_name: got {adapter_name!r}, want one of {sorted(known)}")
+    chosen = [(name, layer) for name, layer in layers if adapter_name in layer.r]
+    for name, layer in chosen:
+        if adapter_name in layer.merged_adapters or (layer.shifted_by == adapter_name and layer.merged_adapters):
+            raise ValueError(
+                f"delete_adapter: {layer.merged_adapters} merged into {name!r}; call fastlora.unmerge(model) first"
+            )
+    for _, layer in chosen:
+        layer.delete_adapter(adapter_name)
+
+
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within it the model computes what the base model does; afterwards adapters are as before, merged ones merged

@@ -206,9 +206,15 @@ def _check_against_model(model: nn.Module, layers: dict[str, nn.Module], file: A
     all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
     selected = given if all_linear else {name for name in layers if peft_format.selects(file.config, name)}
     existing = {name for name, layer in layers.items() if _has_adapter(layer, adapter_name)}
-    if (selected | existing) - given:
-        missing = some((selected | existing) - given)
-        raise ValueError(f"load_adapter: the adapter has no weights for {missing}, which it targets in this model")
+    if selected - given:
+        raise ValueError(
+            f"load_adapter: the adapter has no weights for {some(selected - given)}, which it targets in this model"
+        )
+    if existing - given:
+        raise ValueError(
+            f"load_adapter: adapter_name: {adapter_name!r} exists already, also in {some(existing - given)}, for which "
+            "there are no weights; want another name"
+        )
     if given - selected:
         raise ValueError(
             f"load_adapter: target_modules: {targets!r} does not select {some(given - selected)}, for which there are "

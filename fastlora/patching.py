@@ -171,7 +171,7 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
     Merged adapters are unmerged first, so that the weights' bits are the original ones; with `keep_merged` the merged
     weights stay (what PEFT calls merge_and_unload). PEFT models keep their adapters: only the layers' execution goes
     back to PEFT. A model that is not patched stays as it is. Raises ValueError where something else has changed a
-    layer's class since.
+    layer's class since, and for `keep_merged` where no layer is merged: the adapters would be lost.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"unpatch: model: got {type(model).__name__}, want a torch.nn.Module")
@@ -181,6 +181,12 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
                 f"unpatch: {name!r} has become a {type(module).__name__} since it was patched, want a FusedLoraLinear: "
                 "undo that first (a parametrisation, sharding)"
             )
+    adapted = [module for module in model.modules() if isinstance(module, FusedLoraLinear) and module.r]
+    if keep_merged and adapted and not any(module.merged_adapters for module in adapted):
+        raise ValueError(
+            "unpatch: keep_merged: no adapter is merged into any weight; call fastlora.merge(model) first, or leave "
+            "keep_merged out to drop the adapters"
+        )
     for module in mlps.fused_mlps(model):
         mlps.release(module)
     for module in list(model.modules()):

@@ -193,6 +193,43 @@ def test_dpo_s_reference_and_policy_in_one_model():
     assert all(layer.lora_B["default"].grad.norm() > 0 for layer in layers(model))
 
 
+# Deleted.
+
+
+def test_a_deleted_adapter_is_gone_and_the_other_runs():
+    model = build()
+    fastlora.set_adapter(model, "second")
+    fastlora.delete_adapter(model, "default")
+    assert [list(layer.r) for layer in layers(model)] == [["second"], ["second"], []]
+    assert not [name for name, _ in model.named_parameters() if "default" in name]
+    torch.testing.assert_close(output(model), expected_output(model, "second"))
+    fastlora.delete_adapter(model, "second")
+    torch.testing.assert_close(output(model), expected_output(model))
+
+
+def test_a_deleted_start_gives_the_weights_bits_back():
+    model = build(names=())
+    before = [p.clone() for p in model.parameters()]
+    fastlora.patch(model, r=2, init_lora_weights="pissa")
+    fastlora.delete_adapter(model, "default")
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+def test_what_cannot_be_deleted_stays():
+    model = build()
+    with pytest.raises(
+        ValueError, match=r"delete_adapter: adapter_name: got 'third', want one of \['default', 'second'"
+    ):
+        fastlora.delete_adapter(model, "third")
+    fastlora.merge(model)
+    with pytest.raises(ValueError, match=r"delete_adapter: \['default'\] merged into '0'; call fastlora.unmerge"):
+        fastlora.delete_adapter(model, "default")
+    assert len(layers(model)[0].r) == 2
+    fastlora.delete_adapter(model, "second")  # which is not merged
+    fastlora.unmerge(model)
+    torch.testing.assert_close(output(model), expected_output(model, "default"))
+
+
 # merge and unmerge
 
 

@@ -521,7 +521,12 @@ def test_adapters_that_are_there_already(saved):
     assert_refused(saved, "adapter_name: got 'a.b'", name="a.b")
     edit_config(saved, target_modules=["0", "2"])
     edit_tensors(saved, lambda t: [t.pop(key) for key in list(t) if ".4." in key])
-    assert_refused(saved, "no weights for 4", model=patched())
+    assert_refused(saved, "also in 4, for which there are no weights", model=patched())
+
+
+def test_an_adapter_of_that_name_in_more_layers(tmp_path):
+    fastlora.save_adapter(patched(target_modules=["0"]), tmp_path)
+    assert_refused(tmp_path, "'default' exists already, also in 2, 4, for which there are no weights", model=patched())
 
 
 @pytest.mark.parametrize("patched_before", [False, True])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,7 @@ import trials
 from byte_gpt import Shape
 from comparison_settings import DEFAULTS, QUICK, parse
 from contestants import CONTESTANTS
+from safetensors import SafetensorError
 from settings import UsageError
 from tasks import ACCURACY, Scores
 from tiny_examples import save_tiny_encoder, write_library
@@ -209,6 +211,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         store.add(a_trial(seed=1))
     monkeypatch.undo()
     assert len(Store(tmp_path / "trials.json", {})) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["trials.json"]
 
 
 def test_results_are_kept_for_the_same_facts_only(tmp_path):
@@ -364,7 +367,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_result(run, tmp_path, mon
     monkeypatch.setattr(trials, "run_trial", run_trial)
     assert run(tmp_path / "parts", *options) == compare.INTERRUPTED
     folder = tmp_path / "parts" / "docstrings"
-    assert f"the finished trials are in {folder / 'trials.json'}" in capsys.readouterr().err
+    assert f"what was finished is kept in {tmp_path / 'parts'}" in capsys.readouterr().err
     assert not (folder / "results.json").exists()
     assert run(tmp_path / "parts", *options) == 0
     assert made.count(made[4]) == 2  # the one under way
@@ -408,6 +411,32 @@ def test_a_rate_that_is_far_too_large_is_recorded_as_diverged(tmp_path):
     assert results["one rate"][0]["final_loss"] is None
     assert all(math.isfinite(loss) for loss in results["trials"]["full"][0]["losses"])
     assert "full fine-tuning (2 diverged)" in text
+
+
+@pytest.mark.parametrize(
+    "writes", ["pathlib.Path.write_text", "pretraining.save_file", "matplotlib.figure.Figure.savefig"]
+)
+def test_a_full_disk_is_an_error_in_a_line_and_leaves_no_piece(tmp_path, monkeypatch, capsys, writes):
+    error = SafetensorError("full") if writes == "pretraining.save_file" else OSError(28, "No space left on device")
+    options = ["--task", "digits", "--quick", "--device", "cpu", "--contestants", "lora", "--out", str(tmp_path)]
+    monkeypatch.setattr(writes, lambda *_, **__: (_ for _ in ()).throw(error))
+    assert compare.main(options) == 1
+    assert re.search(r"compare.py: error: .*(full|No space left)", capsys.readouterr().err)
+    assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name]
+    monkeypatch.undo()
+    assert compare.main(options) == 0
+
+
+def test_a_rank_beyond_the_layers_leaves_out_the_starts_from_singular_vectors(tmp_path):
+    results, _ = quick_digits(tmp_path, "--contestants", "lora", "--r", "400", "--no-plot")
+    assert set(results["alignment"]["sgd"]) == {"lora", "bound"}
+
+
+def test_a_state_is_counted_once(tmp_path):
+    results, _ = quick_digits(tmp_path, "--contestants", "adalora", "--no-plot")
+    (row,) = results["one rate"]
+    # AdamW's two moments of P, Λ and Q, the importances' two averages, and the scores: one to each of 3 layers' 6 ranks.
+    assert row["optimizer_state"] == 4 * row["trainable"] + 3 * 6
 
 
 def test_with_sgd_what_has_no_meaning_is_left_out_and_said(tmp_path):

@@ -329,6 +329,17 @@ def test_keep_merged_keeps_the_merged_weights(build):
     assert {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)} == flags
 
 
+def test_keep_merged_without_a_merge_is_refused():
+    model = Net()
+    fastlora.patch(model, r=3, init_lora_weights=False)
+    x = torch.randn(4, 6)
+    before = model(x)
+    with pytest.raises(ValueError, match=r"unpatch: keep_merged: no adapter is merged .* call fastlora.merge"):
+        fastlora.unpatch(model, keep_merged=True)
+    assert fastlora.is_patched(model)
+    assert torch.equal(model(x), before)
+
+
 # Parts of a model.
 
 
