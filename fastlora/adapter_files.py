@@ -16,9 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from . import peft_format, sharding
+from . import peft_format, peft_ranks, sharding
 from .layers import FusedLoraLinear, scale_of
-from .rank_schedule import Allocation, RankSchedule
+from .rank_schedule import Allocation, RankSchedule, with_nonzero
 from .targets import lora_layers
 
 # AdaLoraConfig's default. PEFT's penalty is another one than ours, and no file says what ours was weighted with.
@@ -32,37 +32,50 @@ def contents(model: nn.Module, adapter_name: str, as_lora: bool = False) -> dict
     kind = _kind_of(layers, adapter_name)
     kind = "use_lora" if as_lora and kind == "use_adalora" else kind
     peft_type = "ADALORA" if kind == "use_adalora" else "LORA"
-    plan = _AdaLoraPlan(layers, adapter_name) if kind == "use_adalora" else None
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        if plan is not None:
-            r = layer.r[adapter_name]
-            lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-        else:
-            lora_A, lora_B, r, _ = layer.as_plain_adapter(adapter_name)
-        found: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-            "lora_A": (lora_A, (r, layer.in_features)),
-            "lora_B": (lora_B, (layer.out_features, r)),
-        }
-        if kind == "use_dora":
-            found["lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter_name], (layer.out_features,)
-        if plan is not None:
-            found["lora_E"] = layer.lora_E[adapter_name], (r, 1)
-        for factor, (parameter, wanted) in found.items():
-            tensor = sharding.whole(parameter.detach())
-            if tuple(tensor.shape) != wanted or tensor.is_meta:
-                raise ValueError(
-                    f"save_adapter: model: {factor} of {name!r} is a {tuple(tensor.shape)} tensor on "
-                    f"{tensor.device}, want {wanted}: gather sharded parameters before saving"
-                )
-            tensor = tensor.cpu() if plan is None else plan.pruned(name, factor, tensor.cpu())
-            suffix = peft_format.FACTORS[peft_type][factor][0]
-            tensors[f"{peft_format.PREFIX}{name}{'.' if name else ''}{factor}{suffix}"] = tensor.contiguous()
-    config = _config(model, modules, layers, adapter_name, kind) | ({} if plan is None else plan.config())
+    found = {name: _whole_factors(name, layer, adapter_name, kind) for name, layer in layers.items()}
+    config = _config(model, modules, layers, adapter_name, kind)
+    if kind == "use_adalora":
+        plan = _AdaLoraPlan(layers, adapter_name, {name: factors["lora_E"] for name, factors in found.items()})
+        found = {name: plan.pruned(name, factors) for name, factors in found.items()}
+        config |= plan.config()
+    tensors = {
+        f"{peft_format.PREFIX}{name}{'.' if name else ''}{factor}{peft_format.FACTORS[peft_type][factor][0]}": tensor
+        for name, factors in found.items()
+        for factor, tensor in factors.items()
+    }
     return {
         peft_format.CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        peft_format.WEIGHTS_NAME: safetensors.torch.save(tensors, metadata={"format": "pt"}),
+        peft_format.WEIGHTS_NAME: safetensors.torch.save(
+            {key: tensor.contiguous() for key, tensor in tensors.items()}, metadata={"format": "pt"}
+        ),
     }
+
+
+def _whole_factors(name: str, layer: FusedLoraLinear, adapter_name: str, kind: str) -> dict[str, Tensor]:
+    """A layer's tensors on the host. Raises ValueError for one that is not whole."""
+    if kind == "use_adalora":
+        r = layer.r[adapter_name]
+        lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    else:
+        lora_A, lora_B, r, _ = layer.as_plain_adapter(adapter_name)
+    found: dict[str, tuple[Tensor, tuple[int, ...]]] = {
+        "lora_A": (lora_A, (r, layer.in_features)),
+        "lora_B": (lora_B, (layer.out_features, r)),
+    }
+    if kind == "use_dora":
+        found["lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter_name], (layer.out_features,)
+    if kind == "use_adalora":
+        found["lora_E"] = layer.lora_E[adapter_name], (r, 1)
+    whole = {}
+    for factor, (parameter, wanted) in found.items():
+        tensor = sharding.whole(parameter.detach())
+        if tuple(tensor.shape) != wanted or tensor.is_meta:
+            raise ValueError(
+                f"save_adapter: model: {factor} of {name!r} is a {tuple(tensor.shape)} tensor on "
+                f"{tensor.device}, want {wanted}: gather sharded parameters before saving"
+            )
+        whole[factor] = tensor.cpu()
+    return whole
 
 
 def _kind_of(layers: dict[str, FusedLoraLinear], adapter_name: str) -> str:
@@ -81,15 +94,17 @@ def _kind_of(layers: dict[str, FusedLoraLinear], adapter_name: str) -> str:
 
 class _AdaLoraPlan:
     """What PEFT's AdaLoRA format makes of our adapters: one rank that all began with, one alpha, and in `rank_pattern`
-    which of the ranks are left."""
+    which of the ranks are left. `values`: each layer's λ (r, 1). One that is not zero is never left out."""
 
-    def __init__(self, layers: dict[str, FusedLoraLinear], adapter_name: str) -> None:
-        self.allocations, self.kept = {}, {}
+    def __init__(self, layers: dict[str, FusedLoraLinear], adapter_name: str, values: dict[str, Tensor]) -> None:
+        self.allocations = {name: layer.allocation.get(adapter_name, Allocation()) for name, layer in layers.items()}
+        self.kept = {}
         for name, layer in layers.items():
-            r, allocation = layer.r[adapter_name], layer.allocation.get(adapter_name, Allocation())
-            self.allocations[name] = allocation
-            known = allocation.kept is not None and r in (len(allocation.kept), sum(allocation.kept))
-            self.kept[name] = list(allocation.kept) if known and allocation.kept else [True] * r
+            r, kept = layer.r[adapter_name], self.allocations[name].kept
+            if kept is not None and r == len(kept):
+                self.kept[name] = with_nonzero(kept, values[name])
+            else:
+                self.kept[name] = list(kept) if kept is not None and r == sum(kept) else [True] * r
         self.final = any(allocation.kept is not None for allocation in self.allocations.values())
         lengths = {len(kept) for kept in self.kept.values()}
         self.init_r = max(lengths)
@@ -104,14 +119,16 @@ class _AdaLoraPlan:
         self.alpha = (int(alpha) if alpha.is_integer() else alpha) if alpha > 0 else self.init_r
         self.factors = {name: scale * self.init_r / self.alpha for name, scale in scales.items()}
 
-    def pruned(self, name: str, factor: str, tensor: Tensor) -> Tensor:
-        """A layer's tensor as the file has it."""
-        kept, dim = self.kept[name], peft_format.RANK_DIMS[factor]
-        if tensor.shape[dim] == len(kept):
-            tensor = tensor.index_select(dim, torch.tensor([i for i, keep in enumerate(kept) if keep]).long())
-        if factor == "lora_E" and not math.isclose(self.factors[name], 1.0, rel_tol=1e-9):
-            tensor = tensor * self.factors[name]
-        return tensor
+    def pruned(self, name: str, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A layer's tensors as the file has them."""
+        kept, found = self.kept[name], {}
+        index = torch.tensor([i for i, keep in enumerate(kept) if keep], dtype=torch.int64)
+        for factor, tensor in factors.items():
+            dim = peft_format.RANK_DIMS[factor]
+            found[factor] = tensor.index_select(dim, index) if tensor.shape[dim] == len(kept) else tensor
+        if not math.isclose(self.factors[name], 1.0, rel_tol=1e-9):
+            found["lora_E"] = found["lora_E"] * self.factors[name]
+        return found
 
     def config(self) -> dict[str, Any]:
         """AdaLoraConfig's settings. The schedule is the allocator's, or that of the file that was loaded."""
@@ -194,7 +211,8 @@ def peft_contents(model: Any, adapter_name: str, root: Path) -> dict[str, bytes]
         if card.is_file():  # PEFT updates a model card that is there
             shutil.copy(card, folder)
         state = _gathered_state(model, adapter_name) if sharding.has_shards(model) else None
-        model.save_pretrained(folder, selected_adapters=[adapter_name], state_dict=state)
+        with peft_ranks.as_saved(model, adapter_name):
+            model.save_pretrained(folder, selected_adapters=[adapter_name], state_dict=state)
         paths = [path for path in Path(folder).rglob("*") if path.is_file()]
         return {path.name: path.read_bytes() for path in paths}
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,19 @@ class RankSchedule:
 @dataclass(frozen=True)
 class Allocation:
     """Of one adapter in one layer. schedule: the allocator's, or the one that a file was trained with; kept: which of
-    the ranks that it began with are left, once that is final."""
+    the ranks that it began with are left, once that is final: those that it has, or those that are not masked."""
 
     schedule: RankSchedule | None = None
     kept: tuple[bool, ...] | None = None
+
+
+def composed(there: Sequence[bool], kept: Sequence[bool]) -> list[bool]:
+    """Of the ranks that an adapter began with those that are left, when of the ones that were there some are kept."""
+    of_those = iter(kept)
+    return [was and next(of_those) for was in there]
+
+
+def with_nonzero(kept: Sequence[bool], values: Tensor) -> list[bool]:
+    """The ranks that are kept, and those whose singular value is not zero: what was masked may have been trained since.
+    Reads the values (r, 1) from the device."""
+    return [keep or value != 0 for keep, value in zip(kept, values.flatten().tolist(), strict=True)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import itertools
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -353,12 +355,87 @@ def test_follow_under_a_grad_scaler_that_leaves_unscaling_to_the_optimiser():
     torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-4, atol=0.0)
 
 
+@pytest.mark.parametrize("unscaled_before", [False, True])
+def test_steps_that_a_grad_scaler_skips_do_not_count(unscaled_before):
+    """In an optimiser that skips them itself (fused), as in one that is not called at all."""
+    outcomes = []
+    for fused in (False, True):
+        model = patched()
+        optimizer = torch.optim.AdamW(trained(model), lr=0.01, fused=fused)
+        allocator = RankAllocator(model, **SETTINGS).follow(optimizer)
+        scaler, counted = torch.amp.GradScaler("cpu", init_scale=2.0**10), []
+        for step in range(10):
+            scaler.scale(loss_of(model, step)).backward()
+            if step in (0, 3, 4, 6):
+                model.layers[0].lora_B["default"].grad.fill_(float("inf"))
+            if unscaled_before:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            counted.append(allocator.steps)
+        assert counted == [0, 1, 2, 2, 2, 3, 3, 4, 5, 6]
+        outcomes.append((torch.cat(list(allocator.scores.values())), allocator.rank_pattern))
+    torch.testing.assert_close(outcomes[0][0], outcomes[1][0], rtol=1e-4, atol=0.0)
+    assert outcomes[0][1] == outcomes[1][1]
+
+
 class Repeated(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return 4
 
     def __getitem__(self, index: int) -> Any:
         return {name: value[index % 2] for name, value in tiny_batch("llama").items()}
+
+
+def documented_trainer() -> Any:
+    """docs/adalora.md's."""
+    page = (Path(__file__).resolve().parent.parent / "docs" / "adalora.md").read_text(encoding="utf-8")
+    code = re.search(r"^class AdaLoraTrainer.*?(?=^\S)", page, re.M | re.S)
+    assert code is not None
+    names = {"transformers": transformers, "orthogonality_penalty": fastlora.variants.orthogonality_penalty}
+    exec(code[0], names)
+    return names["AdaLoraTrainer"]
+
+
+def trainer_arguments(directory: Path, **settings: Any) -> transformers.TrainingArguments:
+    settings = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", **settings}
+    return transformers.TrainingArguments(output_dir=str(directory), **settings)
+
+
+@pytest.mark.parametrize("by_the_model", [True, False])
+def test_the_penalty_in_transformers_trainer_is_that_of_a_step(by_the_model, tmp_path):
+    """However many batches a step is made of, and whoever divides by their number."""
+    gradients = []
+    for accumulated, of_a_batch in ((1, 4), (2, 2), (4, 1)):
+        model: Any = tiny_model("llama")
+        torch.manual_seed(0)
+        fastlora.patch(model, r=R, use_adalora=True)
+        seen: dict[str, Tensor] = {}
+        optimizer = torch.optim.SGD(trained(model), lr=0.0)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        optimizer.register_step_pre_hook(
+            lambda *_, seen=seen, names=names, model=model: seen.update(
+                {names[id(p)]: p.grad.clone() for p in trained(model)}  # type: ignore[union-attr]
+            )
+        )
+        settings = {"max_steps": 1, "per_device_train_batch_size": of_a_batch, "max_grad_norm": 0}
+        arguments = trainer_arguments(tmp_path, **settings, gradient_accumulation_steps=accumulated)
+        trainer = documented_trainer()(
+            model, arguments, train_dataset=Repeated(), eval_dataset=Repeated(), optimizers=(optimizer, None)
+        )
+        trainer.model_accepts_loss_kwargs = by_the_model
+        with torch.no_grad():
+            task_loss = model(**tiny_batch("llama")).loss
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(task_loss.item(), rel=1e-5)  # the task's alone
+        trainer.train()
+        gradients.append(seen)
+    model.zero_grad()
+    fastlora.variants.orthogonality_penalty(model).backward()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("lora_A.default", "lora_B.default")):  # Λ = 0: the loss itself has none
+            for seen in gradients:
+                torch.testing.assert_close(seen[name], parameter.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_follow_in_transformers_trainer(tmp_path):
@@ -368,17 +445,8 @@ def test_follow_in_transformers_trainer(tmp_path):
     allocator = RankAllocator(model, TARGET, total_steps=6, t_init=1, t_final=2)
     optimizer = optimizer_of(model)
     allocator.follow(optimizer)
-    settings: dict[str, Any] = {"output_dir": str(tmp_path), "report_to": "none", "use_cpu": True, "max_steps": 6}
-    settings |= {"per_device_train_batch_size": 2, "disable_tqdm": True, "save_strategy": "no"}
-    arguments = transformers.TrainingArguments(**settings, gradient_accumulation_steps=2)
-
-    class Trainer(transformers.Trainer):
-        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            result: Any = super().compute_loss(model, inputs, return_outputs, **kwargs)
-            penalty = fastlora.variants.orthogonality_penalty(model)
-            return (result[0] + penalty, result[1]) if return_outputs else result + penalty
-
-    Trainer(model, arguments, train_dataset=Repeated(), optimizers=(optimizer, None)).train()
+    arguments = trainer_arguments(tmp_path, max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    documented_trainer()(model, arguments, train_dataset=Repeated(), optimizers=(optimizer, None)).train()
     assert allocator.steps == 6 and allocator.is_final
     assert sum(allocator.ranks.values()) == TARGET * layers
     assert {n: [e != 0 for e in values] for n, values in lambdas(model).items()} == allocator.rank_pattern
@@ -420,7 +488,20 @@ def test_another_model_s_state_is_refused():
         model = other._model
         loss_of(model, 0).backward()
         other.step()
+    loss_of(allocator._model, 1).backward()
+    allocator.step()
     before = allocator.state_dict()
+    for change in (  # of other sizes; half of one
+        lambda importance: importance[NAMES[2]].update(lora_B=torch.ones(2, 7, R)),
+        lambda importance: importance[NAMES[2]].update(lora_E=torch.ones(2, R)),
+        lambda importance: importance[NAMES[2]].pop("lora_A"),
+        lambda importance: importance.pop(NAMES[2]),
+    ):
+        changed = copy.deepcopy(before)
+        changed["importance"][NAMES[0]]["lora_A"].zero_()
+        change(changed["importance"])
+        with pytest.raises(ValueError, match=r"or their sizes, are not this model's \((layers\.2|some are missing)\)"):
+            allocator.load_state_dict(changed)
     with pytest.raises(ValueError, match=r"are not this model's \(layers.0"):
         allocator.load_state_dict(others[0].state_dict())
     with pytest.raises(ValueError, match=r"are not this model's \(some are missing\)"):
@@ -464,6 +545,28 @@ def test_copies_of_a_model_with_its_allocator():
     for each, its in ((model, allocator), (model2, allocator2)):
         run(each, optimizer_of(each), its, first=5)
     assert _same(dict(model.named_parameters()), dict(model2.named_parameters()))
+
+
+@pytest.mark.parametrize("way", ["copied", "pickled"])
+def test_a_copy_of_an_allocator_that_follows_follows_nothing(way):
+    model = patched()
+    optimizer = optimizer_of(model)
+    allocator = RankAllocator(model, **SETTINGS).follow(optimizer)
+    run(model, optimizer, allocator, steps=5)
+    if way == "copied":
+        model2, optimizer2, allocator2 = copy.deepcopy((model, optimizer, allocator))
+    else:
+        buffer = io.BytesIO()
+        torch.save((model, optimizer, allocator), buffer)
+        buffer.seek(0)
+        model2, optimizer2, allocator2 = torch.load(buffer, weights_only=False)
+    assert "following" in repr(allocator) and "following" not in repr(allocator2)
+    allocator2.follow(optimizer2)
+    for each in ((model, optimizer, allocator), (model2, optimizer2, allocator2)):
+        run(*each, first=5)
+    assert allocator2.is_final and _same(dict(model.named_parameters()), dict(model2.named_parameters()))
+    allocator.release()
+    assert "following" in repr(allocator2)
 
 
 # What is refused, and what is said.

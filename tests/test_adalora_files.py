@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -177,6 +178,71 @@ def test_layers_of_rank_0(shrunk, tmp_path):
         load_adapter(model, tmp_path)
         torch.testing.assert_close(model(X), want, **CLOSE)
         assert {n: int((f["e"] != 0).sum()) for n, f in triplets(model).items()} == ranks
+
+
+def train_on(model: Any, steps: int = STEPS) -> None:
+    """Without an allocator."""
+    optimizer = optimizer_of(model)
+    for step in range(steps):
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("how", ["no more steps", "released", "started anew"])
+def test_masked_ranks_that_are_trained_on_are_saved(how, tmp_path):
+    """What is saved is what the model computes, whatever was masked once."""
+    model, allocator = allocated()
+    if how == "released":
+        model = patched()
+        optimizer = optimizer_of(model)
+        allocator = RankAllocator(model, TARGET, STEPS, t_final=2).follow(optimizer)
+        for step in range(STEPS):
+            loss_of(model, step).backward()
+            optimizer.step()
+        allocator.release()
+    elif how == "started anew":
+        for layer in model.layers:
+            layer.reset_adapter("default")
+    assert allocator.is_final
+    train_on(model)
+    want = model(X)
+    save_adapter(model, tmp_path)
+    assert config_of(tmp_path)["rank_pattern"] == {f"{name}.lora_E": [True] * R for name in NAMES}
+    here = plain()
+    load_adapter(here, tmp_path)
+    torch.testing.assert_close(here(X), want, **CLOSE)
+    torch.testing.assert_close(from_peft(plain(), tmp_path)(X), want, **CLOSE)
+    masked = next(name for name, kept in allocator.rank_pattern.items() if not all(kept))
+    index = allocator.rank_pattern[masked].index(False)
+    triplets(model)[masked]["e"].data[index] = 0.0  # and is out of the file again
+    save_adapter(model, tmp_path)
+    assert config_of(tmp_path)["rank_pattern"][f"{masked}.lora_E"] == [i != index for i in range(R)]
+
+
+def test_a_state_from_before_the_end_takes_the_masks_back(tmp_path):
+    model = patched()
+    optimizer = optimizer_of(model)
+    allocator = RankAllocator(model, TARGET, STEPS, t_final=2)
+    parts, states = (model, optimizer, allocator), []
+    for step in range(STEPS):
+        if step == 4:
+            states = copy.deepcopy([part.state_dict() for part in parts])
+            want = model(X)
+        loss_of(model, step).backward()
+        optimizer.step()
+        allocator.step()
+        optimizer.zero_grad()
+    assert allocator.is_final
+    for part, state in zip(parts, states, strict=True):
+        part.load_state_dict(state)
+    assert not allocator.is_final
+    save_adapter(model, tmp_path)
+    assert config_of(tmp_path)["rank_pattern"] is None
+    here = plain()
+    load_adapter(here, tmp_path)
+    assert torch.equal(here(X), want)
+    assert [len(factors["e"]) for factors in triplets(here).values()] == [R] * len(NAMES)
 
 
 def test_ranks_and_scales_that_the_format_has_one_of(tmp_path):

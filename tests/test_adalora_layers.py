@@ -188,6 +188,31 @@ def test_a_layer_that_keeps_nothing_loses_its_adapter():
     assert type(model.layers[1]) is nn.Linear
 
 
+def test_names_of_an_optimiser_s_parameters_go_with_them():
+    model = random_adapters()
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": named[:2]}, {"params": named[2:]}], lr=0.02)
+    for name in NAMES[:2]:
+        triplets(model)[name]["e"].data.zero_()
+    shrink_to_ranks(model, {NAMES[0]: [False] * R, NAMES[1]: [True, False, False, False]}, optimizer)
+    left = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [(group["param_names"], [left[id(p)] for p in group["params"]]) for group in optimizer.param_groups]
+    assert [names for names, _ in groups] == [found for _, found in groups]
+    assert [n for names, _ in groups for n in names] == [name for name, _ in named if NAMES[0] not in name]
+
+
+def test_cut_in_inference_mode_a_model_can_be_trained():
+    model = patched()
+    optimizer = optimizer_of(model)
+    allocator = allocated(model, optimizer)
+    with torch.inference_mode():
+        shrink_to_ranks(model, allocator, optimizer)
+    loss_of(model, STEPS).backward()
+    optimizer.step()
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    assert not any(tensor.is_inference() for tensor in (*trained(model), *states))
+
+
 def test_other_optimisers_states_are_reset_which_a_warning_says():
     model = patched()
     optimizer = torch.optim.Adagrad(trained(model), lr=0.1)

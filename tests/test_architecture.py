@@ -61,6 +61,7 @@ FLOORS = {
     "fastlora.peft_bnb": 5,
     "fastlora.peft_tuner": 5,
     "fastlora.peft_format": 5,
+    "fastlora.peft_ranks": 5,
     "fastlora.patch_report": 5,
     "fastlora.peft_patching": 6,
     "fastlora.adapters": 6,

@@ -4,20 +4,20 @@
     S_i = s(λ_i) + mean s(P_·i) + mean s(Q_i·)        for every triplet; the best b(t) of all layers' keep their λ
 
 The averages are kernels/importance.py's business (ATen's on a CPU), the budget b(t) rank_schedule.py's. Scores, order
-and masks stay on the device: nothing is read back but the final pattern, once.
+and masks stay on the device: nothing is read back but the final pattern, once, and where an optimiser skips steps by
+itself (fused, under a GradScaler) whether it does.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import importance_dispatch, targets
+from .. import importance_dispatch, peft_ranks, targets
 from ..init import moments
 from ..kernels.importance_plan import Averages, Factors, Layout
 from ..layers import FusedLoraLinear
@@ -55,8 +55,8 @@ class RankAllocator:
 
     Either call `step()` once a step, between `optimizer.step()` and `zero_grad()`; or `follow(optimizer)` once, and
     nothing more. docs/adalora.md says how they differ. Masked are λ only: P and Q go on learning, and a triplet comes
-    back where its score is among the best again. After step `total_steps - t_final` the pattern stays, and masked λ
-    stay zero; `shrink_to_ranks` can then cut them off.
+    back where its score is among the best again. After step `total_steps - t_final` the pattern stays, and each further
+    step keeps the masked λ at zero: without the allocator they train like any others. `shrink_to_ranks` cuts them off.
 
     Args:
         model: patched with `use_adalora=True`, or with PEFT's AdaLoRA layers, patched or not. Under
@@ -123,10 +123,9 @@ class RankAllocator:
         self._final: dict[str, list[bool]] | None = None
         self._cut = False  # by shrink_to_ranks
         self._hooks: list[Any] = []
+        self._skipped = False  # the step that a followed optimiser is in
         self._place()
-        for layer in self._layers.values():
-            if isinstance(layer, FusedLoraLinear):
-                layer.allocation[adapter_name] = Allocation(self.schedule)
+        self._record()
 
     # What it knows.
 
@@ -186,8 +185,10 @@ class RankAllocator:
         """Hooks itself into `optimizer.step()`, so that `step` need not be called: before it the importance, of the
         weights that the gradients belong to (the paper's Algorithm 1), after it the masks. `release` ends it.
 
-        In a loop of your own, in transformers' Trainer, under a GradScaler, with a closure. Raises ValueError where an
-        optimiser is followed already, or this one does not train every λ.
+        In a loop of your own, in transformers' Trainer, under a GradScaler (steps that it skips do not count), with a
+        closure. A copy of the allocator, or one that was pickled, follows nothing: call this again.
+
+        Raises ValueError where an optimiser is followed already, or this one does not train every λ.
         """
         caller = f"{_WHERE}.follow"
         if self._hooks:
@@ -204,18 +205,26 @@ class RankAllocator:
             )
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(lambda *_: self._advance()),
+            optimizer.register_step_post_hook(self._after_step),
         ]
         return self
 
     def release(self) -> None:
-        """Takes the hooks away again; what is masked stays so."""
+        """Takes the hooks away again. What is masked stays zero only until the next training step, unless `step` is
+        called after it, or `shrink_to_ranks` before."""
         while self._hooks:
             self._hooks.pop().remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hooks": []}  # they are of the optimiser that was followed
+
     def _before_step(self, optimizer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        # Both set by a GradScaler, where the optimiser itself unscales, and skips: only then is anything waited for.
+        scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        self._skipped = found_inf is not None and bool(found_inf)
+        if self._skipped:
+            return None
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimiser
-        scale = getattr(optimizer, "grad_scale", None)  # set by a GradScaler where the optimiser itself unscales
         rate = None if scale is None else scale.detach().reshape(1).reciprocal()
         if closure is None:
             self._observe(rate)
@@ -224,6 +233,10 @@ class RankAllocator:
         if len(args) > 1:
             return (args[0], observed, *args[2:]), kwargs
         return args, {**kwargs, "closure": observed}
+
+    def _after_step(self, *_: Any) -> None:
+        if not self._skipped:
+            self._advance()
 
     @torch.no_grad()
     def _observe(self, rate: Tensor | None = None) -> None:
@@ -256,7 +269,8 @@ class RankAllocator:
         if self.steps >= self.schedule.last or self.schedule.allocates(self.steps):
             self._mask()
         if self.steps == self.schedule.last:
-            self._finish()
+            self._final = self.rank_pattern
+            self._record()
 
     def _mask(self) -> None:
         self._place()
@@ -272,20 +286,14 @@ class RankAllocator:
             self._masks.append(list(flat.unsqueeze(1).split(part.ranks)))
             start += part.layout.total_rank
 
-    def _finish(self) -> None:
-        """Reads the pattern, and has the layers remember it, for files."""
-        pattern = self._final = self.rank_pattern
+    def _record(self) -> None:
+        """Has the layers, and PEFT's configuration, know the final pattern, for files; or that there is none yet."""
+        final = self._final or {}
         for name, layer in self._layers.items():
-            if isinstance(layer, FusedLoraLinear):
-                layer.allocation[self.adapter_name] = Allocation(self.schedule, tuple(pattern[name]))
-        for tuner in _peft_tuners(self._model, self.adapter_name):
-            # As PEFT's own allocator leaves it, so that its `save_pretrained` prunes.
-            places = {id(layer): name for name, layer in tuner.model.named_modules()}
-            tuner.peft_config[self.adapter_name].rank_pattern = {
-                f"{places[id(layer)]}.lora_E.{self.adapter_name}": pattern[name]
-                for name, layer in self._layers.items()
-                if id(layer) in places
-            }
+            if isinstance(layer, FusedLoraLinear) and self.adapter_name in layer.r:  # it is not where none was left
+                kept = tuple(final[name]) if name in final else None
+                layer.allocation[self.adapter_name] = Allocation(self.schedule, kept)
+        peft_ranks.mask(self._model, self.adapter_name, {self._layers[name]: kept for name, kept in final.items()})
 
     def was_cut(self) -> None:
         """By `shrink_to_ranks`: there is nothing left to mask."""
@@ -316,7 +324,7 @@ class RankAllocator:
             _Part(layers, [self._sizes[i] for i in layers], self.schedule, *place) for place, layers in places.items()
         ]
         if state is not None:
-            self.load_state_dict(state)
+            self._restore(state)
 
     def _factors(self, part: _Part) -> Factors:
         layers = list(self._layers.values())
@@ -352,23 +360,33 @@ class RankAllocator:
         kept = None if self._kept is None else {name: k.clone() for name, k in self._by_layer(self._kept).items()}
         return {"steps": self.steps, "kept": kept, "importance": importance}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken. Raises ValueError, with nothing changed, for another model's."""
-        shapes = dict(zip(self._names, self._sizes, strict=True))
-        kept = state["kept"]
-        wrong = [name for name in (*state["importance"], *(kept or ())) if name not in shapes]
-        wrong += [name for name, k in (kept or {}).items() if name in shapes and k.numel() != shapes[name][0]]
-        wrong += [
-            name
-            for name, tensors in state["importance"].items()
-            if name in shapes and tensors["lora_A"].shape[1:] != shapes[name][:2]
-        ]
-        if wrong or (kept is not None and set(kept) != set(shapes)):
+        self._check(state)
+        self._restore(state)
+        self._record()
+
+    def _check(self, state: dict[str, Any]) -> None:
+        kept, importance = state["kept"], state["importance"]
+        sizes = dict(zip(self._names, self._sizes, strict=True))
+        wrong = [name for name in (*importance, *(kept or ())) if name not in sizes]
+        for name, (r, k, n) in sizes.items():
+            wanted = {"lora_A": (2, r, k), "lora_B": (2, n, r), "lora_E": (2, r, 1)}
+            if name in importance and {key: tuple(f.shape) for key, f in importance[name].items()} != wanted:
+                wrong.append(name)
+            if kept is not None and name in kept and tuple(kept[name].shape) != (r,):
+                wrong.append(name)
+        ranked = {name for name, (r, _, _) in sizes.items() if r}
+        missing = (kept is not None and set(kept) != set(sizes)) or (importance and set(importance) < ranked)
+        if wrong or missing:
             raise ValueError(
-                f"{_WHERE}.load_state_dict: state: its layers, or their ranks, are not this model's "
-                f"({', '.join(wrong[:3]) or 'some are missing'}), want the state of an allocator of the same model"
+                f"{_WHERE}.load_state_dict: state: its layers, or their sizes, are not this model's "
+                f"({', '.join(dict.fromkeys(wrong[:3])) or 'some are missing'}), want the state of an allocator of the "
+                "same model"
             )
+
+    @torch.no_grad()
+    def _restore(self, state: dict[str, Any]) -> None:
         for part in self._parts:
             part.sensitivity.zero_()
             part.uncertainty.zero_()
@@ -378,6 +396,7 @@ class RankAllocator:
                     for f, values in zip((part.sensitivity, part.uncertainty), found[key] if found else ()):
                         part.layout.view(f, factor, i).copy_(values)
         self.steps = int(state["steps"])
+        kept = state["kept"]
         self._kept, self._count, self._masks, self._final = None, self.initial_budget, [], None
         if kept is not None:
             device = self._parts[0].device
@@ -385,14 +404,7 @@ class RankAllocator:
             flat = torch.cat([kept[name].to(device) for name in order])
             self._keep(flat, int(flat.sum()))
             if self.steps >= self.schedule.last:
-                self._finish()
-
-
-def _peft_tuners(model: nn.Module, adapter_name: str) -> list[Any]:
-    """The `AdaLoraModel`s in a model that have this adapter."""
-    peft: Any = sys.modules.get("peft.tuners.adalora.model")
-    tuners: list[Any] = [m for m in model.modules() if peft is not None and isinstance(m, peft.AdaLoraModel)]
-    return [tuner for tuner in tuners if adapter_name in tuner.peft_config]
+                self._final = self.rank_pattern
 
 
 def _then(closure: Callable[[], Any], observe: Callable[[], None], seen: list[bool]) -> Any:

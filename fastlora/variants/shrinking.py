@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import peft_ranks
 from ..init import moments
 from ..layers import FusedLoraLinear
 from ..rank_schedule import Allocation
@@ -19,7 +20,6 @@ _WHERE = "shrink_to_ranks"
 _RANK_DIMS = {"lora_A": 0, "lora_B": 1, "lora_E": 0}
 
 
-@torch.no_grad()
 def shrink_to_ranks(
     model: nn.Module,
     pattern: RankAllocator | Mapping[str, Sequence[bool]],
@@ -70,8 +70,10 @@ def shrink_to_ranks(
         factors = [factor for name in kept for factor in factors_of(layers[name], adapter_name)]
         moments.check_optimizer(optimizer, factors, _WHERE)
         optimizer = moments.unwrapped(optimizer)
-    for name, keeps in kept.items():
-        _cut_layer(layers[name], adapter_name, keeps, optimizer)
+    peft_ranks.cut(model, adapter_name, {layers[name]: keeps for name, keeps in kept.items()})
+    with torch.inference_mode(False), torch.no_grad():  # a parameter made in inference mode could never be trained
+        for name, keeps in kept.items():
+            _cut_layer(layers[name], adapter_name, keeps, optimizer)
     if allocator is not None:
         allocator.was_cut()
     return {name: sum(kept[name]) if name in kept else layer.r[adapter_name] for name, layer in layers.items()}
@@ -128,6 +130,9 @@ def _replace(optimizer: Any, old: nn.Parameter, new: nn.Parameter | None, index:
     if optimizer is None:
         return
     for group in optimizer.param_groups:
+        if new is None and "param_names" in group:
+            named = zip(group["param_names"], group["params"], strict=True)
+            group["param_names"] = [name for name, p in named if p is not old]
         group["params"] = [new if p is old else p for p in group["params"] if new is not None or p is not old]
     state = optimizer.state.pop(old, None)
     if not state or new is None:
