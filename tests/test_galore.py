@@ -103,6 +103,26 @@ def test_without_a_rank_it_is_adamw_to_the_bit(decay, dtype):
     assert all(ours[key] == theirs[key] for key in ("lr", "betas", "eps", "weight_decay"))
 
 
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_complex_parameters_without_a_rank_are_adamw_too(clip):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(5, 3, generator=generator, dtype=torch.complex64)
+    mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizer = GaLoreAdamW([mine], lr=0.1, weight_decay=0.1, max_grad_norm=clip)
+    other = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.1, foreach=False)
+    for _ in range(4):
+        mine.grad = torch.randn(5, 3, generator=generator, dtype=torch.complex64)
+        theirs.grad = mine.grad.clone()
+        optimizer.step()
+        if clip is not None:
+            nn.utils.clip_grad_norm_([theirs], clip)
+        other.step()
+        again = GaLoreAdamW([mine], lr=0.1, weight_decay=0.1, max_grad_norm=clip)
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer = again
+    assert torch.equal(mine, theirs) and (mine - start).imag.norm() > 0.1
+
+
 def test_only_the_groups_with_a_rank_are_projected():
     model, other = net(), net()
     optimizer = optimizer_of(model, weight_decay=0.0)
@@ -173,6 +193,38 @@ def test_a_changed_gap_holds_from_the_next_refresh_on():
     optimizer.param_groups[0]["update_proj_gap"] = 3
     found += refreshed(optimizer, model, 9)
     assert [t for t, names in enumerate(found) if names] == [0, 4, 7, 10]
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("proj_type", ["std", "full"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_streamed_refresh_refuses_what_is_not_finite_before_anything_moves(clip, proj_type, gradients):
+    """In every step that adds to one: the step that begins it and the one that ends it too."""
+    refused = 0
+    for bad in range(14):
+        model = net()
+        settings: dict[str, Any] = {"gradients": gradients, "refresh": "streamed", "refresh_steps": 1}
+        settings |= {"staggered": False, "max_grad_norm": clip}
+        optimizer = optimizer_of(model, {"update_proj_gap": 3, "proj_type": proj_type}, **settings)
+        train(model, optimizer, bad)
+        loss = loss_of(model, *batch(bad))
+        (loss * float("nan")).backward()
+        before = copy.deepcopy((parameters_of(model), [dict(state) for state in optimizer.state.values()]))
+        state = optimizer.state[model.square.weight]
+        refreshes = not state or state["halves"] or state["step"] + 1 >= state["refresh_at"]
+        if not refreshes:
+            continue
+        refused += 1
+        with pytest.raises(ValueError, match="gradient: that of a projected weight is NaN or infinite in a step that"):
+            optimizer.step()
+        assert torch.equal(parameters_of(model), before[0]), bad
+        for mine, kept in zip(optimizer.state.values(), before[1]):
+            same = [torch.equal(v, kept[k]) if isinstance(v, Tensor) else v == kept[k] for k, v in mine.items() if kept]
+            assert all(same), bad
+        optimizer.zero_grad()
+        train(model, optimizer, 3, start=bad)  # goes on without that batch
+        assert torch.isfinite(parameters_of(model)).all() and not torch.equal(parameters_of(model), before[0])
+    assert 4 < refused < 14
 
 
 @pytest.mark.parametrize("refresh", ["subspace", "streamed"])
@@ -365,6 +417,99 @@ def test_copies_and_pickles_go_on_without_hooks():
         assert not torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
+def test_a_copied_run_goes_on_to_the_same_numbers(way, gradients):
+    """In the plain mode: clipped and drawn as before, and with weights that autograd sees again."""
+    model = net()
+    settings: dict[str, Any] = {"gradients": gradients, "refresh": "streamed", "max_grad_norm": 0.05, "seed": 7}
+    optimizer = optimizer_of(model, weight_decay=0.0, **settings)
+    train(model, optimizer, 4)
+    other, copied = way((model, optimizer))
+    assert (copied.max_grad_norm, copied.seed, copied.gradients) == (0.05, 7, "plain")
+    assert all(parameter.requires_grad for parameter in other.parameters())
+    assert model.up.weight.requires_grad == (gradients != "factored")
+    train(model, optimizer, 9, start=4)
+    train(other, copied, 9, start=4)
+    assert difference(other, model) < 1e-12
+
+
+@pytest.mark.parametrize("refusal", ["nan", "sparse"])
+def test_what_a_refused_step_read_is_not_kept_for_the_next(refusal):
+    """`model.zero_grad()` is enough: the optimiser holds nothing that p.grad does not."""
+
+    class WithTable(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(11, 3, sparse=True)
+
+    model, other = net(kind=WithTable), net(kind=WithTable)
+    groups = [{"params": [m.up.weight, m.square.weight], "rank": RANK} for m in (model, other)]
+    optimizer, calm = (
+        GaLoreAdamW([group, {"params": [m.table.weight]}], lr=0.1) for group, m in zip(groups, (model, other))
+    )
+    backward(model, 0)
+    if refusal == "nan":
+        model.square.weight.grad.fill_(float("nan"))
+    else:
+        model.table(torch.tensor([1, 2])).sum().backward()
+    start = parameters_of(model).clone()
+    with pytest.raises(ValueError, match="NaN or infinite" if refusal == "nan" else "got a sparse gradient"):
+        optimizer.step()
+    model.zero_grad()
+    assert torch.equal(parameters_of(model), start)
+    for each, run in ((model, optimizer), (other, calm)):
+        each.square.weight.grad = torch.ones_like(each.square.weight)  # `up` has no gradient in this step
+        run.step()
+        each.zero_grad()
+    assert torch.equal(model.up.weight, net(kind=WithTable).up.weight)
+    assert torch.allclose(model.square.weight, other.square.weight, atol=1e-9)
+    assert not torch.equal(model.square.weight, net(kind=WithTable).square.weight)
+    backward(model, 1)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("where", ["backward", "step"])
+@pytest.mark.parametrize("refresh", ["subspace", "streamed"])
+def test_states_and_projections_are_float32_under_autocast(refresh, where, gradients):
+    """The gradients are those of the backward pass outside of it, and so are all numbers."""
+    models = []
+    for inside in ("", where):
+        model = net(torch.float32)
+        optimizer = optimizer_of(model, gradients=gradients, refresh=refresh, refresh_steps=1)
+        for step in range(6):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model, *batch(step))
+                if inside == "backward":
+                    loss.backward()
+            if inside != "backward":
+                loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside == "step"):
+                optimizer.step()
+            optimizer.zero_grad()
+        kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        assert {value.dtype for value in kept} == {torch.float32}
+        models.append(model)
+        optimizer.release()
+    assert torch.equal(parameters_of(models[0]), parameters_of(models[1]))
+
+
+def test_a_closure_runs_under_the_autocast_around_step():
+    model = net(torch.float32)
+    optimizer, seen = optimizer_of(model), []
+
+    def closure() -> float:
+        loss = loss_of(model, *batch(0))
+        seen.append(model.down(torch.ones(20)).dtype)
+        loss.backward()
+        return loss.item()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        optimizer.step(closure)
+    assert seen == [torch.bfloat16]
+
+
 def test_a_scaler_in_float16_is_refused_where_it_cannot_unscale():
     for gradients in MODES:
         model = net(torch.float32)
@@ -377,6 +522,15 @@ def test_a_scaler_in_float16_is_refused_where_it_cannot_unscale():
         with pytest.raises(
             ValueError, match=f"step: got gradients that a GradScaler scaled, with gradients='{gradients}'"
         ):
+            scaler.step(optimizer)
+        optimizer.zero_grad()
+        backward(model, 0)
+        optimizer.step()  # what the scaler said is not said of every step from then on
+        # Unscaled by hand, which reaches p.grad alone.
+        scaler = torch.amp.GradScaler("cpu")
+        scaler.scale(loss_of(model, *batch(0))).backward()
+        scaler.unscale_(optimizer)
+        with pytest.raises(ValueError, match="step: got gradients that a GradScaler scaled"):
             scaler.step(optimizer)
 
 
@@ -427,3 +581,30 @@ def test_errors_of_groups():
     ):
         optimizer_of(model, gradients="factored", refresh="svd")
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+SAVED = [
+    (
+        {"refresh": "svd"},
+        {"gradients": "factored"},
+        ": refresh: got 'svd' with gradients='factored', where no gradient",
+    ),
+    ({"rank": 99}, {}, r": rank: got 99 for a weight \(20, 12\), want at most 12"),
+    ({"rank": None}, {"gradients": "hook"}, r"\.load_state_dict: rank: got None for a group that has 4, want the same"),
+    ({"moments": "reset"}, {}, ": moments: got 'reset', want one of"),
+]
+
+
+@pytest.mark.parametrize("saved, own, message", SAVED, ids=[str(saved) for saved, *_ in SAVED])
+def test_saved_groups_that_cannot_be_trained_here_are_refused(saved, own, message):
+    other, model = net(), net()
+    given, optimizer = optimizer_of(other), optimizer_of(model, **own)
+    train(other, given, 3)
+    train(model, optimizer, 2)
+    state = given.state_dict()
+    state["param_groups"][0] |= saved
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="GaLoreAdamW" + message):
+        optimizer.load_state_dict(state)
+    assert optimizer.state_dict()["param_groups"] == before["param_groups"]
+    train(model, optimizer, 3, start=2)  # with what it had

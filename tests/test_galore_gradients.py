@@ -5,11 +5,24 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 from typing import Any
 
 import pytest
 import torch
-from galore_problem import PROJECTED, RANK, Net, backward, batch, difference, loss_of, net, optimizer_of, train
+from galore_problem import (
+    PROJECTED,
+    RANK,
+    Net,
+    backward,
+    batch,
+    difference,
+    loss_of,
+    net,
+    optimizer_of,
+    parameters_of,
+    train,
+)
 from plain_models import Net as ConvNet
 from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
@@ -96,6 +109,89 @@ def test_gradients_of_several_passes_add_up_until_they_are_used_or_forgotten(gra
     before = copy.deepcopy(model)
     optimizer.step()  # used up
     assert difference(model, before) == 0
+
+
+# Backward passes that are not for the weights.
+
+
+def attacked(model: Any, tokens: Tensor, targets: Tensor, by: str) -> Tensor:
+    """The loss at embeddings moved along the sign of their own gradient, of which the weights see nothing."""
+    embedded = model.embedding(tokens).detach().requires_grad_()
+    loss = loss_at(model, embedded, targets)
+    if by == "grad":
+        (gradient,) = torch.autograd.grad(loss, embedded)
+    else:
+        loss.backward(inputs=[embedded])
+        assert embedded.grad is not None
+        gradient = embedded.grad
+    return loss_at(model, (embedded + 0.1 * gradient.sign()).detach(), targets)
+
+
+def loss_at(model: Any, embedded: Tensor, targets: Tensor) -> Tensor:
+    hidden = torch.tanh(model.up(embedded))
+    inner = lambda h: torch.tanh(model.square(model.norm(h)))  # noqa: E731
+    deep = checkpoint(inner, hidden, use_reentrant=False) if isinstance(model, Checkpointed) else inner(hidden)
+    return nn.functional.cross_entropy(model.down(hidden + deep).flatten(0, 1), targets.flatten())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("gradients", TAKEN)
+@pytest.mark.parametrize("refresh", ["subspace", "streamed"])
+@pytest.mark.parametrize("by", ["grad", "inputs"])
+def test_gradients_of_inputs_do_not_count(by, refresh, gradients):
+    """Adversarial training, saliency: torch.autograd.grad(loss, inputs), or backward(inputs=...)."""
+    for kind in (Net, Checkpointed):
+        models = []
+        for mode in ("plain", gradients):
+            model = net(kind=kind)
+            optimizer = optimizer_of(model, gradients=mode, refresh=refresh, refresh_steps=1)
+            for step in range(8):
+                attacked(model, *batch(step), by).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            models.append(model)
+            optimizer.release()
+        assert difference(models[1], models[0]) < 1e-11
+        assert difference(models[0], net(kind=kind)) > 0.05
+
+
+@pytest.mark.parametrize("penalty", ["of the loss", "of a linear function"])
+def test_second_derivatives_are_refused_where_they_would_be_wrong(penalty):
+    """A gradient penalty uses W in dX = dY W, which no tap of a layer's output sees."""
+    models = {}
+    for gradients in MODES:
+        model = models[gradients] = net()
+        optimizer = optimizer_of(model, gradients=gradients, refresh="streamed", refresh_steps=1)
+        for step in range(4):
+            tokens, targets = batch(step)
+            embedded = model.embedding(tokens).detach().requires_grad_()
+            of = model.up(embedded).mean() if penalty == "of a linear function" else loss_at(model, embedded, targets)
+            (gradient,) = torch.autograd.grad(of, embedded, create_graph=True)
+            loss = loss_of(model, tokens, targets) + 100 * gradient.square().mean()
+            if gradients == "factored":
+                with pytest.raises(RuntimeError, match=r"got a second derivative .* want .*gradients='hook'"):
+                    loss.backward()
+                break
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert difference(models["hook"], models["plain"]) < 1e-12
+
+
+def test_graphs_of_gradients_are_no_hindrance_where_no_weight_needs_them():
+    """create_graph=True alone, and second derivatives by the input, as for its curvature."""
+    plain, model = net(), net()
+    single, optimizer = optimizer_of(plain, refresh="streamed"), optimizer_of(model, gradients="factored")
+    curvatures = []
+    for each, run in ((plain, single), (model, optimizer)):
+        embedded = each.embedding(batch(9)[0]).detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_at(each, embedded, batch(9)[1]), embedded, create_graph=True)
+        curvatures += torch.autograd.grad(gradient.square().sum(), embedded)
+        for step in range(4):
+            loss_of(each, *batch(step)).backward(create_graph=True)
+            run.step()
+            run.zero_grad()
+    assert torch.allclose(*curvatures, atol=1e-15) and curvatures[0].norm() > 0
+    assert difference(model, plain) < 1e-12
 
 
 # Models of every kind.
@@ -250,6 +346,73 @@ def test_frozen_layers_stay():
         assert not model.square.weight.requires_grad and model.up.weight.requires_grad
 
 
+class Hooked(Net):
+    """Layers whose hooks change what they are given and what they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up.register_forward_pre_hook(doubled)
+        self.up.register_forward_hook(scaled)
+        self.square.register_forward_hook(scaled)
+
+
+def doubled(module: nn.Module, args: Any) -> Any:
+    return (args[0] * 2,)
+
+
+def scaled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output * torch.linspace(0.1, 3.0, 20, dtype=output.dtype)
+
+
+class Masked(Net):
+    """A hook changes the weight's gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square.weight.register_hook(lambda gradient: gradient.tril())
+
+
+class Replaced(Net):
+    """As accelerate's hooks do: another forward on the instance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square.forward = lambda input: nn.functional.linear(input, self.square.weight.tanh())
+
+
+@pytest.mark.parametrize("gradients", TAKEN)
+@pytest.mark.parametrize("kind", [Hooked, Masked, Replaced])
+def test_what_was_hung_on_a_layer_before(kind, gradients):
+    plain = trained(kind=kind, refresh="streamed")
+    assert difference(trained(kind=kind, refresh="streamed", gradients=gradients), plain) < 1e-12
+    assert difference(trained(kind=Net, refresh="streamed"), plain) > 1e-3
+
+
+@pytest.mark.parametrize("gradients", TAKEN)
+def test_hooks_that_come_later(gradients):
+    models = []
+    for mode in ("plain", gradients):
+        model = net()
+        optimizer = optimizer_of(model, gradients=mode, refresh="streamed", refresh_steps=1)
+        model.up.register_forward_hook(lambda module, args, output: output * 3)
+        train(model, optimizer, 6)
+        models.append(model)
+        optimizer.release()
+    assert difference(models[1], models[0]) < 1e-12
+
+
+def test_a_compiled_model():
+    """Its graph breaks at the tapped layers. With gradients of something else in between."""
+    plain, model = net(), net()
+    single, optimizer = optimizer_of(plain, refresh="streamed"), optimizer_of(model, gradients="factored")
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    for step in range(5):
+        torch.autograd.grad(loss_of(compiled, *batch(50)), model.embedding.weight)
+        train(compiled, optimizer, 1, start=step)
+        train(plain, single, 1, start=step)
+    assert difference(model, plain) < 1e-12
+
+
 def test_under_autocast_factors_are_no_worse_than_the_gradient():
     """The gradient of a bfloat16 product is rounded to float32's weights; the factors are multiplied in float32."""
     exact = trained(refresh="streamed", steps=5)
@@ -288,6 +451,73 @@ def test_what_is_left_of_gradients_and_what_release_puts_back():
         for _ in range(3):
             optimizer.step()
         assert not torch.equal(model.up.weight, before)
+
+
+@pytest.mark.parametrize("gradients", TAKEN)
+def test_release_forgets_what_was_taken(gradients):
+    model, other = net(), net()
+    optimizer, plain = optimizer_of(model, gradients=gradients, refresh="streamed"), optimizer_of(other)
+    plain.param_groups[0]["refresh"] = "streamed"
+    backward(model, 7)
+    optimizer.release()
+    model.zero_grad()
+    train(model, optimizer, 5)
+    train(other, plain, 5)
+    assert difference(model, other) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+@pytest.mark.parametrize("gradients", TAKEN)
+def test_copies_of_the_model_train_nothing(gradients, way):
+    model = net()
+    optimizer = optimizer_of(model, gradients=gradients)
+    train(model, optimizer, 3)
+    other = way(model)
+    assert other.up.weight.requires_grad == (gradients == "hook")  # as in the model
+    before = parameters_of(model).clone()
+    backward(other, 3)
+    assert other.down.bias.grad is not None and not optimizer._held
+    optimizer.step()
+    assert torch.equal(parameters_of(model), before)
+    optimizer.release()
+    other.requires_grad_(True).zero_grad()
+    start = copy.deepcopy(other)
+    train(other, optimizer_of(other, gradients=gradients), 3)
+    assert torch.equal(parameters_of(model), before) and not torch.equal(other.up.weight, start.up.weight)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_layers_are_frozen_and_unfrozen_during_a_run(gradients):
+    model, plain = net(), net()
+    optimizer, other = optimizer_of(model, gradients=gradients, refresh="streamed"), optimizer_of(plain)
+    other.param_groups[0]["refresh"] = "streamed"
+    train(model, optimizer, 4)
+    train(plain, other, 4)
+    backward(model, 4)
+    optimizer.freeze([model.square.weight, model.norm.weight])
+    plain.square.weight.requires_grad_(False)
+    plain.norm.weight.requires_grad_(False)
+    backward(plain, 4)
+    for each in (optimizer, other):
+        each.step()
+        each.zero_grad()
+    kept = model.square.weight.detach().clone(), model.norm.weight.detach().clone()
+    train(model, optimizer, 4, start=5)
+    train(plain, other, 4, start=5)
+    assert torch.equal(model.square.weight, kept[0]) and torch.equal(model.norm.weight, kept[1])
+    assert difference(model, plain) < 1e-12
+    optimizer.unfreeze([model.square.weight, model.norm.weight])
+    plain.requires_grad_(True)
+    train(model, optimizer, 4, start=9)
+    train(plain, other, 4, start=9)
+    assert difference(model, plain) < 1e-12 and not torch.equal(model.square.weight, kept[0])
+    optimizer.freeze(model.square.parameters())
+    copied = copy.deepcopy((model, optimizer))[0]
+    optimizer.release()
+    for each in (model, copied):
+        assert [name for name, p in each.named_parameters() if not p.requires_grad] == ["square.weight"]
 
 
 @pytest.mark.parametrize("gradients", TAKEN)

@@ -81,22 +81,26 @@ def attach(
     model: nn.Module, layers: dict[str, nn.Module], start_pass: StartPass, observe: Observe
 ) -> Callable[[], None]:
     """Calls `start_pass` with the model's arguments before each forward, which gives the pass's weight, and
-    `observe(name, X, dY, weight)` in backward for each call of each layer."""
+    `observe(name, X, dY, weight)` for each call of each layer in the backward passes that train: those that leave
+    gradients in all leaves, not `torch.autograd.grad` of something else, nor `backward(inputs=...)`.
+
+    Its hooks come before those that are there, and see what the layer itself made. A second derivative, whose part in
+    the weight no dYᵀX shows, raises RuntimeError in the backward pass that would need it.
+    """
     weight: list[float] = []
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
         weight[:] = [start_pass(args, kwargs)]
 
-    def tap(name: str) -> Callable[..., Any]:
+    def tap(name: str) -> Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            x = args[0] if args else next(iter(kwargs.values()), None)
-            if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not isinstance(x, Tensor):
+            x = _input(args, kwargs)
+            if not torch.is_grad_enabled() or not isinstance(output, Tensor) or x is None:
                 return output
-            if not output.requires_grad:  # nothing before it requires grad
-                output = output.detach().requires_grad_()
-            return _Tap.apply(output, x.detach(), observe, name, weight[0] if weight else 1.0)
+            scale = weight[0] if weight else 1.0
+            return _shown(output, x, lambda x, dy: observe(name, x, dy, scale))
 
-        return hook
+        return Hook(hook)
 
     handles = []
 
@@ -105,12 +109,12 @@ def attach(
             handle.remove()
 
     try:
-        handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(model.register_forward_pre_hook(Hook(before), with_kwargs=True))
         for module in model.modules():
             if isinstance(module, FIRST_LAYERS):
-                handles.append(module.register_forward_hook(_require_grad))
+                handles.append(module.register_forward_hook(Hook(_require_grad)))
         for name, module in layers.items():
-            handles.append(module.register_forward_hook(tap(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(tap(name), prepend=True, with_kwargs=True))
     except BaseException:
         restore()
         raise
@@ -118,19 +122,21 @@ def attach(
 
 
 def watch(layers: dict[str, nn.Module], observe: Callable[[str, Tensor, Tensor], None]) -> Callable[[], None]:
-    """Calls `observe(name, X, dY)` in the backward passes that run anyway: unlike `attach` it makes nothing require
-    grad, and looks at no layer whose output does not."""
+    """Calls `observe(name, X, dY)` in the backward passes that run anyway, whatever they are for: unlike `attach` it
+    makes nothing require grad, and looks at no layer whose output does not."""
 
-    def tap(name: str) -> Callable[..., Any]:
+    def tap(name: str) -> Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            x = args[0] if args else next(iter(kwargs.values()), None)
-            if not isinstance(output, Tensor) or not output.requires_grad or not isinstance(x, Tensor):
+            x = _input(args, kwargs)
+            if not isinstance(output, Tensor) or not output.requires_grad or x is None:
                 return output
-            return _Tap.apply(output, x.detach(), lambda name, x, dy, _: observe(name, x, dy), name, 1.0)
+            return _Watched.apply(output, x.detach(), lambda x, dy: observe(name, x, dy))
 
-        return hook
+        return Hook(hook)
 
-    handles = [module.register_forward_hook(tap(name), with_kwargs=True) for name, module in layers.items()]
+    handles = [
+        module.register_forward_hook(tap(name), prepend=True, with_kwargs=True) for name, module in layers.items()
+    ]
 
     def restore() -> None:
         for handle in handles:
@@ -139,23 +145,85 @@ def watch(layers: dict[str, nn.Module], observe: Callable[[str, Tensor, Tensor],
     return restore
 
 
+class Hook:
+    """A module's hook that stays with this module: in a copy of it, and in a pickle, it does nothing."""
+
+    def __init__(self, run: Callable[..., Any] | None = None) -> None:
+        self.run = run
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self.run is None else self.run(*args)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
+
+
+def _input(args: tuple, kwargs: dict) -> Tensor | None:
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    return x if isinstance(x, Tensor) else None
+
+
+def _shown(y: Tensor, x: Tensor, look: Callable[[Tensor, Tensor], None]) -> Tensor:
+    """y, whose gradient is shown with x in the passes that reach the leaves: autograd computes the one of `leaf` where
+    it would have computed the layer's weight's."""
+    leaf = torch.empty(0, requires_grad=True)
+    return _Tap.apply(y, _Observed.apply(leaf, x.detach(), y.detach(), look))
+
+
 class _Tap(torch.autograd.Function):
-    """The identity on a layer's output; its backward shows the layer's input and the output's gradient.
+    """The identity on a layer's output, whose gradient goes to `token` as well."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, token: Tensor) -> Tensor:
+        return _same(y)  # in-place activations may follow
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        if torch.is_grad_enabled():  # create_graph: W is used in dX = dY W too
+            dy = _shown(dy, dy, _refuse)
+        return dy, dy
+
+
+class _Observed(torch.autograd.Function):
+    """A token of y's shape, without memory of its own; its backward, which runs only where the leaf's gradient is
+    wanted, shows the layer's input and the output's gradient.
 
     x is saved through autograd, so that activation checkpointing recomputes it like any other saved tensor.
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, observe: Observe, name: str, weight: float) -> Tensor:
+    def forward(ctx: Any, leaf: Tensor, x: Tensor, y: Tensor, look: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.arguments = (observe, name, weight)
-        return _same(y)  # in-place activations may follow
+        ctx.look = look
+        return y.new_empty(()).expand(y.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        observe, name, weight = ctx.arguments
-        observe(name, ctx.saved_tensors[0], dy, weight)
-        return dy, None, None, None, None
+        ctx.look(ctx.saved_tensors[0], dy)
+        return None, None, None, None
+
+
+class _Watched(torch.autograd.Function):
+    """The identity on a layer's output; its backward shows the layer's input and the output's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, look: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.look = look
+        return _same(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        ctx.look(ctx.saved_tensors[0], dy)
+        return dy, None, None
+
+
+def _refuse(x: Tensor, dy: Tensor) -> None:
+    raise RuntimeError(
+        "fastlora: got a second derivative (create_graph=True, then backward) of a layer whose gradient is taken from "
+        "its input and its output's gradient, which do not show all of it; want first derivatives only in a "
+        "GradientSketch, and GaLoreAdamW(gradients='hook') or 'plain' for gradient penalties"
+    )
 
 
 def _require_grad(module: nn.Module, args: tuple, output: Any) -> Any:

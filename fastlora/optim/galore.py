@@ -11,9 +11,8 @@ gradients come during a backward pass, galore_distributed.py several processes, 
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
@@ -23,8 +22,8 @@ from torch.optim.optimizer import ParamsT
 from .. import sharding
 from ..linalg.operators import LinearOperator, Rows, working_dtype
 from . import galore_adam, galore_distributed, galore_gradients
-from .galore_groups import GRADIENTS, check_group
-from .galore_projector import BASES, Changes, Projector
+from .galore_groups import GRADIENTS, check_group, check_saved
+from .galore_projector import BASES, NOT_FINITE, Changes, Projector, all_finite
 
 _WHERE = "GaLoreAdamW"
 
@@ -52,7 +51,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         optim_bits: of the moments of tensors with 4096 elements or more: 32, or 8 (bitsandbytes' blockwise type).
         gradients: how the projected weights' gradients come. "plain": from `p.grad`, by `step`. "hook": each `p.grad`
             is projected and freed during the backward pass, and R added up over micro-batches. "factored":
-            PᵀG = (dY P)ᵀX from a linear layer's X and dY, and no `p.grad` is ever made.
+            PᵀG = (dY P)ᵀX from a linear layer's X and dY, and no `p.grad` is ever made: `requires_grad` is False while
+            the weights train, and `freeze` is what stops one.
         model: for "factored": the one that the weights are in.
         max_grad_norm: clips the norm over all R and the other parameters' gradients in `step`.
         seed: of the random columns that a basis begins with.
@@ -173,6 +173,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self._held: dict[Tensor, list[Tensor]] = {}  # R and a refresh's sums, over the micro-batches of this step
         self._groups: dict[Tensor, tuple[int, dict[str, Any]]] = {}
         self._undo: list[weakref.finalize] = []  # an optimiser that is gone lets go of the model
+        self._tapped: set[Tensor] = set()  # frozen for autograd, but trained
+        self._idle: set[Tensor] = set()  # of these, what `freeze` stopped
         self._reduced = self._warned = False
         self._process_group: Any = None
 
@@ -196,7 +198,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         def observe(weight: Tensor, op: LinearOperator) -> None:
             optimizer = this()
             if optimizer is not None:
-                optimizer._observe(weight, op)
+                with galore_gradients.without_autocast([weight]):  # where backward is called inside it
+                    optimizer._observe(weight, op)
 
         def keep(undo: Callable[[], None]) -> None:
             finalizer = weakref.finalize(self, undo)
@@ -205,30 +208,70 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
         if self.gradients == "factored":
             assert self._model is not None
-            undo, seen = galore_gradients.factored(self._model, weights, observe)
+            undo, seen = galore_gradients.factored(self._model, weights, self._idle, observe)
             keep(undo)
-            weights = [weight for weight in weights if all(weight is not other for other in seen)]
+            self._tapped.update(seen)
+            weights = [weight for weight in weights if weight not in self._tapped]
         keep(galore_gradients.hook(weights, observe))
 
     def release(self) -> None:
         """Takes the hooks out of the model, and lets autograd compute all gradients again: `gradients` is "plain"
-        afterwards."""
+        afterwards. What was taken since the last step is forgotten."""
         while self._undo:
             self._undo.pop()()
         self.gradients = "plain"
+        self._held.clear()
+        self._tapped.clear()
+        self._idle.clear()
+
+    def freeze(self, parameters: Iterable[Tensor]) -> None:
+        """Stops training these, and forgets their gradients of this step. `requires_grad_(False)` alone says nothing in
+        the mode "factored", where the weights are frozen for autograd while they train.
+
+        Example:
+            ```python
+            optimizer.freeze(model.layers[0].parameters())
+            ```
+        """
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            self._held.pop(parameter, None)
+            if parameter in self._tapped:
+                self._idle.add(parameter)
+
+    def unfreeze(self, parameters: Iterable[Tensor]) -> None:
+        """Trains these again; their states are as they were."""
+        for parameter in parameters:
+            self._idle.discard(parameter)
+            if parameter not in self._tapped:
+                parameter.requires_grad_(True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles, which have their own weights and no hooks."""
+        trained = [*(self._tapped - self._idle)]
+        return super().__getstate__() | {"max_grad_norm": self.max_grad_norm, "seed": self.seed, "_trained": trained}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "gradients" not in self.__dict__:  # unpickled or copied, without the hooks
-            self.gradients, self.max_grad_norm, self.grad_norm, self.seed = "plain", None, None, 0
-            self._model = None
+        for weight in self.__dict__.pop("_trained", ()):  # frozen copies of weights whose gradients were taken
+            if galore_gradients.is_free(weight):
+                weight.requires_grad_(True)
+        if "gradients" not in self.__dict__:  # unpickled or copied
+            self.gradients, self.grad_norm, self._model = "plain", None, None
             self._reset()
         self._held, self._groups = {}, {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but that states keep their dtypes: torch casts them to the parameter's."""
+        """As in torch, but that states keep their dtypes: torch casts them to the parameter's. Raises ValueError for
+        groups that could not be trained here, and leaves all as it was."""
         final: list[dict[str, Any]] = []
-        handle = self.register_load_state_dict_pre_hook(lambda _, given: final.append(given))
+
+        def look(_: Any, given: dict[str, Any]) -> None:
+            final.append(given)
+            check_saved(given["param_groups"], self.param_groups, self.defaults, self.gradients, self._reduced)
+
+        handle = self.register_load_state_dict_pre_hook(look)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -298,11 +341,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         weights = list(self._projected())
         for weight in weights:
             if weight.grad is not None and weight in self._held:
-                raise ValueError(
-                    f"{_WHERE}.step: params: the gradient of a weight {tuple(weight.shape)} was taken in the backward "
-                    f"pass (gradients={self.gradients!r}) and is in p.grad as well: want weights that nobody unfreezes "
-                    "and that DistributedDataParallel does not reduce (reduce_across_ranks before it wraps the model)"
-                )
+                raise galore_gradients.taken_twice(weight, self.gradients)
         if self._reduced:
             return self._collect_from_all(weights)
         for weight in weights:
@@ -371,8 +410,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Asked by torch's GradScaler, which then leaves unscaling to `step`, and says so in `grad_scale`."""
-        return self.gradients != "plain"
+        """Asked by torch's GradScaler, which then calls `step` whatever the gradients are, and gives it `found_inf`."""
+        return self.gradients != "plain" or self._reduced
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -392,53 +431,46 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: a gradient is not finite where a basis is refreshed, is sparse, was taken in the backward pass
-                and is in p.grad too, or was scaled by a GradScaler in another mode than "plain".
+                and is in p.grad too, or was scaled by a GradScaler in another mode than "plain" or where `step` reduces
+                the gradients. No weight has moved then.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if getattr(self, "grad_scale", None) is not None:
-            raise ValueError(
-                f"{_WHERE}.step: got gradients that a GradScaler scaled, with gradients={self.gradients!r}; want "
-                "gradients='plain', or bfloat16, which needs no scaler"
-            )
-        self._warn_of_other_processes()
-        weights = self._collect()
-        rest = [(p, g) for g in self.param_groups if not g.get("rank") for p in g["params"] if p.grad is not None]
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        galore_gradients.check_unscaled(self.__dict__, self.gradients, self._reduced)
+        if not self._warned and not self._reduced and self.gradients != "plain":
+            self._warned = galore_distributed.warn_of_others(self.gradients)
+        taken = set(self._held)
+        try:
+            with galore_gradients.without_autocast(p for group in self.param_groups for p in group["params"]):
+                self._step()
+        finally:  # what was read from p.grad is there still
+            self._held = {weight: terms for weight, terms in self._held.items() if weight in taken}
+        return loss
+
+    def _step(self) -> None:
+        given = [(p, g) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        galore_gradients.check_dense(p.grad for p, _ in given)
+        weights, rest = self._collect(), [(p, g) for p, g in given if not g.get("rank")]
         if self.max_grad_norm is not None:
-            self._clip(self.max_grad_norm, [*(self._held[weight] for weight in weights), *([p.grad] for p, _ in rest)])
+            gradients = [*(self._held[weight] for weight in weights), *([p.grad] for p, _ in rest)]
+            self.grad_norm = galore_adam.clip_(self.max_grad_norm, gradients)
+        if not all_finite([term for weight in weights if self._streams(weight) for term in self._held[weight]]):
+            raise ValueError(NOT_FINITE)
         for parameter, group in rest:
             self._step_whole(parameter, group)
         for weight in weights:
             self._step_projected(weight)
-        return loss
 
-    def _warn_of_other_processes(self) -> None:
-        """Where DistributedDataParallel does not see the gradients, it does not say that nobody averages them."""
-        if self._warned or self._reduced or self.gradients == "plain" or galore_distributed.processes() == 1:
-            return
-        self._warned = True
-        warnings.warn(
-            f"fastlora: GaLoreAdamW with gradients={self.gradients!r} in {galore_distributed.processes()} processes, "
-            "without reduce_across_ranks: each trains on the gradients of its own data alone",
-            UserWarning,
-            stacklevel=5,
-        )
-
-    def _clip(self, max_norm: float, gradients: list[list[Tensor]]) -> None:
-        """Scales R, with it a refresh's sums, and the other gradients."""
-        self.grad_norm = total = nn.utils.get_total_norm([first for first, *_ in gradients])
-        factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)  # as nn.utils.clip_grad_norm_
-        for gradient in gradients:
-            for tensor in gradient:
-                tensor.mul_(factor.to(tensor.device))
+    def _streams(self, weight: Tensor) -> bool:
+        """Whether this step's gradient becomes a part of a streamed refresh."""
+        group, state = self._projected()[weight][1], self.state[weight]
+        return group["refresh"] == "streamed" and (state["halves"] or state["step"] + 1 >= state["refresh_at"])
 
     def _step_whole(self, parameter: Tensor, group: dict[str, Any]) -> None:
         gradient, state = parameter.grad, self.state[parameter]
         assert gradient is not None
-        if gradient.is_sparse:
-            raise ValueError(f"{_WHERE}.step: params: got a sparse gradient, want dense ones (Embedding(sparse=False))")
+        if parameter.is_complex():  # as torch: two real numbers
+            parameter, gradient = torch.view_as_real(parameter), torch.view_as_real(gradient)
         if not state:
             state["step"] = 0
         galore_adam.decay_(parameter, group, before=True)

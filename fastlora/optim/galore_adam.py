@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..init.moments import Mixing, carried_over
 
@@ -46,6 +46,16 @@ def moments_of(state: State, group: Mapping[str, Any], gradient: Tensor) -> tupl
     if group["arithmetic"] == "official":
         return m, v.sqrt().add_(eps), size * math.sqrt(second) / first
     return m, (v.sqrt() / second**0.5).add_(eps), size / first
+
+
+def clip_(max_norm: float, gradients: list[list[Tensor]]) -> Tensor:
+    """Scales what there is of each parameter's gradient as the norm over the first of each asks. Returns the norm."""
+    total = nn.utils.get_total_norm([first for first, *_ in gradients])
+    factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)  # as nn.utils.clip_grad_norm_
+    for gradient in gradients:
+        for tensor in gradient:
+            tensor.mul_(factor.to(tensor.device))
+    return total
 
 
 def decay_(weight: Tensor, group: Mapping[str, Any], before: bool) -> None:

@@ -3,6 +3,7 @@ weight at most, never n·m."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -48,6 +49,20 @@ class Zero:
 def processes() -> int:
     """How many there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def warn_of_others(gradients: str) -> bool:
+    """Warns where there are several processes, whose gradients nobody averages: DistributedDataParallel does not see
+    them, and does not say so."""
+    if processes() == 1:
+        return False
+    warnings.warn(
+        f"fastlora: GaLoreAdamW with gradients={gradients!r} in {processes()} processes, without reduce_across_ranks: "
+        "each trains on the gradients of its own data alone",
+        UserWarning,
+        stacklevel=5,
+    )
+    return True
 
 
 def average(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> None:

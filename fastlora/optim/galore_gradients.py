@@ -7,7 +7,9 @@ without G. The weight is frozen for autograd meanwhile, which therefore computes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +34,54 @@ class Factors(Factored):
         return native.factored_product(self.dy, self.x, u, 1.0)
 
 
+def without_autocast(tensors: Iterable[Tensor]) -> contextlib.ExitStack:
+    """Under autocast products of float32 tensors, and the states made of them, would be in bfloat16."""
+    stack = contextlib.ExitStack()
+    for kind in {tensor.device.type for tensor in tensors}:
+        if torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
+
+
+def is_free(weight: Tensor) -> bool:
+    """Whether no optimiser takes its gradients."""
+    return id(weight) not in _taken
+
+
 def check_free(weights: Collection[Tensor]) -> None:
     """Raises ValueError where another optimiser takes one of these weights' gradients."""
     for weight in weights:
-        if id(weight) in _taken:
+        if not is_free(weight):
             raise ValueError(
                 f"GaLoreAdamW: params: another GaLoreAdamW takes the gradients of a weight {tuple(weight.shape)} in "
                 "the backward pass; want it to release() them first"
             )
+
+
+def taken_twice(weight: Tensor, gradients: str) -> ValueError:
+    """The error of a weight whose gradient both the backward pass and autograd gave."""
+    return ValueError(
+        f"GaLoreAdamW.step: params: the gradient of a weight {tuple(weight.shape)} was taken in the backward pass "
+        f"(gradients={gradients!r}) and is in p.grad as well: want weights that nobody unfreezes and that "
+        "DistributedDataParallel does not reduce (reduce_across_ranks before it wraps the model)"
+    )
+
+
+def check_dense(gradients: Iterable[Tensor | None]) -> None:
+    """Raises ValueError where one is sparse."""
+    if any(gradient is not None and gradient.is_sparse for gradient in gradients):
+        raise ValueError("GaLoreAdamW.step: params: got a sparse gradient, want dense ones (Embedding(sparse=False))")
+
+
+def check_unscaled(said: dict[str, Any], gradients: str, reduced: bool) -> None:
+    """Raises ValueError where a GradScaler left something for `step`: it asks each process by itself whether p.grad,
+    as far as there is any, overflowed. What it left is taken away, since it does not do so after an error."""
+    if any([said.pop(name, None) is not None for name in ("grad_scale", "found_inf")]):
+        summed = " and reduce_across_ranks" if reduced else ""
+        raise ValueError(
+            f"GaLoreAdamW.step: got gradients that a GradScaler scaled, with gradients={gradients!r}{summed}; want "
+            "gradients='plain' without reduce_across_ranks, or bfloat16, which needs no scaler"
+        )
 
 
 def hook(weights: Collection[Tensor], observe: Observe) -> Undo:
@@ -62,28 +104,32 @@ def hook(weights: Collection[Tensor], observe: Observe) -> Undo:
     return undo
 
 
-def factored(model: nn.Module, weights: Collection[Tensor], observe: Observe) -> tuple[Undo, list[Tensor]]:
-    """`observe(weight, dYᵀX)` for each call of each layer in a backward pass.
+def factored(
+    model: nn.Module, weights: Collection[Tensor], idle: Collection[Tensor], observe: Observe
+) -> tuple[Undo, list[Tensor]]:
+    """`observe(weight, dYᵀX)` for each call of each layer in a backward pass, but of the weights that are `idle` then.
 
     Returns what undoes it, and the weights that are seen so. The others (frozen ones; tied to an embedding; of a layer
-    that computes something of its own or whose weight is read from outside) are left as they are.
+    that computes something of its own or whose weight is read from outside; with hooks on their gradients) are left as
+    they are.
     """
     layers: dict[str, nn.Module] = {}
     owners: dict[Tensor, list[str | None]] = {weight: [] for weight in weights if weight.requires_grad}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter in owners:
-                tappable = key == "weight" and (type(module) is nn.Linear or targets.is_conv1d(module))
-                owners[parameter].append(name if tappable else None)
+                owners[parameter].append(name if key == "weight" and _shows_gradient(module, parameter) else None)
                 layers[name] = module
     seen = [weight for weight, names in owners.items() if names and None not in names]
     tapped = {name: layers[name] for weight in seen for name in owners[weight] if name is not None}
 
     def look(name: str, x: Tensor, dy: Tensor, _: float) -> None:
         layer = tapped[name]
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        if weight in idle:
+            return
+        with torch.no_grad():
             x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-            weight: Tensor = layer.weight  # type: ignore[assignment]
             observe(weight, Factors(dy, x) if targets.is_conv1d(layer) else Factors(x, dy))
 
     detach = taps.attach(model, tapped, lambda args, kwargs: 1.0, look)
@@ -94,7 +140,13 @@ def factored(model: nn.Module, weights: Collection[Tensor], observe: Observe) ->
     def undo() -> None:
         detach()
         for weight in seen:
-            weight.requires_grad_(True)
+            weight.requires_grad_(weight not in idle)
         _taken.difference_update(map(id, seen))
 
     return undo, seen
+
+
+def _shows_gradient(module: nn.Module, weight: Tensor) -> bool:
+    """Whether dYᵀX is what p.grad would be."""
+    linear = type(module) is nn.Linear or targets.is_conv1d(module)
+    return linear and "forward" not in module.__dict__ and not weight._backward_hooks

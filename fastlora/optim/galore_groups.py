@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,6 +158,23 @@ def check_group(group: dict[str, Any], gradients: str, reduced: bool) -> None:
             f"{where}.reduce_across_ranks: refresh: got {group['refresh']!r} with gradients={gradients!r}, want "
             "'streamed': the others would have to add up over the processes in the middle of a backward pass"
         )
+
+
+def check_saved(
+    saved: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+    gradients: str,
+    reduced: bool,
+) -> None:
+    """Raises ValueError where these groups of a `state_dict` cannot take the place of an optimiser's own."""
+    for theirs, ours in zip(saved, groups):
+        if gradients != "plain" and bool(theirs.get("rank")) != bool(ours.get("rank")):
+            raise ValueError(
+                f"GaLoreAdamW.load_state_dict: rank: got {theirs.get('rank')} for a group that has "
+                f"{ours.get('rank')}, want the same groups projected with gradients={gradients!r}"
+            )
+        check_group({**defaults, **theirs, "params": ours["params"]}, gradients, reduced)
 
 
 def _check_projected(parameter: torch.Tensor, rank: int) -> None:

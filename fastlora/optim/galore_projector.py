@@ -212,11 +212,17 @@ def _left_vectors(product: Tensor) -> Tensor:
     return basis @ u.to(basis.dtype)
 
 
+def all_finite(tensors: list[Tensor]) -> bool:
+    """With one answer from the device for all of them."""
+    flags = [torch.isfinite(tensor).all() for tensor in tensors]
+    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+
+
 def _has_entries(term: Tensor) -> bool:
     _check_finite(term)
     return bool(term.any())
 
 
 def _check_finite(tensor: Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite([tensor]):
         raise ValueError(NOT_FINITE)

@@ -252,6 +252,50 @@ def what_would_go_wrong_is_refused(folder: str) -> None:
     assert difference(whole, alone) < 1e-8
 
 
+def scalers_are_refused_where_the_optimiser_reduces(folder: str) -> None:
+    """One process's overflow is not the other's: it would step over the collectives that the other waits in."""
+    for gradients in ("plain", "hook"):
+        model, optimizer, wrapped = replicated((gradients, "streamed", "std", 1))
+        for unscaled in (False, True):
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            scaler.scale(loss_of(wrapped, *own(0))).backward()
+            if dist.get_rank() == 0 and gradients == "plain":
+                model.up.weight.grad[0, 0] = float("inf")
+            if unscaled:
+                scaler.unscale_(optimizer)
+            message = raised(ValueError, lambda: scaler.step(optimizer))  # noqa: B023
+            assert f"with gradients='{gradients}' and reduce_across_ranks; want" in message, message
+            optimizer.zero_grad()
+        assert difference(model, net()) == 0
+        train_own(wrapped, optimizer, 3)
+    # Where DDP reduces all, both see the overflow, and both skip the step.
+    alone = net()
+    optimizer, wrapped = optimizer_of(alone, refresh="svd"), DistributedDataParallel(alone)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(3):
+        loss = loss_of(wrapped, *own(step))
+        scaler.scale(loss * float("inf") if step == 1 and dist.get_rank() == 0 else loss).backward()
+        before = alone.up.weight.detach().clone()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(alone.up.weight, before) == (step == 1)
+        assert everywhere(alone.up.weight) and scaler.get_scale() == (1024.0 if step == 0 else 512.0)
+
+
+def layers_are_frozen_in_all_processes(folder: str) -> None:
+    for gradients in ("plain", "hook", "factored"):
+        model, optimizer, wrapped = replicated((gradients, "streamed", "std", 1))
+        train_own(wrapped, optimizer, 4)
+        optimizer.freeze([model.square.weight])
+        kept, other = model.square.weight.detach().clone(), model.up.weight.detach().clone()
+        train_own(wrapped, optimizer, 3, start=4)
+        assert torch.equal(model.square.weight, kept) and not torch.equal(model.up.weight, other)
+        optimizer.unfreeze([model.square.weight])
+        train_own(wrapped, optimizer, 2, start=7)
+        assert not torch.equal(model.square.weight, kept) and everywhere(model.square.weight)
+
+
 CHECKS = [
     trajectories_are_those_of_one_process,
     only_thin_blocks_travel,
@@ -260,6 +304,8 @@ CHECKS = [
     weights_are_the_first_process_s,
     a_run_is_resumed,
     what_would_go_wrong_is_refused,
+    scalers_are_refused_where_the_optimiser_reduces,
+    layers_are_frozen_in_all_processes,
 ]
 
 
