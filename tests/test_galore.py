@@ -545,6 +545,7 @@ def test_sparse_gradients():
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"gradients": "off"}, "gradients: got 'off', want one of 'plain', 'hook', 'factored'"),
     ({"gradients": "factored"}, "model: got NoneType with gradients='factored', want the torch.nn.Module"),
+    ({"gradients": "factored", "model": nn.Linear(3, 3)}, "model: none of the 3 projected weights is in this Linear"),
     ({"max_grad_norm": 0.0}, "max_grad_norm: got 0.0, want a positive number or None"),
     ({"lr": -1.0}, "lr: got -1.0, want a number that is not negative"),
     ({"betas": (0.9, 1.0)}, r"betas: got \(0.9, 1.0\), want two numbers in \[0, 1\)"),

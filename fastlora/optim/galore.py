@@ -184,12 +184,12 @@ class GaLoreAdamW(torch.optim.Optimizer):
         try:
             check_group(param_group, self.gradients, self._reduced)
             galore_gradients.check_free(param_group["params"])
+            if self.gradients != "plain" and param_group.get("rank"):
+                self._take(param_group["params"])
         except ValueError:
             self.param_groups.pop()
             raise
         self._groups = {}
-        if self.gradients != "plain" and param_group.get("rank"):
-            self._take(param_group["params"])
 
     def _take(self, weights: list[Tensor]) -> None:
         """Has these weights' gradients shown during backward passes."""

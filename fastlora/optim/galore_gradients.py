@@ -111,7 +111,7 @@ def factored(
 
     Returns what undoes it, and the weights that are seen so. The others (frozen ones; tied to an embedding; of a layer
     that computes something of its own or whose weight is read from outside; with hooks on their gradients) are left as
-    they are.
+    they are. Raises ValueError where the model has none of them.
     """
     layers: dict[str, nn.Module] = {}
     owners: dict[Tensor, list[str | None]] = {weight: [] for weight in weights if weight.requires_grad}
@@ -120,6 +120,11 @@ def factored(
             if parameter is not None and parameter in owners:
                 owners[parameter].append(name if key == "weight" and _shows_gradient(module, parameter) else None)
                 layers[name] = module
+    if owners and not any(owners.values()):
+        raise ValueError(
+            f"GaLoreAdamW: model: none of the {len(owners)} projected weights is in this {type(model).__name__}, want "
+            "the model that they are trained in"
+        )
     seen = [weight for weight, names in owners.items() if names and None not in names]
     tapped = {name: layers[name] for weight in seen for name in owners[weight] if name is not None}
 
