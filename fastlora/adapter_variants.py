@@ -22,7 +22,20 @@ from .starts import AdapterStart
 ADALORA_STD = 0.02  # of P and Q at the start, as in the paper's code
 # Every `nn.ParameterDict` of a layer; each has entries by adapter, or none.
 TRAINED = ("lora_A", "lora_B", "lora_E", "lora_magnitude_vector")
-FROZEN = ("lora_A0", "lora_B0")
+FROZEN = ("lora_A0", "lora_B0", "lora_shift")
+
+
+class Magnitudes(nn.ParameterDict):
+    """DoRA's magnitudes by adapter. They stay in float32 at least, whatever the model is cast to: in half precision
+    they would not be the norms that they are divided by."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def at_least_float32(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            wide = torch.promote_types(moved.dtype, torch.float32)
+            return moved if moved.dtype == wide else tensor.to(moved.device, wide)
+
+        return super()._apply(at_least_float32, recurse)
 
 
 class AdapterVariants(AdapterStart):
@@ -32,6 +45,7 @@ class AdapterVariants(AdapterStart):
     lora_magnitude_vector: nn.ParameterDict
     backend: str
     allocation: dict[str, Allocation]
+    _base_weight: tuple[Tensor] | None
     _adapters: Callable[[Sequence[str]], list[functional.Adapter]]
 
     @property
@@ -100,7 +114,7 @@ class AdapterVariants(AdapterStart):
             delta = delta + self._product(name, self.lora_A0[name], self.lora_B0[name])
         if name in self.lora_magnitude_vector:
             with torch.no_grad():
-                weight = self.weight.detach().to(delta.dtype)
+                weight = self._unmerged_weight().detach().to(delta.dtype)
                 factor = self.lora_magnitude_vector[name].to(delta.dtype) / self.weight_norm(name).to(delta.dtype)
                 factor = factor if self.fan_in_fan_out else factor.unsqueeze(1)
                 delta = factor * (weight + delta) - weight
@@ -132,8 +146,15 @@ class AdapterVariants(AdapterStart):
         super().check_initial_factors(name, exact)
 
     def _rows(self) -> Tensor:
-        """The weight as (out, in)."""
-        return self.weight.t() if self.fan_in_fan_out else self.weight
+        """The weight without what is merged into it, as (out, in)."""
+        weight = self._unmerged_weight()
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def _unmerged_weight(self) -> Tensor:
+        if not self.merged_adapters:
+            return self.weight
+        assert self._base_weight is not None
+        return self._base_weight[0].detach().to(self.weight)
 
     def _as_variants(self, names: Sequence[str], adapters: list[functional.Adapter]) -> list[functional.Adapter]:
         """These adapters with their singular values (in A) and magnitudes."""
@@ -157,9 +178,12 @@ class AdapterVariants(AdapterStart):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        for key in TRAINED[2:]:  # a layer pickled by an earlier version has none
+        for key in (*TRAINED[2:], *FROZEN):  # a layer pickled by an earlier version has not all of them
             self._modules.setdefault(key, nn.ParameterDict())
+        self.lora_magnitude_vector.__class__ = Magnitudes
         self.__dict__.setdefault("allocation", {})
+        if self.shifted_by is not None and not len(self.lora_shift):
+            self._mark_shift()
 
 
 def check_kinds(use_dora: Any, use_adalora: Any, init: bool | str, caller: str) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from . import mixed_batches, sharding
 from .layers import FusedLoraLinear
+from .peft_wrappers import Beside
 from .targets import lora_layers
 
 
@@ -19,8 +20,9 @@ def merge(model: nn.Module) -> None:
     """Adds the active adapters to the weights they adapt, so that inference costs what the base model costs.
 
     Sums in float32, rounds once, and keeps the former bits in host memory: `unmerge` restores them exactly. A weight
-    that several modules use is untied for the time being. Raises ValueError where a merged weight would not be finite,
-    or where adapters are merged already, or for a model that is sharded over processes; the model is then as it was.
+    that several modules of the model use is untied for the time being; one that a module outside it uses too is not,
+    so merge the whole model there, not a part. Raises ValueError where a merged weight would not be finite, or where
+    adapters are merged already, or for a model that is sharded over processes; the model is then as it was.
     """
     layers = require_layers(model, "merge")
     if sharding.has_shards(model):
@@ -28,25 +30,34 @@ def merge(model: nn.Module) -> None:
             "merge: model: its parameters are sharded over processes, and merging would be lost with the next step; "
             "save_adapter, then load_adapter and merge in a model that is not"
         )
-    _merge(model, layers)
+    for name, layer in layers:
+        if layer.merged_adapters:
+            raise ValueError(
+                f"merge: {name!r}: adapters {list(layer.merged_adapters)} are merged already; call "
+                "fastlora.unmerge(model) first"
+            )
+    _merge(model, [(name, layer, None) for name, layer in layers])
 
 
-def _merge(model: nn.Module, layers: list[tuple[str, Any]]) -> None:
+def _merge(model: nn.Module, layers: list[tuple[str, Any, list[str] | None]]) -> None:
+    """Merges into layers in which nothing is merged, (name, layer, which adapters of PEFT's or None for the active
+    ones); all or nothing."""
     users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     done = []
     try:
-        for name, layer in layers:
+        for name, layer, adapters in layers:
+            done.append(layer)
             try:
                 if isinstance(layer, FusedLoraLinear):
                     layer.merge(untie=users[id(layer.weight)] > 1)
                 else:
-                    layer.merge(safe_merge=True)
+                    layer.merge(safe_merge=True, adapter_names=adapters)
             except ValueError as error:
                 raise ValueError(f"merge: {name!r}: {error}") from error
-            done.append(layer)
     except BaseException:
         for layer in done:
-            layer.unmerge()
+            if layer.merged_adapters:
+                layer.unmerge()
         raise
 
 
@@ -60,7 +71,8 @@ def unmerge(model: nn.Module) -> None:
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], *, trainable: bool = True) -> None:
     """Makes one adapter, or several together, active in every layer that has it. No weight is touched.
 
-    A layer without the adapter then runs its base weight alone.
+    A layer without the adapter then runs its base weight alone. In PEFT models this does what their own `set_adapter`
+    does: `modules_to_save`, trained tokens and `active_adapter` follow.
 
     Args:
         model: patched, with fastlora's own layers or PEFT's.
@@ -69,17 +81,20 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], *, trainabl
             is, which takes less than half of the time: what serving several tasks wants.
 
     Raises:
-        ValueError: a name that no layer has, or adapters that are merged.
+        ValueError: a name that no layer has, or adapters that are merged; several that each have their own of PEFT's
+            `modules_to_save`.
     """
     several = isinstance(adapter_name, Iterable) and not isinstance(adapter_name, str)
     names: list[Any] = list(dict.fromkeys(adapter_name)) if several else [adapter_name]
     layers = require_layers(model, "set_adapter")
-    known: set[str] = set().union(*(layer.r for _, layer in layers))
+    beside = Beside(model, layers)
+    known: set[str] = set().union(*(layer.r for _, layer in layers), beside.adapters)
     if not names or not known.issuperset(names):
         raise ValueError(f"set_adapter: adapter_name: got {adapter_name!r}, want one or several of {sorted(known)}")
-    merged = [name for name, layer in layers if layer.merged_adapters]
+    merged = [name for name, layer in (*layers, *beside.token_layers) if layer.merged_adapters]
     if merged:
         raise ValueError(f"set_adapter: adapters are merged into {merged[0]!r}; call fastlora.unmerge(model) first")
+    beside.check(names, "set_adapter")
     for _, layer in layers:
         if isinstance(layer, FusedLoraLinear):
             layer.activate([name for name in names if name in layer.r], trainable)
@@ -87,6 +102,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], *, trainabl
             layer.set_adapter(names)
         else:
             layer._active_adapter = list(names)
+    beside.activate(names, trainable)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
@@ -125,21 +141,35 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     Nests, and undoes itself on an exception too. Example: the reference log-probabilities of DPO.
     """
     layers = require_layers(model, "disable_adapter")
-    attributes = [
-        "disable_adapters" if isinstance(layer, FusedLoraLinear) else "_disable_adapters" for _, layer in layers
+    beside = Beside(model, layers)
+    merging = [*layers, *beside.token_layers]
+    everything = [one for _, one in merging] + list(beside.wrappers.values())
+    attributes = ["disable_adapters" if isinstance(one, FusedLoraLinear) else "_disable_adapters" for one in everything]
+    before = [one.__dict__.get(attribute) for one, attribute in zip(everything, attributes, strict=True)]
+    merged = [
+        (name, one, list(one.merged_adapters), list(one.active_adapters))
+        for name, one in merging
+        if one.merged_adapters
     ]
-    before = [getattr(layer, attribute) for (_, layer), attribute in zip(layers, attributes, strict=True)]
-    merged = [(name, layer) for name, layer in layers if layer.merged_adapters]
-    if merged:
-        unmerge(model)
-    for (_, layer), attribute in zip(layers, attributes, strict=True):
-        setattr(layer, attribute, True)
+    for _, one, _, _ in merged:
+        one.unmerge()
+    for one, attribute in zip(everything, attributes, strict=True):
+        setattr(one, attribute, True)
     try:
         yield model
     finally:
-        for (_, layer), attribute, value in zip(layers, attributes, before, strict=True):
-            setattr(layer, attribute, value)
-        _merge(model, [(name, layer) for name, layer in merged if not layer.merged_adapters])
+        for one, attribute, value in zip(everything, attributes, before, strict=True):
+            if value is None:  # it was the class's
+                delattr(one, attribute)
+            else:
+                setattr(one, attribute, value)
+        # What was merged, unless others were chosen meanwhile: then those.
+        again = [
+            (name, one, names if list(one.active_adapters) == active else None)
+            for name, one, names, active in merged
+            if not one.merged_adapters
+        ]
+        _merge(model, again)
 
 
 @contextmanager
@@ -161,8 +191,8 @@ def adapter_names(model: nn.Module, names: Sequence[str], num_beams: int = 1) ->
 
     Raises:
         ValueError: a name that no layer has, a num_beams below 1, LoRA layers of PEFT that fastlora does not run
-            (`patch`'s report says why: pass PEFT's own `adapter_names=` instead); at a layer's call, an input of
-            another number of sequences, or merged adapters.
+            (`patch`'s report says why: pass PEFT's own `adapter_names=` instead), or its `modules_to_save` or trained
+            tokens (likewise); at a layer's call, an input of another number of sequences, or merged adapters.
 
     Example:
         >>> with fastlora.adapter_names(model, ["french", "__base__", "german"]):
@@ -177,6 +207,11 @@ def adapter_names(model: nn.Module, names: Sequence[str], num_beams: int = 1) ->
         raise ValueError(f"adapter_names: names: got {unknown}, want some of {known} or {mixed_batches.BASE_NAME!r}")
     if not isinstance(num_beams, int) or num_beams < 1:
         raise ValueError(f"adapter_names: num_beams: got {num_beams!r}, want an integer of at least 1")
+    if wrapped := list(Beside(model, layers).wrappers):
+        raise ValueError(
+            f"adapter_names: model: {wrapped[0]!r} is another module in each adapter (modules_to_save, "
+            "trainable_token_indices), one for the whole batch; pass PEFT's adapter_names= to the model's call instead"
+        )
     foreign = [name for name, layer in layers if not hasattr(layer, "mixed_batch")]
     if foreign:
         raise ValueError(

@@ -312,9 +312,14 @@ def _added(
     was_patched = patching.is_patched(model)
     fused = [layer for layer in layers.values() if isinstance(layer, FusedLoraLinear)]
     common = most_common(file.spec(name) for name in names)
+    others: dict[int, list[str]] = {}  # by rank; the other settings are set with the weights
+    for name in names:
+        if (r := file.spec(name).r) != common.r:
+            others.setdefault(r, []).append(re.escape(name))
     patching.patch(
         model,
         **common._asdict(),
+        rank_pattern={f"^(?:{'|'.join(alike)})": r for r, alike in others.items()},
         target_modules="|".join(re.escape(name) for name in names),
         adapter_name=adapter_name,
         backend=fused[0].backend if fused else "auto",
@@ -322,11 +327,8 @@ def _added(
     )
     try:
         for name in names:
-            layer, spec = layers[name], file.spec(name)
+            layer = layers[name]
             assert isinstance(layer, FusedLoraLinear)
-            if spec.r != common.r:
-                layer.delete_adapter(adapter_name)
-                layer.add_adapter(adapter_name, **spec._asdict())
             if was_patched and layer not in fused:
                 layer.set_adapter([])  # the model's active adapters stay the same
         yield

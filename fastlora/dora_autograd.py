@@ -67,14 +67,16 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, 
     if torch.compiler.is_compiling():
         return torch.ops.fastlora.dora_weight_norm_any_scale(weight, lora_A, lora_B, scaling, backend)
     with torch.no_grad():
-        if not autocast_enabled(weight):
-            return _weight_norm(weight, lora_A, lora_B, scaling, backend)
-        with torch.autocast(weight.device.type, enabled=False):
-            return _weight_norm(weight, lora_A, lora_B, scaling, backend)
+        return _weight_norm(weight, lora_A, lora_B, scaling, backend)
 
 
 def _weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Tensor:
-    return dora_dispatch.select(weight, lora_A, backend).weight_norm(weight, lora_A, lora_B, scaling)
+    """The op too: under autocast a compiled graph may call it within autocast."""
+    module = dora_dispatch.select(weight, lora_A, backend)
+    if not autocast_enabled(weight):
+        return module.weight_norm(weight, lora_A, lora_B, scaling)
+    with torch.autocast(weight.device.type, enabled=False):
+        return module.weight_norm(weight, lora_A, lora_B, scaling)
 
 
 # The torch.library twin, as in autograd.py.

@@ -24,9 +24,6 @@ class KeptNorms:
     def __init__(self) -> None:
         self._kept: dict[str, tuple[list[StorageWeakRef], _Key, Tensor]] = {}
 
-    def __reduce__(self) -> tuple:
-        return KeptNorms, ()  # a copy's storages are others
-
     def of(self, name: str, sources: Sequence[Tensor], scaling: float, make: Callable[[], Tensor]) -> Tensor | None:
         """The norms of this adapter, kept or made; None where they cannot be kept now (gradients, compilation)."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(s.is_inference() for s in sources):

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch, functional, mixed_batches
-from .adapter_variants import FROZEN, TRAINED, AdapterVariants, check_kinds
+from .adapter_variants import FROZEN, TRAINED, AdapterVariants, Magnitudes, check_kinds
 from .rank_schedule import Allocation
 from .starts import check_init, shifts_weight
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-class FusedLoraLinear(AdapterVariants):
+class FusedLoraLinear(mixed_batches.BlockState, AdapterVariants):
     """y = x W0ᵀ + b + Σ s·(drop(x) Aᵀ) Bᵀ over the active adapters, with W0 and b frozen.
 
     It is an `nn.Linear`: `weight` (out_features, in_features) and `bias` keep their keys. Adapters are `lora_A[name]`
@@ -137,10 +137,11 @@ class FusedLoraLinear(AdapterVariants):
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.lora_E = nn.ParameterDict()  # AdaLoRA's singular values
-        self.lora_magnitude_vector = nn.ParameterDict()  # DoRA's
+        self.lora_magnitude_vector = Magnitudes()  # DoRA's
         # Frozen: where an adapter did not start at zero, what takes its start away again (see `set_initial_factors`).
         self.lora_A0 = nn.ParameterDict()
         self.lora_B0 = nn.ParameterDict()
+        self.lora_shift = nn.ParameterDict()  # by whose start the weight is shifted
         # In eval mode nn.TransformerEncoderLayer reads its linear layers' weights itself, past their adapters, unless
         # some module in it has a forward hook. One on a container, which is never called, costs nothing.
         self.lora_A.register_forward_pre_hook(keep_off_the_fast_path)
@@ -309,7 +310,8 @@ class FusedLoraLinear(AdapterVariants):
                 )
             if untie:
                 self._base_weight = (self.weight,)
-                self.weight = nn.Parameter(merged, requires_grad=False)
+                with torch.inference_mode(False):  # a parameter made in inference mode could never be trained through
+                    self.weight = nn.Parameter(merged.clone(), requires_grad=False)
             else:
                 self._base_weight = (self.weight.detach().to("cpu", copy=True),)
                 self.weight.copy_(merged)  # not through .data: a backward pass that has saved the weight must notice
@@ -330,8 +332,6 @@ class FusedLoraLinear(AdapterVariants):
         self.merged_adapters = []
 
     # Running.
-
-    mixed_batch: mixed_batches.MixedBatch | None = None  # set on the instance within `fastlora.adapter_names`
 
     def running_adapters(self) -> list[functional.Adapter]:
         """The low-rank terms that `forward` adds now: none while adapters are disabled or merged."""

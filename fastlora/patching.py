@@ -171,7 +171,8 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
     Merged adapters are unmerged first, so that the weights' bits are the original ones; with `keep_merged` the merged
     weights stay (what PEFT calls merge_and_unload). PEFT models keep their adapters: only the layers' execution goes
     back to PEFT. A model that is not patched stays as it is. Raises ValueError where something else has changed a
-    layer's class since, and for `keep_merged` where no layer is merged: the adapters would be lost.
+    layer's class since, and for `keep_merged` where no layer is merged, or another adapter than the one that has
+    shifted the weight (PiSSA, OLoRA): the adapters would be lost.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"unpatch: model: got {type(model).__name__}, want a torch.nn.Module")
@@ -187,6 +188,12 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
             "unpatch: keep_merged: no adapter is merged into any weight; call fastlora.merge(model) first, or leave "
             "keep_merged out to drop the adapters"
         )
+    for module in adapted if keep_merged else ():
+        if module.merged_adapters and module.shifted_by not in (None, *module.merged_adapters):
+            raise ValueError(
+                f"unpatch: keep_merged: {module.merged_adapters} are merged into weights that {module.shifted_by!r} "
+                "has shifted, and the part that it has taken out would be lost; merge it too, or delete it first"
+            )
     for module in mlps.fused_mlps(model):
         mlps.release(module)
     for module in list(model.modules()):

@@ -59,13 +59,12 @@ class FusedLayer:
         return "fused by fastlora"
 
 
-class FusedForward(FusedLayer):
+class FusedForward(mixed_batches.BlockState, FusedLayer):
     """A PEFT layer whose forward runs `functional.multi_lora_linear` wherever that computes the same thing."""
 
     # Set by `peft_layers.adopt`, taken away by `release`.
     STATE = ("backend", "calls", "undos", "group")
     group: tuple[grouping.LayerGroup, str] | None  # the group that it belongs to, and its name there
-    mixed_batch: mixed_batches.MixedBatch | None = None  # set on the instance within `fastlora.adapter_names`
 
     @staticmethod
     def read_adapters(layer: Any, plan: Plan, x: Tensor | None, mixed: Sequence[str] | None) -> str | None:

@@ -187,8 +187,11 @@ class AdapterStart(nn.Linear):
     lora_B: nn.ParameterDict
     lora_A0: nn.ParameterDict
     lora_B0: nn.ParameterDict
+    lora_shift: nn.ParameterDict
     fan_in_fan_out: bool
     merged_adapters: list[str]
+    # By which adapter the weight is shifted, and its bits from before, on the host. What a state dict says of it is the
+    # key `lora_shift.<name>`, a frozen parameter of one element: without it nothing would tell a shifted weight.
     _weight_before_shift: tuple[str, Tensor] | None
 
     def reset_adapter(self, name: str, init_lora_weights: bool | str = True) -> None:
@@ -230,6 +233,7 @@ class AdapterStart(nn.Linear):
             self.lora_B[name].copy_(b)
             if not exact:
                 self._weight_before_shift = (name, self.weight.detach().to("cpu", copy=True))
+                self._mark_shift()
             self.set_frozen_factors(name, self.lora_A[name].detach(), self.lora_B[name].detach().neg())
 
     def set_frozen_factors(self, name: str, a0: Tensor | None, b0: Tensor | None) -> None:
@@ -248,9 +252,22 @@ class AdapterStart(nn.Linear):
                     factors[name] = nn.Parameter(value.clone(), requires_grad=False)
         if self._weight_before_shift and self._weight_before_shift[0] == name:
             with torch.no_grad():
-                dtype = torch.promote_types(self.weight.dtype, torch.float32)
-                weight = self._weight_before_shift[1].to(self.weight).to(dtype)
-                self.weight.copy_(weight + self._product(name, self.lora_A0[name], self.lora_B0[name]))
+                bits = self._weight_before_shift[1]
+                self.weight.copy_(self._shifted(bits, self._product(name, self.lora_A0[name], self.lora_B0[name])))
+
+    def _shifted(self, weight: Tensor, product: Tensor) -> Tensor:
+        """weight + product, rounded once to the weight's dtype and where the weight is."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return (weight.to(self.weight).to(wide) + product).to(self.weight.dtype)
+
+    def _mark_shift(self) -> None:
+        """Sets `lora_shift` by `_weight_before_shift`."""
+        for name in list(self.lora_shift):
+            del self.lora_shift[name]
+        if (name := self.shifted_by) is not None:
+            with torch.inference_mode(False):
+                mark = torch.ones(1, dtype=self.lora_A[name].dtype, device=self.weight.device)
+                self.lora_shift[name] = nn.Parameter(mark, requires_grad=False)
 
     def check_initial_factors(self, name: str, exact: bool) -> None:
         """Raises ValueError where `set_initial_factors` cannot work in the layer's present state."""
@@ -295,6 +312,7 @@ class AdapterStart(nn.Linear):
             with torch.no_grad():
                 self.weight.copy_(self._weight_before_shift[1])
             self._weight_before_shift = None
+            self._mark_shift()
         for factors in (self.lora_A0, self.lora_B0):
             if name in factors:
                 del factors[name]
@@ -315,19 +333,87 @@ class AdapterStart(nn.Linear):
         return (math.sqrt(growth) if self.use_rslora[name] else growth) * self.lora_alpha[name]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Makes room for a frozen part of another rank, which a re-initialised adapter has."""
+        """Makes room for a frozen part of another rank, which a re-initialised adapter has, and keeps the bits that the
+        weight had before a start was taken from it.
+
+        Raises ValueError for another weight than the one into which adapters are merged, which `unmerge` would put out
+        again; and where the start of an adapter is in the state's weight and not in the layer's, or the reverse.
+        """
+        saved = {key: state_dict.get(f"{prefix}{key}") for key in ("weight", *self._start_keys())}
+        weight = saved["weight"]
+        if weight is not None and self.merged_adapters and not _same_bits(weight, self.weight):
+            raise ValueError(
+                f"FusedLoraLinear: {prefix}weight: adapters {self.merged_adapters} are merged into the layer's weight, "
+                "which is another one; call fastlora.unmerge(model) before load_state_dict"
+            )
+        for name in self.lora_A if weight is not None else ():
+            here = self.shifted_by == name
+            if f"{prefix}lora_A.{name}" not in state_dict or (saved[f"lora_shift.{name}"] is not None) == here:
+                continue
+            if here and self._is_shifted_by(saved, name):  # saved by a version that did not say so
+                state_dict[f"{prefix}lora_shift.{name}"] = self.lora_shift[name].detach().clone()
+                continue
+            in_state = "is not" if here else "is"
+            raise ValueError(
+                f"FusedLoraLinear: {prefix}weight: the start of adapter {name!r} (PiSSA, OLoRA, LoRA-GA's "
+                f"base='offset') {in_state} taken out of the weight in this state_dict, and "
+                f"{'is' if here else 'is not'} in the layer; want a model with the same start, or save_adapter and "
+                "load_adapter, which save an adapter of the original weight"
+            )
         for key, factors, like in (("lora_A0", self.lora_A0, self.lora_A), ("lora_B0", self.lora_B0, self.lora_B)):
             for name, trained in like.items():
-                saved = state_dict.get(f"{prefix}{key}.{name}")
-                if saved is not None and (name not in factors or factors[name].shape != saved.shape):
+                start = saved[f"{key}.{name}"]
+                if start is not None and (name not in factors or factors[name].shape != start.shape):
                     if sharding.is_sharded(trained):
                         raise ValueError(
-                            f"FusedLoraLinear: {prefix}{key}.{name}: got a start {tuple(saved.shape)} for an adapter "
+                            f"FusedLoraLinear: {prefix}{key}.{name}: got a start {tuple(start.shape)} for an adapter "
                             f"that has none of that shape, want it loaded {sharding.BEFORE}"
                         )
-                    room = torch.zeros(saved.shape, dtype=trained.dtype, device=trained.device)
+                    room = torch.zeros(start.shape, dtype=trained.dtype, device=trained.device)
                     factors[name] = nn.Parameter(room, requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._keep_bits(saved)
+
+    def _start_keys(self) -> list[str]:
+        """What a state dict has of the adapters' starts."""
+        return [f"{key}.{name}" for name in self.lora_A for key in ("lora_A0", "lora_B0", "lora_shift")]
+
+    def _is_shifted_by(self, saved: Mapping[str, Any], name: str) -> bool:
+        """Whether a state's weight is the remembered one with the state's own start taken out."""
+        product = self._saved_product(saved, name)
+        if product is None or self._weight_before_shift is None:
+            return False
+        return _same_bits(saved["weight"], self._shifted(self._weight_before_shift[1], product))
+
+    def _saved_product(self, saved: Mapping[str, Any], name: str) -> Tensor | None:
+        """−s·B₀A₀ of a state, or the layer's own where that has none; None where it is not to be had."""
+        factors = []
+        for key, own in (("lora_A0", self.lora_A0), ("lora_B0", self.lora_B0)):
+            value = own[name] if saved[f"{key}.{name}"] is None else saved[f"{key}.{name}"]
+            if value.is_meta or sharding.is_sharded(value):
+                return None
+            factors.append(value.detach().to(own[name]))
+        if factors[0].shape[1:] != self.lora_A[name].shape[1:] or factors[1].shape[:1] != self.lora_B[name].shape[:1]:
+            return None
+        return self._product(name, *factors)
+
+    def _keep_bits(self, saved: Mapping[str, Any]) -> None:
+        """After loading: the remembered bits are those from which the weight is shifted, as near as can be told."""
+        if self._weight_before_shift is None or self.merged_adapters:
+            return  # the weight that is merged into is still the one that it was
+        if self.weight.is_meta or sharding.is_sharded(self.weight):
+            return
+        name, bits = self._weight_before_shift
+        product = self._saved_product(saved, name)
+        if product is None or all(value is None for value in saved.values()):
+            return
+        with torch.no_grad():
+            shifted = self._shifted(bits, product)
+            unshifted = saved[f"lora_shift.{name}"] is None and _same_bits(bits.to(self.weight), self.weight)
+            if saved["weight"] is None or unshifted:
+                self.weight.copy_(shifted)  # another start, or the base model's own weight
+            elif not _same_bits(shifted, self.weight):
+                self._weight_before_shift = name, self._shifted(self.weight, -product).to("cpu", copy=True)
 
     def _runs_beside(self, name: str) -> bool:
         """Whether −B₀A₀ is part of the adapter rather than of the weight."""
@@ -352,3 +438,10 @@ class AdapterStart(nn.Linear):
                 f"FusedLoraLinear.{method}: adapters {self.merged_adapters} are merged; "
                 "call fastlora.unmerge(model) first"
             )
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether they are equal, in dtype too; False where that cannot be told."""
+    if one.shape != other.shape or one.dtype != other.dtype or one.is_meta or other.is_meta or sharding.is_sharded(one):
+        return False
+    return torch.equal(one.detach().to(other.device), other.detach())

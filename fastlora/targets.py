@@ -171,13 +171,18 @@ def why_not_patchable(module: nn.Module) -> str | None:
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, layer) of every `FusedLoraLinear` and every PEFT LoRA layer, once each, as `named_modules` orders them.
+    """(name, layer) of every `FusedLoraLinear` and every PEFT LoRA layer, once each, as `named_modules` orders them."""
+    peft_layer = sys.modules.get("peft.tuners.lora.layer")
+    kinds = (FusedLoraLinear,) if peft_layer is None else (FusedLoraLinear, peft_layer.LoraLayer)
+    return iter(modules_of(model, kinds))
+
+
+def modules_of(model: nn.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
+    """(name, module) of these kinds, all of which have children, once each, as `named_modules` orders them.
 
     Of what has no children, and within our own layers, nothing is asked: a twentieth of `named_modules`' time on a
     patched Llama, which switching adapters waits for.
     """
-    peft_layer = sys.modules.get("peft.tuners.lora.layer")
-    kinds = (FusedLoraLinear,) if peft_layer is None else (FusedLoraLinear, peft_layer.LoraLayer)
     found: list[tuple[str, Any]] = []
     seen: set[int] = set()
 
@@ -185,14 +190,14 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
         seen.add(id(module))
         if isinstance(module, kinds):
             found.append((name, module))
-            if isinstance(module, FusedLoraLinear):
-                return
+        if isinstance(module, FusedLoraLinear):
+            return
         for child_name, child in module._modules.items():
             if child is not None and child._modules and id(child) not in seen:
                 walk(f"{name}.{child_name}" if name else child_name, child)
 
     walk("", model)
-    return iter(found)
+    return found
 
 
 def peft_lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

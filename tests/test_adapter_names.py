@@ -7,6 +7,7 @@ beside PEFT's `adapter_names=`."""
 from __future__ import annotations
 
 import copy
+import pickle
 
 import peft
 import pytest
@@ -169,6 +170,14 @@ def test_copies_know_nothing_of_the_block():
         model(x).sum().backward()
     again = copy.deepcopy(model)
     assert torch.equal(again(x), model(x))
+    want = model(x)
+    for kept in (False, True):
+        with torch.no_grad(), fastlora.variants.kept_norms(model) if kept else fastlora.adapter_names(model, NAMES):
+            model(x)
+            copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        for again in copies:
+            assert torch.equal(again(x), want)
+            assert not any({"mixed_batch", "kept_norms"} & module.__dict__.keys() for module in again.modules())
     fastlora.unpatch(model)
     assert not any("mixed_batch" in module.__dict__ for module in model.modules())
 
@@ -278,6 +287,16 @@ def gradients_by_peft(plain, x):
     plain.eval()
     plain(x, adapter_names=NAMES).square().sum().backward()
     return {name: None if p.grad is None else p.grad for name, p in adapters(plain).items()}
+
+
+def test_peft_copies_know_nothing_of_the_block():
+    model = peft.get_peft_model(Tower(), peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    fastlora.patch(model)
+    x = inputs(4, 5, 12)
+    with fastlora.adapter_names(model, ["default", "__base__"] * 2), fastlora.variants.kept_norms(model):
+        again = copy.deepcopy(model)
+    assert torch.equal(again(x), model(x))
+    assert not any({"mixed_batch", "kept_norms"} & module.__dict__.keys() for module in again.modules())
 
 
 def test_lora_bias_falls_back():

@@ -336,6 +336,17 @@ def test_a_tied_weight_is_untied_while_merged():
     assert model.first.weight is model.second.weight is model.embedding.weight
 
 
+def test_a_tied_weight_merged_in_inference_mode_can_be_trained_through():
+    model = TiedModel()
+    fastlora.patch(model, r=2, init_lora_weights=False)
+    x = torch.randn(3, 6, requires_grad=True)
+    with torch.inference_mode():
+        fastlora.merge(model)
+    model.second(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, model.second.weight.detach().sum(0).expand(3, 6))
+
+
 @pytest.mark.parametrize("change", ["cast", "cast and back", "state_dict", "copy of data"])
 def test_unmerging_after_the_model_was_changed(change):
     """The former weights come back in the dtype that the model has now; a tied model is tied again where it can be."""

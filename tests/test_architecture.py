@@ -60,6 +60,7 @@ FLOORS = {
     "fastlora.peft_quantized": 5,
     "fastlora.peft_bnb": 5,
     "fastlora.peft_tuner": 5,
+    "fastlora.peft_wrappers": 5,
     "fastlora.peft_format": 5,
     "fastlora.peft_ranks": 5,
     "fastlora.patch_report": 5,

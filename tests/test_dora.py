@@ -317,6 +317,46 @@ def test_a_bf16_layer_keeps_its_magnitudes_in_fp32():
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32, FP64])
+def test_casting_a_model_leaves_the_magnitudes_in_fp32_at_least(dtype):
+    layer, twin = randomise(layer_of()), randomise(layer_of())
+    magnitude = layer.lora_magnitude_vector["default"]
+    values = magnitude.detach().clone()
+    wide = torch.promote_types(dtype, FP32)
+    nn.Sequential(layer).to(dtype)
+    assert layer.lora_magnitude_vector["default"] is magnitude and magnitude.requires_grad
+    assert magnitude.dtype == wide and layer.lora_A["default"].dtype == layer.weight.dtype == dtype
+    assert torch.equal(magnitude, values.to(wide))
+    assert torch.equal(copy.deepcopy(layer).half().lora_magnitude_vector["default"], values)
+    twin.load_state_dict(layer.state_dict())
+    assert torch.equal(twin.lora_magnitude_vector["default"], values)
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_added_and_reset_beside_a_merged_adapter(conv1d):
+    """The magnitudes are the norms of the weight that is there when nothing is merged."""
+    linear = pytest.importorskip("transformers").pytorch_utils.Conv1D(30, 24) if conv1d else nn.Linear(24, 30)
+    base: Any = nn.Sequential(linear)
+    model, x = copy.deepcopy(base), torch.randn(5, 24)
+    fastlora.patch(model, r=4, init_lora_weights=False)
+    fastlora.patch(model, r=4, adapter_name="old", use_dora=True, init_lora_weights=False)
+    fastlora.patch(model, r=4, adapter_name="reset", use_dora=True, init_lora_weights=False)
+    layer = model[0]
+    delta = layer.get_delta_weight("old")
+    fastlora.merge(model)
+    fastlora.patch(model, r=4, adapter_name="new", use_dora=True)
+    layer.reset_adapter("reset")
+    torch.testing.assert_close(layer.get_delta_weight("old"), delta)
+    torch.testing.assert_close(layer.get_delta_weight("new"), torch.zeros_like(delta), rtol=0, atol=1e-6)
+    fastlora.unmerge(model)
+    for name in ("new", "reset"):
+        fastlora.set_adapter(model, name)
+        torch.testing.assert_close(model(x), base(x))
+    fastlora.set_adapter(model, "old")
+    fastlora.merge(model)
+    torch.testing.assert_close(layer.get_delta_weight("old"), delta)
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("conv1d", [False, True])
 def test_merging(dtype, conv1d):
@@ -532,6 +572,17 @@ def test_compiled(dropout_p):
         torch.manual_seed(7)
         got = run(p, torch.compile(dora_linear, backend="aot_eager", fullgraph=True))
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_norms_under_autocast(backend):
+    torch._dynamo.reset()
+    p = make_problem(1, 20)
+    compiled = torch.compile(dora_functional.weight_norm, backend=backend)
+    with torch.autocast("cpu", dtype=BF16):
+        got = compiled(p.weight, p.lora_A, p.lora_B, 1.5)
+    want = (p.weight.double() + 1.5 * p.lora_B.double() @ p.lora_A.double()).norm(dim=1)
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
 
 
 def test_a_changing_scale_is_one_graph():

@@ -490,6 +490,25 @@ def test_state_dict_keys_and_round_trip():
         FusedLoraLinear(K, N, r=8).load_state_dict(state, strict=False)
 
 
+def test_a_merged_layer_takes_no_other_weight():
+    """`unmerge` would put the former one back."""
+    made, other = layer(r=4), layer(r=4)
+    with torch.no_grad():
+        other.weight.mul_(2.0)
+    made.merge()
+    bits = made.weight.clone()
+    with pytest.raises(
+        ValueError, match=r"weight: adapters \['default'\] are merged .* call fastlora.unmerge\(model\)"
+    ):
+        made.load_state_dict(other.state_dict())
+    assert torch.equal(made.weight, bits)
+    made.load_state_dict({key: value for key, value in other.state_dict().items() if "lora" in key}, strict=False)
+    made.unmerge()
+    made.load_state_dict(other.state_dict())
+    x = torch.randn(3, K)
+    assert torch.equal(made(x), other(x))
+
+
 def test_state_dict_assigned_to_a_layer_on_the_meta_device():
     made = layer(r=4)
     other = FusedLoraLinear(K, N, r=4, device="meta")

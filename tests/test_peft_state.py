@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from model_state import ModelState
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.lora.model import LoraModel
@@ -231,6 +232,49 @@ def test_merged_and_partly_merged(merged):
     check(*models, tolerance=1e-5, fallback=True)
     do(models, lambda model: model.unmerge_adapter())
     check(*models, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("names", [["b"], ["b", "default"]])
+def test_disabled_and_merged_again(names):
+    """What was merged is what is merged afterwards, whichever is active; unless another was chosen meanwhile."""
+    _, fused = pair()
+    fused.add_adapter("b", config())
+    fused.add_adapter("c", config())
+    fused.merge_adapter(names)
+    state = ModelState(fused)
+    with fastlora.disable_adapter(fused):
+        assert not any(layer.merged_adapters for layer in lora_layers(fused))
+    assert all(layer.merged_adapters == names for layer in lora_layers(fused))
+    state.assert_same_tensors(fused)
+    with fastlora.disable_adapter(fused):
+        fastlora.set_adapter(fused, "c")
+    assert all(layer.merged_adapters == ["c"] for layer in lora_layers(fused))
+
+
+def test_a_refused_merge_changes_nothing():
+    _, fused = pair()
+    fused.add_adapter("b", config())
+    fused.merge_adapter(["b"])
+    state = ModelState(fused)
+    with pytest.raises(
+        ValueError, match=r"merge: '.*0.up': adapters \['b'\] are merged already; call fastlora.unmerge"
+    ):
+        fastlora.merge(fused)
+    state.assert_unchanged()
+    fastlora.unmerge(fused)
+    last = lora_layers(fused)[-1]
+    with torch.no_grad():
+        last.lora_B["default"].weight[0, 0] = torch.inf
+    last.merge(adapter_names=["b"])
+    state = ModelState(fused)
+    with pytest.raises(ValueError, match="are merged already"):
+        fastlora.merge(fused)
+    state.assert_unchanged()
+    last.unmerge()
+    state = ModelState(fused)
+    with pytest.raises(ValueError, match=r"merge: .*NaNs detected"):
+        fastlora.merge(fused)
+    state.assert_unchanged()
 
 
 def test_some_layers_merged():

@@ -116,3 +116,23 @@ def test_wrong_patterns(options, message):
     with pytest.raises(ValueError, match=message):
         fastlora.patch(model, **options)
     state.assert_unchanged()
+
+
+def test_a_loaded_adapter_waits_in_layers_that_have_none_left(tmp_path):
+    """Whichever its rank there: `set_adapter` chooses it, not `load_adapter`."""
+    saved, model, x = Net(), Net(), torch.randn(3, 6)
+    fastlora.patch(saved, r=4, rank_pattern={"head": 2}, init_lora_weights=False)
+    fastlora.save_adapter(saved, tmp_path)
+    fastlora.patch(model, r=3, init_lora_weights=False)
+    waiting = [adapters(model)[name] for name in ("head", "blocks.0.up")]
+    for layer in waiting:
+        layer.delete_adapter("default")
+    expected = model(x)
+    fastlora.load_adapter(model, tmp_path, "second")
+    assert torch.equal(model(x), expected)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "second" in name)
+    assert all(layer.active_adapters == [] for layer in waiting)
+    assert [layer.r for layer in waiting] == [{"second": 2}, {"second": 4}]
+    fastlora.set_adapter(model, "second")
+    for name, layer in adapters(model).items():
+        assert torch.equal(layer.get_delta_weight("second"), adapters(saved)[name].get_delta_weight("default"))

@@ -564,6 +564,83 @@ def test_a_state_dict_goes_on_where_training_stopped(init):
     ModelState(base).assert_same_tensors(second)
 
 
+def started(init: bool | str, base: nn.Module) -> Any:
+    """A trained model with an adapter that started so; "exact" and "offset" are LoRA-GA's."""
+    model: Any = copy.deepcopy(base)
+    if init in ("exact", "offset"):
+        with fastlora.GradientSketch(model, r=3) as sketch:
+            model(torch.ones(1, K)).square().sum().backward()
+        model.zero_grad()
+        fastlora.init_lora_ga(model, sketch, base=init)
+    else:
+        fastlora.patch(model, r=3, init_lora_weights=init)
+    move(model)
+    return model
+
+
+@pytest.mark.parametrize("there", [True, "exact", "offset", "pissa", "olora"])
+@pytest.mark.parametrize("here", [True, "exact", "offset", "pissa", "olora"])
+def test_a_state_dict_of_another_start_is_right_or_refused(there, here):
+    """A weight says nothing of what was taken out of it."""
+    base, shifting = two_linears(), ("offset", "pissa", "olora")
+    source, model = started(there, base), started(here, base)
+    for layer, other in ((model[0], source[0]), (model[2], source[2])):
+        layer.scaling = dict(other.scaling)
+    state = source.state_dict()
+    if (there in shifting) != (here in shifting):
+        with pytest.raises(ValueError, match=r"0.weight: the start of adapter 'default' .* taken out of the weight in"):
+            model.load_state_dict(state, strict=False)
+        return
+    if (there, here) != (True, "exact"):  # keys are missing
+        model.load_state_dict(state)
+        torch.testing.assert_close(outputs(model), outputs(source), rtol=1e-5, atol=1e-5)
+        fastlora.unpatch(model)
+        for weight, wanted in zip(model.parameters(), base.parameters(), strict=True):
+            torch.testing.assert_close(weight, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_dict_of_another_base_brings_its_bits(dtype):
+    """Those of the base that the state came from, as near as rounding allows, and not the layer's former ones: from
+    another base model, and from what `from_pretrained` makes of a checkpoint, the weights as they are there."""
+    torch.manual_seed(3)
+    base = nn.Sequential(nn.Linear(K, N), nn.Tanh(), nn.Linear(N, 7)).to(dtype)
+    source, from_pretrained = started("pissa", base), copy.deepcopy(base)
+    from_pretrained.load_state_dict(source.state_dict(), strict=False)
+    x, eps = torch.randn(3, K, dtype=dtype), torch.finfo(dtype).eps
+    for other in (two_linears().to(dtype), from_pretrained):
+        model = started("pissa", other)
+        model.load_state_dict(source.state_dict())
+        assert torch.equal(model(x), source(x))
+        fastlora.unpatch(model)
+        for weight, wanted in zip(model.parameters(), base.parameters(), strict=True):
+            torch.testing.assert_close(weight, wanted, rtol=0, atol=eps * wanted.detach().abs().max().item())
+
+
+def test_parts_of_a_state_dict():
+    """Adapters alone, the base's own weights alone, and what was saved before there was a word on shifts."""
+    base = two_linears()
+    source = started("pissa", base)
+    wanted, state = outputs(source), source.state_dict()
+    assert [name for name in state if "shift" in name] == ["0.lora_shift.default", "2.lora_shift.default"]
+    for part in (
+        {name: value for name, value in state.items() if "lora_" in name},
+        {
+            **base.state_dict(),
+            **{name: value for name, value in state.items() if "lora_A." in name or "lora_B." in name},
+        },
+        {name: value for name, value in state.items() if "shift" not in name},
+    ):
+        model = started("pissa", base)
+        if "0.lora_A0.default" not in part:
+            model.load_state_dict(base.state_dict(), strict=False)
+            part = {name: value for name, value in part.items() if "lora_" in name}
+        model.load_state_dict(part, strict="0.weight" in part)
+        assert torch.equal(outputs(model), wanted)
+        fastlora.unpatch(model)
+        ModelState(base).assert_same_tensors(model)
+
+
 def test_merging_deepcopies_and_keeping_what_is_merged():
     base = two_linears()
     model = copy.deepcopy(base)
@@ -573,10 +650,34 @@ def test_merging_deepcopies_and_keeping_what_is_merged():
     clone = copy.deepcopy(model)
     fastlora.merge(model)
     torch.testing.assert_close(outputs(model), wanted, rtol=1e-5, atol=1e-5)
+    again = copy.deepcopy(model)
+    again.load_state_dict(model.state_dict())
     fastlora.unmerge(model)
     assert torch.equal(outputs(model), wanted) and torch.equal(outputs(clone), wanted)
-    fastlora.unpatch(clone)
-    ModelState(base).assert_same_tensors(clone)
+    for copied in (clone, again):
+        fastlora.unpatch(copied)
+        ModelState(base).assert_same_tensors(copied)
+    fastlora.merge(model)
+    fastlora.unpatch(model, keep_merged=True)
+    torch.testing.assert_close(outputs(model), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_shift_is_not_lost_with_another_adapter_that_is_merged():
+    model = two_linears()
+    fastlora.patch(model, r=R, init_lora_weights="pissa")
+    fastlora.patch(model, r=2, init_lora_weights=False, adapter_name="second")
+    fastlora.set_adapter(model, "second")
+    fastlora.merge(model)
+    state = ModelState(model)
+    with pytest.raises(
+        ValueError, match=r"unpatch: keep_merged: \['second'\] are merged into weights that 'default' has"
+    ):
+        fastlora.unpatch(model, keep_merged=True)
+    state.assert_unchanged()
+    fastlora.unmerge(model)
+    fastlora.set_adapter(model, ["default", "second"])
+    wanted = outputs(model)
     fastlora.merge(model)
     fastlora.unpatch(model, keep_merged=True)
     torch.testing.assert_close(outputs(model), wanted, rtol=1e-5, atol=1e-5)

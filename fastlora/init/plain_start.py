@@ -50,7 +50,7 @@ class PlainStart:
         """What puts the layer back as it is now, to the bit; it holds copies of A and B on the host."""
         layer, name = self.layer, self.adapter_name
         copies = [(part[name], part[name].detach().to("cpu", copy=True)) for part in (layer.lora_A, layer.lora_B)]
-        starts = [(part, part[name]) for part in (layer.lora_A0, layer.lora_B0) if name in part]
+        starts = [(part, part[name]) for part in (layer.lora_A0, layer.lora_B0, layer.lora_shift) if name in part]
         shift = layer._weight_before_shift
         shifted_here = shift is not None and shift[0] == name
         shifted = layer.weight.detach().to("cpu", copy=True) if shifted_here else None
