@@ -42,13 +42,13 @@ Tensors = dict[str, torch.Tensor]
 def measure(task: Task) -> dict[str, Any]:
     """step -> start -> layer -> [residual, cosine]; and step -> "bound" -> layer -> [residual, cosine].
 
-    An r that is more than a layer's shorter side leaves only LoRA's start: there are no so many singular vectors.
+    Where 2r is more than some layer's shorter side, only LoRA's start is there: the others take 2r singular vectors.
     """
     gradients = full_gradients(task)
     wanted = {"sgd": gradients, "adam": {name: gradient.sign() for name, gradient in gradients.items()}}
     found: dict[str, Any] = {step: {BOUND: _bounds(wanted[step], 2 * task.settings.r)} for step in STEPS}
-    widest = min(min(gradient.shape) for gradient in gradients.values())
-    starts = {name: entry for name, entry in STARTS.items() if task.settings.r <= widest or name == "lora"}
+    shortest = min(min(gradient.shape) for gradient in gradients.values())
+    starts = {name: entry for name, entry in STARTS.items() if 2 * task.settings.r <= shortest or name == "lora"}
     with Progress(len(starts), "first steps", lines=1) as progress:
         for start, entry in starts.items():
             changes = first_changes(task, entry)

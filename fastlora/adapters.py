@@ -125,7 +125,7 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
         raise ValueError(f"delete_adapter: adapter_name: got {adapter_name!r}, want one of {sorted(known)}")
     chosen = [(name, layer) for name, layer in layers if adapter_name in layer.r]
     for name, layer in chosen:
-        if adapter_name in layer.merged_adapters or (layer.shifted_by == adapter_name and layer.merged_adapters):
+        if layer.holds(adapter_name):
             raise ValueError(
                 f"delete_adapter: {layer.merged_adapters} merged into {name!r}; call fastlora.unmerge(model) first"
             )

@@ -223,8 +223,7 @@ def _check_against_model(model: nn.Module, layers: dict[str, nn.Module], file: A
     for name, layer in layers.items():
         if not isinstance(layer, FusedLoraLinear):
             continue
-        shifted = layer.shifted_by == adapter_name
-        if adapter_name in layer.merged_adapters or (shifted and layer.merged_adapters):
+        if layer.holds(adapter_name):
             raise ValueError(
                 f"load_adapter: {layer.merged_adapters} merged into {name!r}; call fastlora.unmerge(model) first"
             )

@@ -295,6 +295,10 @@ class AdapterStart(nn.Linear):
         """The adapter whose start was subtracted from the weight, if any."""
         return self._weight_before_shift[0] if self._weight_before_shift else None
 
+    def holds(self, name: str) -> bool:
+        """Whether the adapter must stay for now: it is merged, or another one is, into a weight that it has shifted."""
+        return name in self.merged_adapters or (self.shifted_by == name and bool(self.merged_adapters))
+
     def unshifted_weight(self, name: str) -> Tensor:
         """The weight (out, in) as it is without this adapter's shift."""
         weight = self.weight.detach()
