@@ -445,4 +445,3 @@ from . import dora_functional  # noqa: E402
 from .dora_functional import dora_linear as dora_linear  # noqa: E402
 from .mlp_functional import lora_activated_linear as lora_activated_linear  # noqa: E402
 from .mlp_functional import lora_mlp as lora_mlp  # noqa: E402
-from .mlp_functional import rms_norm_lora as rms_norm_lora  # noqa: E402

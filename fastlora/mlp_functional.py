@@ -1,5 +1,5 @@
-"""`lora_mlp`: an MLP of LoRA layers with what lies between its projections fused; `rms_norm_lora`, the norm before
-it. Part of functional.py, which it belongs to; the maths is one floor down."""
+"""`lora_mlp`: an MLP of LoRA layers with what lies between its projections fused.
+Part of functional.py, which it belongs to; the maths is one floor down."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, functional, group_dispatch, mlp_autograd, mlp_dispatch, norm_autograd
+from . import autograd, functional, group_dispatch, mlp_autograd, mlp_dispatch
 from .backends import mlp_torch
 from .functional import Adapter, GroupLayer
 
@@ -106,58 +106,3 @@ def _may_activate(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor 
 def _check_activation(activation: str) -> None:
     if activation not in mlp_dispatch.ACTIVATIONS:
         raise ValueError(f"lora_mlp: activation: got {activation!r}, want one of {', '.join(mlp_dispatch.ACTIVATIONS)}")
-
-
-def rms_norm_lora(
-    x: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    layers: Sequence[GroupLayer],
-    training: bool = True,
-    backend: str = "auto",
-) -> tuple[Tensor, ...]:
-    """RMSNorm and the LoRA layers that it feeds: the norm's pass over x writes S for all of them.
-
-    Equivalent to `lora_group(F.rms_norm(x, (K,), norm_weight, eps), layers, training, backend)`, and run so where the
-    Triton kernels do not run, adapters drop something or have more than 64 ranks together, under autocast, inside
-    torch.compile and torch.func.
-
-    Args: x: (..., K); norm_weight: (K,), of x's dtype or another float dtype (x's where the kernels do not run); eps:
-        added to the mean square; layers, training, backend: as in `lora_group`.
-    Returns: a tuple of (..., Nᵢ), differentiable in x, norm_weight and what `lora_group` is.
-    Raises: ValueError as `lora_group`; a norm_weight that is not (K,).
-    Source: Zhang and Sennrich 2019, Root Mean Square Layer Normalization, arXiv 1910.07467.
-    """
-    if x.dim() < 1 or norm_weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"rms_norm_lora: norm_weight: got shape {tuple(norm_weight.shape)}, want (K,) for x {tuple(x.shape)}"
-        )
-    layers = [
-        layer if training else layer._replace(adapters=[a._replace(dropout_p=0.0) for a in layer.adapters])
-        for layer in layers
-    ]
-    members, scalings = [], []
-    for layer in layers:
-        for one in layer.adapters:
-            functional._check(x, layer.weight, one, layer.bias)
-        adapter = functional.as_one_adapter(layer.adapters)
-        if adapter is not None and adapter.dropout_p == 0.0:
-            members.append(group_dispatch.Member(layer.weight, layer.bias, *adapter[:2], 0.0, backend))
-            scalings.append(adapter.scaling)
-    if len(members) == len(layers) and members and _may_normalise(x, norm_weight, members):
-        selected = norm_autograd.select(x.reshape(-1, x.shape[-1]), norm_weight, members)
-        if not isinstance(selected, str):
-            return norm_autograd.run(x, norm_weight, eps, members, scalings, selected)
-    y = F.rms_norm(x, x.shape[-1:], norm_weight.to(x.dtype), eps)
-    return functional.lora_group(y, layers, backend=backend)
-
-
-def _may_normalise(x: Tensor, norm_weight: Tensor, members: Sequence[group_dispatch.Member]) -> bool:
-    if torch.compiler.is_compiling() or x.is_nested or autograd.autocast_enabled(x) or x.numel() == 0:
-        return False
-    tensors = [tensor for member in members for tensor in member[:4]]
-    if any(tensor is not None and tensor.device != x.device for tensor in (norm_weight, *tensors)):
-        return False
-    if any(t is not None and t.dtype != x.dtype for member in members for t in member[:2]):
-        return False
-    return functional._takes_fused_path(x, norm_weight, *tensors)

@@ -38,7 +38,6 @@ FLOORS = {
     "fastlora.adapter_variants": 4,
     "fastlora.rank_schedule": 4,
     "fastlora.variants": 6,
-    "fastlora.norm_autograd": 2,
     "fastlora.group_autograd": 2,
     "fastlora.segments_autograd": 2,
     "fastlora.quantized": 1,
