@@ -3,10 +3,7 @@ Part of functional.py, which it belongs to; the maths is one floor down."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, functional, group_dispatch, mlp_autograd, mlp_dispatch
