@@ -26,7 +26,7 @@ def load(name):
     return importlib.import_module(f"fastlora.{name}")
 
 
-BUILD_CUDA = load("env").build_cuda()
+BUILD_CUDA = load("runtime.env").build_cuda()
 
 
 class BuildPy(build_py):
@@ -39,7 +39,7 @@ class BuildPy(build_py):
         if not BUILD_CUDA:
             return
         print(f"compiling csrc/ into {package}/_prebuilt", flush=True)
-        load("_build").prebuild(package)
+        load("runtime.build").prebuild(package)
 
 
 class BdistWheel(bdist_wheel):

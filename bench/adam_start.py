@@ -1,6 +1,6 @@
 """How near Adam's first step on an adapter comes to full Adam's, sign(G), by its start: `python -m bench.adam_start`.
 
-On the gradients of bench/lora_ga.py. The measure is fastlora/init/sign_search.py's: the share of ‖sign(G)‖² that the
+On the gradients of bench/lora_ga.py. The measure is fastlora/init/sign.py's: the share of ‖sign(G)‖² that the
 step misses with the best learning rate; 0 is full fine-tuning, 1 is nothing.
 """
 
@@ -14,8 +14,8 @@ import sys
 import torch
 
 from fastlora import linalg
-from fastlora.init.lora_ga import SPLITS, split_factors
-from fastlora.init.sign_search import Signs, leading_factors, minimise, objective
+from fastlora.init.factors import SPLITS, split_factors
+from fastlora.init.sign import Signs, leading_factors, minimise, objective
 
 from .lora_ga import Task, docstring_task, full_gradients
 

@@ -154,11 +154,11 @@ def addmm(t: Tensors) -> Contender:
 
 def fastlora_backend(name: str) -> Callable[[Tensors], Contender]:
     def build(t: Tensors) -> Contender:
-        from fastlora import dispatch
         from fastlora.functional import lora_linear
+        from fastlora.ops.lora import choice as lora_choice
 
         x = t.lora_a.new_empty(t.problem.m, t.problem.k, dtype=t.weight.dtype)
-        choice = dispatch.select(x, t.weight, t.bias, t.lora_a, t.lora_b, t.problem.dropout, name)
+        choice = lora_choice.select(x, t.weight, t.bias, t.lora_a, t.lora_b, t.problem.dropout, name)
         if name != "auto" and choice.name != name:
             raise Unavailable(choice.reason)
 
@@ -179,10 +179,10 @@ def triton_with(s_inside: bool) -> Callable[[Tensors], Contender]:
 
     def build(t: Tensors) -> Contender:
         contender = fastlora_backend("triton")(t)
-        from fastlora import dispatch
-        from fastlora.autograd import LoraLinearFunction
+        from fastlora.ops.lora import choice as lora_choice
+        from fastlora.ops.lora.autograd import LoraLinearFunction
 
-        p, module = t.problem, dispatch.load(name)
+        p, module = t.problem, lora_choice.load(name)
         x = t.lora_a.new_empty(p.m, p.k, dtype=t.weight.dtype)
         reason = module.unsupported(x, t.weight, t.bias, t.lora_a, t.lora_b, p.dropout)
         if reason is not None:

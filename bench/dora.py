@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora import reference
 from fastlora.functional import dora_linear, lora_linear
+from fastlora.ops import reference
 
 from . import machine
 from .compare import write_json

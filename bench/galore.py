@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fastlora.linalg.operators import Rows
 from fastlora.optim import GaLoreAdamW
-from fastlora.optim.galore_projector import EXTRA_COLUMNS, Projector, State
+from fastlora.optim.galore.projector import EXTRA_COLUMNS, Projector, State
 
 from . import galore_bases, galore_training, machine
 from .timing import Summary, timer_for
@@ -64,8 +64,6 @@ def gradients(size: int) -> tuple[Tensor, Tensor]:
 
 
 # Refreshes.
-
-
 def refreshes(size: int, settings: Settings) -> list[Line]:
     """Each way to find a basis of the second gradient, from the first one's where it starts from something."""
     old, g = gradients(size)
@@ -121,8 +119,6 @@ def refreshes(size: int, settings: Settings) -> list[Line]:
 
 
 # Steps.
-
-
 def training_step(size: int, tokens: int, build: Callable[[nn.Module], torch.optim.Optimizer]) -> tuple[Any, Any]:
     """A square layer's forward, backward and step, between refreshes; and its optimiser."""
     torch.manual_seed(0)

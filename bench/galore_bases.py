@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastlora.linalg import orthonormal
 from fastlora.linalg.operators import Rows
 from fastlora.linalg.svd import subspace_iteration
-from fastlora.optim.galore_projector import EXTRA_COLUMNS
+from fastlora.optim.galore.projector import EXTRA_COLUMNS
 
 from .lora_ga import Task, docstring_task, full_gradients
 

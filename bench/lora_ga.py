@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.init.lora_ga import split_factors
+from fastlora.init.factors import split_factors
 from fastlora.linalg import orthonormal
 
 from . import lora_ga_shapes, machine
@@ -110,8 +110,6 @@ def errors(gradients: dict[str, Tensor], factors: Factors, r: int) -> list[float
 
 
 # The contenders: each gives factors, seconds and bytes.
-
-
 def by_sketch(task: Task, r: int, width: int | None, refine: bool, frozen: float) -> tuple[Factors, Result]:
     sketch = fastlora.GradientSketch(task.encoder, r=r, width=width, weighting="equal")
     with stopwatch() as clock:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.init.lora_ga import split_factors
+from fastlora.init.factors import split_factors
 from fastlora.init.streaming import StreamingSketch, svd_of_each
 from fastlora.linalg import native, orthonormal
 
@@ -148,8 +148,6 @@ def _status(field: str) -> int:
 
 
 # The measure.
-
-
 class Truth:
     """The exact gradient of one layer by its products, and what no update of rank 2r can reach, in float64."""
 
@@ -175,8 +173,6 @@ class Truth:
 
 
 # The contenders: each takes the micro-batches of a layer and gives A (r, m) and B (n, r).
-
-
 def by_sketch(settings: Settings, layer: Layer, batches: list[Batch], rounds: int = 1) -> Halves:
     sketch = StreamingSketch(layer.n, layer.m, settings.width, 0, settings.device)
     for number in range(rounds):

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastlora.backends.mlp_torch import ACTIVATIONS
 from fastlora.functional import Adapter, GroupLayer, lora_group, lora_mlp, multi_lora_linear
-from fastlora.reference import lora_linear
+from fastlora.ops.mlp.aten import ACTIVATIONS
+from fastlora.ops.reference import lora_linear
 
 from . import machine
 from .timing import Summary, timer_for

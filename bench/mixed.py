@@ -134,8 +134,9 @@ def peft(members: list[Tensors], batch: Batch) -> Contender:
 
 def mixed_batch(members: list[Tensors], batch: Batch) -> Contender:
     """As in a model, where `fastlora.adapter_names` sorts a batch once for all layers."""
-    from fastlora.functional import Adapter, run_segments
+    from fastlora.functional import Adapter
     from fastlora.kernels.segment_plan import Segments
+    from fastlora.ops.mixed.mixed import run_segments
 
     segments = Segments(batch.ids, batch.tokens)
     adapters = [Adapter(t.lora_a, t.lora_b, t.scaling, t.problem.dropout) for t in members]

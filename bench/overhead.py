@@ -23,8 +23,8 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from fastlora import dispatch
 from fastlora.functional import lora_linear
+from fastlora.ops.lora import choice
 
 from . import machine
 from .timing import Summary
@@ -50,10 +50,10 @@ def idle_backend(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) ->
 def as_cublas(module: types.ModuleType):
     """Within it `module` is the cublas backend, and trusted."""
     with (
-        mock.patch.dict(dispatch._modules, {"cublas": module}),
-        mock.patch.object(dispatch, "_choices", {}),
-        mock.patch.object(dispatch, "_self_checks", {}),
-        mock.patch.object(dispatch, "self_check", return_value=None),
+        mock.patch.dict(choice._modules, {"cublas": module}),
+        mock.patch.object(choice, "_choices", {}),
+        mock.patch.object(choice, "_self_checks", {}),
+        mock.patch.object(choice, "self_check", return_value=None),
     ):
         yield
 
@@ -78,7 +78,7 @@ def functions(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[Funct
         "eager": (eager, False),
         "fastlora": (fused("auto"), False),
         "python": (fused("cublas"), True),
-        "select": (lambda: dispatch.select(x, weight, None, lora_A, lora_B, 0.0, "cublas"), True),
+        "select": (lambda: choice.select(x, weight, None, lora_A, lora_B, 0.0, "cublas"), True),
     }
 
 

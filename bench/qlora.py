@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import quantized
+from fastlora.ops.quant import weights
 
 from .memory import allocations_of
 
@@ -79,13 +79,13 @@ def measured(model: Any, x: Tensor, repeats: int) -> dict[str, float]:
     buffer counts. On a GPU also milliseconds, the median of `repeats` steps."""
     forward, backward = step_of(model, x)
     backward(forward())  # gradients and, on a GPU, compiled kernels are there now
-    quantized.release_buffers()
+    weights.release_buffers()
     found: dict[str, float] = {}
     if x.device.type == "cpu":
         y, passed = allocations_of(forward)
         found["kept"] = passed.held / MIB
         del y
-        quantized.release_buffers()
+        weights.release_buffers()
         _, step = allocations_of(lambda: backward(forward()))
         found["peak"] = step.peak / MIB
         return found

@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from fastlora import dispatch
+from fastlora.ops.lora import choice
 
 DTYPES = [
     (torch.bfloat16, torch.bfloat16),
@@ -33,7 +33,7 @@ def check(device: str, name: str, dtype: torch.dtype, adapter_dtype: torch.dtype
     if name == "triton_s_inside" and (dropout or dtype == torch.float32 or adapter_dtype != dtype):
         return True, f"{name:<16}{kind:<52}does not apply"
     try:
-        failure = dispatch.self_check(dispatch.load(name), torch.device(device), dtype, adapter_dtype, dropout)
+        failure = choice.self_check(choice.load(name), torch.device(device), dtype, adapter_dtype, dropout)
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
     verdict = "passed" if failure is None else f"FAILED: {failure}"

@@ -7,19 +7,30 @@ nothing else.
 import logging
 
 from . import functional, linalg, optim, variants
-from .adapters import adapter_names, delete_adapter, disable_adapter, merge, set_adapter, unmerge
-from .checkpoint import load_adapter, save_adapter
-from .combination import Combined, add_weighted_adapter
-from .explanation import Explanation, explain
-from .init import AlignmentMonitor, GradientSketch, PeriodicReinit, init_lora_ga, reinit_lora_ga
-from .init.ranks import allocate_ranks
-from .init.sign_passes import sign_factors
-from .layers import FusedLoraLinear
-from .patching import ModuleReport, PatchReport, is_patched, patch, unpatch
+from .adapters.combine import Combined, add_weighted_adapter
+from .adapters.explain import Explanation, explain
+from .adapters.load import load_adapter
+from .adapters.patch import is_patched, patch, unpatch
+from .adapters.report import ModuleReport, PatchReport
+from .adapters.save import save_adapter
+from .adapters.switch import adapter_names, delete_adapter, disable_adapter, merge, set_adapter, unmerge
+from .init import (
+    AlignmentMonitor,
+    GradientSketch,
+    PeriodicReinit,
+    allocate_ranks,
+    init_lora_ga,
+    reinit_lora_ga,
+    sign_factors,
+)
+from .layers.linear import FusedLoraLinear
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # whether and where its messages show is the program's
 
+
 __version__ = "0.1.0"
+
+
 __all__ = [
     "AlignmentMonitor",
     "Combined",

@@ -25,8 +25,12 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora import _build, dispatch, env, functional, ops, reference
 from fastlora.linalg import native
+from fastlora.ops import dropout, reference
+from fastlora.ops.lora import choice as lora_choice
+from fastlora.ops.lora import linear as lora_op
+from fastlora.runtime import build as runtime_build
+from fastlora.runtime import compiled, env
 
 PACKAGES = ("torch", "triton", "peft", "transformers", "safetensors", "numpy")
 BACKENDS = tuple(name for name in env.BACKENDS if name != "auto")
@@ -107,8 +111,8 @@ def _why_no_gpu() -> str:
 
 def compiled_ops(build: bool) -> Iterator[Line]:
     try:
-        toolchain = _build.find_toolchain()
-    except _build.Unavailable as why:
+        toolchain = runtime_build.find_toolchain()
+    except runtime_build.Unavailable as why:
         toolchain = None
         yield Line("compilers", f"none: {why}")
     else:
@@ -116,16 +120,16 @@ def compiled_ops(build: bool) -> Iterator[Line]:
         release = (_run(toolchain.nvcc or "nvcc", "--version") or "").partition("release ")[2].partition(",")[0]
         yield Line("nvcc", f"{nvcc}{f' (CUDA {release})' if release else ''}")
         yield Line("c++", toolchain.gxx)
-    path = _build.find(toolchain)
+    path = runtime_build.find(toolchain)
     if path is None and not (build and toolchain is not None):
         how = "cannot be built here" if toolchain is None else f"would be: {toolchain.variant}"
         hint = "" if toolchain is None else "; compiled at first use, or now with --build"
         yield Line("csrc ops", f"not built ({how}{hint})")
         return
     try:
-        path = ops.load()
+        path = compiled.load()
         failure = _mask_differs()
-    except _build.Unavailable as why:
+    except runtime_build.Unavailable as why:
         yield Line("csrc ops", f"unavailable: {why}", ok=False)
         return
     state = "loads, and its dropout mask is right" if failure is None else f"WRONG: {failure}"
@@ -152,9 +156,9 @@ def _mask_differs() -> str | None:
         return None
     seed = torch.tensor([20250101])
     expected = specification.reference_keep_mask(seed, 33, 70, 0.25)
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() and _build.find_toolchain().nvcc else ["cpu"]
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() and runtime_build.find_toolchain().nvcc else ["cpu"]
     for device in devices:
-        if not torch.equal(ops.dropout_keep_mask(seed.to(device), 33, 70, 0.25).cpu(), expected):
+        if not torch.equal(dropout.dropout_keep_mask(seed.to(device), 33, 70, 0.25).cpu(), expected):
             return f"on {device} the mask is not the kernels'"
     return None
 
@@ -212,7 +216,7 @@ def backend_states() -> dict[str, str | None]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a failed self-check warns; here it becomes the reason
-                choice = dispatch.select(p.x, p.weight, p.bias, p.lora_A, p.lora_B, 0.0, backend=name)
+                choice = lora_choice.select(p.x, p.weight, p.bias, p.lora_A, p.lora_B, 0.0, backend=name)
             found = [reason for reason in choice.reason.split("; ") if reason.startswith(f"{name}: ")]
             states[name] = None if choice.name == name else (found[0].partition(": ")[2] if found else choice.reason)
         except Exception as error:
@@ -269,7 +273,7 @@ def self_check() -> Iterator[Line]:
         interpreted = name != "torch" and device.type == "cpu"  # Triton's interpreter, whose bf16 products are wrong
         for dtype in (torch.float32,) if interpreted else (torch.float32, torch.bfloat16):
             yield _compare(name, dtype, device)
-        failure = dispatch.self_check(dispatch.load(name), device, torch.float32, torch.float32, dropout=True)
+        failure = lora_choice.self_check(lora_choice.load(name), device, torch.float32, torch.float32, dropout=True)
         yield Line(f"{name} dropout", "right" if failure is None else f"FAILED: {failure}", ok=failure is None)
 
 
@@ -278,7 +282,7 @@ def _compare(name: str, dtype: torch.dtype, device: torch.device) -> Line:
     label = f"{name} {str(dtype).partition('.')[2]}"
 
     def layer(x, weight, lora_A, lora_B, scaling, bias):
-        return functional.lora_linear(x, weight, lora_A, lora_B, scaling, bias, backend=name)
+        return lora_op.lora_linear(x, weight, lora_A, lora_B, scaling, bias, backend=name)
 
     problem = _problem(dtype, device)
     expected = _results(problem, reference.lora_linear, torch.float64)

@@ -8,6 +8,8 @@ Tokens are those of one call of a layer: batch size × sequence length, rounded 
 kept as soon as it is there: Ctrl-C loses the one in progress. What is in the cache already is not measured again
 without ``--again``. The exit status is 0 where everything asked for has been measured, 1 where something could not be,
 2 for a wrong call or without a GPU, 130 after Ctrl-C.
+
+The linear layers of well-known transformers as (N, K), out and in features; or of any, from its `config.json`.
 """
 
 from __future__ import annotations
@@ -18,14 +20,101 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastlora import dispatch, measure, model_shapes, tuning_cache
 from fastlora.kernels import configs
+from fastlora.ops.lora import choice, measure
+from fastlora.runtime import cache as tuning_cache
+
+Shape = tuple[int, int]
+
+
+def decoder(hidden: int, intermediate: int, key_value: int, query: int | None = None) -> tuple[Shape, ...]:
+    """q, o; k, v; gate, up; down of a Llama-style block. query: the heads' width together, where it is not hidden."""
+    query = query or hidden
+    return _distinct(
+        [(query, hidden), (hidden, query), (key_value, hidden), (intermediate, hidden), (hidden, intermediate)]
+    )
+
+
+def _distinct(shapes: Iterable[Shape]) -> tuple[Shape, ...]:
+    return tuple(dict.fromkeys(shapes))
+
+
+MODEL_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "llama-2-7b": decoder(4096, 11008, 4096),
+    "llama-3-8b": decoder(4096, 14336, 1024),
+    "mistral-7b": decoder(4096, 14336, 1024),
+    "qwen3-8b": decoder(4096, 12288, 1024),
+    "t5-base": decoder(768, 3072, 768),
+    "vit-l": decoder(1024, 4096, 1024),
+}
+
+
+# The names that configurations give to the same thing, the commonest first.
+_HIDDEN = ("hidden_size", "d_model", "n_embd", "dim")
+
+
+_HEADS = ("num_attention_heads", "num_heads", "n_head", "n_heads")
+
+
+_INTERMEDIATE = ("intermediate_size", "d_ff", "ffn_dim", "n_inner", "hidden_dim")
+
+
+# Models that compute several projections in one layer, whose width no setting names.
+_FUSED_QKV = ("gpt2", "gpt_neox", "phi3")
+
+
+_FUSED_GATE = ("phi3",)
+
+
+def from_config(path: Path | str) -> tuple[Shape, ...]:
+    """The distinct (N, K) of a transformers model's block, from its `config.json` or the directory that it is in.
+
+    Raises ValueError where the file is no such configuration, or lacks what the shapes follow from. Separate q, k, v
+    (and gate, up) are assumed except in models known to fuse them; of mixtures of experts it tells one expert.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: want a transformers config.json or its directory: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: got a {type(config).__name__}, want the settings of a model")
+    return shapes_of(config.get("text_config") or config, str(path))
+
+
+def shapes_of(config: dict[str, Any], where: str = "config") -> tuple[Shape, ...]:
+    """As `from_config`, from the settings themselves."""
+    hidden, heads = _setting(config, _HIDDEN, where), _setting(config, _HEADS, where)
+    kind = config.get("model_type")
+    default = 4 * hidden if kind == "gpt2" else None
+    intermediate = _setting(config, _INTERMEDIATE, where, default)
+    head_dim = config.get("head_dim") or config.get("d_kv") or hidden // heads
+    query = heads * head_dim
+    key_value = (config.get("num_key_value_heads") or heads) * head_dim
+    attention: list[Shape] = [(query, hidden), (hidden, query), (key_value, hidden)]
+    if kind in _FUSED_QKV:
+        attention = [(query + 2 * key_value, hidden), (hidden, query)]
+    up = 2 * intermediate if kind in _FUSED_GATE else intermediate
+    return _distinct([*attention, (up, hidden), (hidden, intermediate)])
+
+
+def _setting(config: dict[str, Any], names: tuple[str, ...], where: str, default: int | None = None) -> int:
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    if default is not None:
+        return default
+    raise ValueError(f"{where}: got none of {', '.join(names)}, want one as a positive integer")
+
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -37,7 +126,7 @@ DTYPES = {
 }
 
 
-def example_call(key: measure.Key, device: torch.device) -> dispatch.Call:
+def example_call(key: measure.Key, device: torch.device) -> choice.Call:
     """A call of this kind, of tensors that take no memory: for what a backend asks of shapes, dtypes and devices."""
 
     def tensor(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -45,7 +134,7 @@ def example_call(key: measure.Key, device: torch.device) -> dispatch.Call:
 
     x, weight = tensor(key.M, key.K, key.dtype), tensor(key.N, key.K, key.dtype)
     lora_A, lora_B = tensor(key.r, key.K, key.adapter_dtype), tensor(key.N, key.r, key.adapter_dtype)
-    return dispatch.Call(x, weight, None, lora_A, lora_B, 0.1 if key.dropout else 0.0)
+    return choice.Call(x, weight, None, lora_A, lora_B, 0.1 if key.dropout else 0.0)
 
 
 def keys(options: argparse.Namespace) -> list[measure.Key]:
@@ -80,10 +169,10 @@ def tune(
         begun = time.monotonic()
         if again:
             cache.forget(str(key))
-        entry, why = dispatch.Resolver(example_call(key, device)).measure(key, math.inf)
+        entry, why = choice.Resolver(example_call(key, device)).measure(key, math.inf)
         took = "known" if known is not None else f"{time.monotonic() - begun:.1f} s"
         failed += entry is None
-        result = f"not measured: {why}" if entry is None else dispatch.describe(entry)
+        result = f"not measured: {why}" if entry is None else choice.describe(entry)
         say(f"[{number}/{len(wanted)}] {key} ({took}): {result}")
         for name, reason in ({} if entry is None else entry.get("left_out", {})).items():
             if known is None:
@@ -97,7 +186,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fastlora.tune", description="Measure fastlora's backends on this GPU, ahead of training."
     )
-    known = ", ".join(model_shapes.MODEL_SHAPES)
+    known = ", ".join(MODEL_SHAPES)
     parser.add_argument("--model-shapes", type=_names, default=[], metavar="MODEL,...", help=f"of {known}")
     parser.add_argument("--config", action="append", default=[], metavar="PATH", help="config.json, or its directory")
     parser.add_argument(
@@ -123,11 +212,11 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     shapes = list(options.shape)
     try:
         for name in options.model_shapes:
-            if name not in model_shapes.MODEL_SHAPES:
+            if name not in MODEL_SHAPES:
                 raise ValueError(f"--model-shapes: got {name!r}, want of {known}; others by --config or --shape")
-            shapes += model_shapes.MODEL_SHAPES[name]
+            shapes += MODEL_SHAPES[name]
         for path in options.config:
-            shapes += model_shapes.from_config(path)
+            shapes += from_config(path)
         if not shapes:
             raise ValueError("nothing to measure: want --model-shapes, --config or --shape")
     except ValueError as error:
@@ -147,8 +236,8 @@ def _integers(text: str) -> list[int]:
     return found
 
 
-def _shapes(text: str) -> list[model_shapes.Shape]:
-    def shape(part: str) -> model_shapes.Shape:
+def _shapes(text: str) -> list[Shape]:
+    def shape(part: str) -> Shape:
         k, n = (_integers(number)[0] for number in part.lower().split("x"))
         return n, k
 

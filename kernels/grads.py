@@ -13,9 +13,8 @@ import triton.language as tl
 
 from . import configs
 from .dropout import keep_mask, threshold_and_scale
-from .reduce import reduce_partials
 from .shrink import shrink, shrink_workspace
-from .tiling import load_tile, store_tile
+from .tiling import load_tile, reduce_partials, store_tile
 
 
 @triton.jit(do_not_specialize=["M"])

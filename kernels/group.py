@@ -17,8 +17,7 @@ import triton.language as tl
 from . import configs
 from .configs import ExpandConfig, ShrinkConfig, WeightGradConfig
 from .dropout import keep_mask, threshold_and_scale
-from .reduce import reduce_partials
-from .tiling import load_tile, store_tile
+from .tiling import load_tile, reduce_partials, store_tile
 
 MAX_MEMBERS = 3  # q, k and v; with four, masks and accumulators spill
 

@@ -14,11 +14,10 @@ import triton.language as tl
 
 from . import configs
 from .dropout import keep_mask_of_rows
-from .reduce import BLOCK, reduce_partials
 from .segment_factors import Factors
 from .segment_plan import Chunks, Segments
 from .segments import load_address, rows_of_chunk, segment_shrink, segment_shrink_workspace, tile_mask, tile_pointers
-from .tiling import load_tile, store_tile
+from .tiling import BLOCK, load_tile, reduce_partials, store_tile
 
 
 @triton.jit(do_not_specialize=["P"])

@@ -17,10 +17,9 @@ import triton.language as tl
 
 from . import configs
 from .dropout import keep_mask_of_rows
-from .reduce import reduce_partials
 from .segment_factors import Factors
 from .segment_plan import Segments
-from .tiling import load_tile, store_tile
+from .tiling import load_tile, reduce_partials, store_tile
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.rank_schedule import RankSchedule
+from fastlora.layers.schedule import RankSchedule
 
 SIZES = [(6, 10), (10, 10), (10, 3)]  # of the layers, in and out
 R, TARGET = 4, 2

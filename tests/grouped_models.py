@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import group_autograd
+from fastlora.ops.group import group as group_op
 
 K = 24
 
@@ -37,13 +37,13 @@ class Block(nn.Module):
 def counted_rounds(monkeypatch):
     """How many members each opened round has."""
     opened = []
-    original = group_autograd.SharedInput.__init__
+    original = group_op.SharedInput.__init__
 
     def counting(self, x, terms, *args, **kwargs):
         opened.append(len(terms))
         original(self, x, terms, *args, **kwargs)
 
-    monkeypatch.setattr(group_autograd.SharedInput, "__init__", counting)
+    monkeypatch.setattr(group_op.SharedInput, "__init__", counting)
     return opened
 
 

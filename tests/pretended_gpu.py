@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from fastlora import dispatch, measure, tuning_cache
-from fastlora.backends import torch as torch_backend
+from fastlora.ops.lora import aten as lora_aten
+from fastlora.ops.lora import choice, measure
+from fastlora.runtime import cache as tuning_cache
 
 CPU = torch.device("cpu")
 
@@ -19,15 +20,15 @@ def backend_with(forward=None, backward=None, unsupported=None) -> types.ModuleT
     module = types.ModuleType("pretended_backend")
 
     def changed_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state=None):
-        results = torch_backend.forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state)
+        results = lora_aten.forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state)
         return forward(*results) if forward else results
 
     def changed_backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs):
-        grads = torch_backend.backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs)
+        grads = lora_aten.backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs)
         return backward(grads, (dy, x, weight, lora_A, lora_B, s, state, scaling)) if backward else grads
 
     vars(module).update(
-        unsupported=unsupported or torch_backend.unsupported, forward=changed_forward, backward=changed_backward
+        unsupported=unsupported or lora_aten.unsupported, forward=changed_forward, backward=changed_backward
     )
     return module
 
@@ -59,7 +60,7 @@ class PretendedGpu:
         self.measured: list[measure.Key] = []
         self.capturing = False
         self.capability = (8, 0)
-        self_check, measure_ = dispatch.self_check, measure.measure
+        self_check, measure_ = choice.self_check, measure.measure
 
         def check_on_the_cpu(module, device, *rest):
             self.checks += 1
@@ -69,26 +70,26 @@ class PretendedGpu:
             self.measured.append(key)
             return measure_(key, modules, CPU, clock, deadline)
 
-        dispatch.reset()
+        choice.reset()
         monkeypatch.setenv("FASTLORA_CACHE_DIR", str(cache_folder))
-        monkeypatch.setattr(dispatch, "self_check", check_on_the_cpu)
+        monkeypatch.setattr(choice, "self_check", check_on_the_cpu)
         monkeypatch.setattr(measure, "measure", measure_on_the_cpu)
         monkeypatch.setattr(
             tuning_cache, "environment_of", lambda device: {"device": "pretended", "torch": torch.__version__}
         )
         no = "not there"
-        fakes = {"torch": torch_backend, "triton": no, "triton_s_inside": no, "cublas": no}
+        fakes = {"torch": lora_aten, "triton": no, "triton_s_inside": no, "cublas": no}
         for name in ("_self_checks", "_choices", "_provisional", "_refused"):
-            monkeypatch.setattr(dispatch, name, {})
-        monkeypatch.setattr(dispatch, "_modules", fakes)
-        monkeypatch.setattr(dispatch, "_spent_s", 0.0)
+            monkeypatch.setattr(choice, name, {})
+        monkeypatch.setattr(choice, "_modules", fakes)
+        monkeypatch.setattr(choice, "_spent_s", 0.0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: self.capability)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
 
     def put(self, name: str, module: types.ModuleType) -> types.ModuleType:
         """A backend by this name; what was chosen before it came is forgotten."""
-        dispatch._modules[name] = module
-        dispatch._choices.clear()
+        choice._modules[name] = module
+        choice._choices.clear()
         return module
 
     def call(
@@ -102,13 +103,13 @@ class PretendedGpu:
         adapter_dtype=torch.float32,
         dropout_p=0.0,
         by_column=False,
-    ) -> dispatch.Call:
+    ) -> choice.Call:
         x = PretendedTensor(M, K, device=device, dtype=dtype)
         weight = PretendedTensor(N, K, device=device, dtype=dtype, by_column=by_column)
         lora_A = PretendedTensor(r, K, device=device, dtype=adapter_dtype)
         lora_B = PretendedTensor(N, r, device=device, dtype=adapter_dtype)
         call: Any = (x, weight, None, lora_A, lora_B, dropout_p)
-        return dispatch.Call(*call)
+        return choice.Call(*call)
 
-    def select(self, backend="auto", **how) -> dispatch.Choice:
-        return dispatch.select(*self.call(**how), backend)
+    def select(self, backend="auto", **how) -> choice.Choice:
+        return choice.select(*self.call(**how), backend)

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from numerics import assert_close_to_fp64
 from torch import Tensor
 
-from fastlora import autograd, mlp_autograd, reference
 from fastlora.functional import lora_linear
+from fastlora.ops import call, reference
+from fastlora.ops.mlp import mlp as mlp_op
 
 PATHS = ("composed", "function")
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
@@ -23,24 +24,24 @@ NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
 @contextmanager
 def path(name: str) -> Iterator[None]:
     """Sends CPU calls of every size through ATen's own autograd ("composed"), or `LoraLinearFunction` ("function")."""
-    former = autograd.SMALL
-    autograd.SMALL = {"composed": 1 << 62, "function": 0}[name]
+    former = call.SMALL
+    call.SMALL = {"composed": 1 << 62, "function": 0}[name]
     try:
         yield
     finally:
-        autograd.SMALL = former
+        call.SMALL = former
 
 
 def spied_mlps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The activations of the MLPs that run fused from now on, in order."""
     calls: list[str] = []
-    original = mlp_autograd.activated_linear
+    original = mlp_op.activated_linear
 
     def counting(*args):
         calls.append(args[-2])
         return original(*args)
 
-    monkeypatch.setattr(mlp_autograd, "activated_linear", counting)
+    monkeypatch.setattr(mlp_op, "activated_linear", counting)
     return calls
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
-from fastlora import importance_dispatch
-from fastlora.backends import importance_torch
-from fastlora.rank_schedule import RankSchedule
+from fastlora.layers.schedule import RankSchedule
+from fastlora.ops.importance import aten as importance_aten
+from fastlora.ops.importance import importance as importance_op
 from fastlora.variants import RankAllocator
 
 FP64 = torch.float64
@@ -58,8 +58,6 @@ def lambdas(model: Any) -> dict[str, list[float]]:
 
 
 # Against the paper.
-
-
 def test_the_budget_is_continuous():
     schedule = RankSchedule(2, 100, 10, 30)
     budgets = [schedule.budget(t, 120, 60) for t in range(101)]
@@ -140,8 +138,6 @@ def test_p_and_q_of_masked_triplets_go_on_learning():
 
 
 # Which are kept.
-
-
 def test_equal_scores_keep_the_earlier_ones_and_exactly_the_budget():
     model = patched()
     allocator = RankAllocator(model, target_r=1, total_steps=1)
@@ -186,8 +182,6 @@ def test_layers_of_several_ranks():
 
 
 # Gradients.
-
-
 def test_a_layer_without_a_gradient_counts_as_one_with_zeros():
     outcomes = []
     for missing in (None, 0.0):
@@ -272,8 +266,6 @@ def test_nothing_is_read_back_but_the_final_pattern():
 
 
 # Following an optimiser.
-
-
 def test_follow_sees_the_weights_before_the_step():
     model = patched()
     optimizer = optimizer_of(model)
@@ -453,8 +445,6 @@ def test_follow_in_transformers_trainer(tmp_path):
 
 
 # Resuming, moving.
-
-
 @pytest.mark.parametrize("way", ["step", "follow"])
 @pytest.mark.parametrize("at", [2, 11, 25])
 def test_a_run_that_is_resumed_goes_on_to_the_same_bits(at, way):
@@ -570,8 +560,6 @@ def test_a_copy_of_an_allocator_that_follows_follows_nothing(way):
 
 
 # What is refused, and what is said.
-
-
 def test_arguments_are_checked():
     model = patched()
     for wrong, message in (
@@ -648,22 +636,22 @@ def test_inside_distributed_data_parallel_names_are_the_model_s(one_process):
 def test_on_a_cpu_aten_runs_and_a_wrong_implementation_is_seen(monkeypatch):
     model = patched()
     allocator = RankAllocator(model, **SETTINGS)
-    assert importance_dispatch.select(allocator._factors(allocator._parts[0])) is importance_torch
+    assert importance_op.select(allocator._factors(allocator._parts[0])) is importance_aten
     cpu = torch.device("cpu")
-    assert all(importance_dispatch.self_check(importance_torch, cpu, d) is None for d in (FP64, torch.bfloat16))
-    original = importance_torch._smooth
+    assert all(importance_op.self_check(importance_aten, cpu, d) is None for d in (FP64, torch.bfloat16))
+    original = importance_aten._smooth
 
     def swapped(products, averages, part, rate):
         original(products, averages._replace(beta1=averages.beta2, beta2=averages.beta1), part, rate)
 
-    monkeypatch.setattr(importance_torch, "_smooth", swapped)
-    assert "sensitivity differs" in str(importance_dispatch.self_check(importance_torch, cpu, torch.float32))
+    monkeypatch.setattr(importance_aten, "_smooth", swapped)
+    assert "sensitivity differs" in str(importance_op.self_check(importance_aten, cpu, torch.float32))
 
 
 def test_parts_of_any_size_give_the_same(monkeypatch):
     outcomes = []
     for chunk in (1, 100, 1 << 16):
-        monkeypatch.setattr(importance_torch, "CHUNK", chunk)
+        monkeypatch.setattr(importance_aten, "CHUNK", chunk)
         model = patched(rank_pattern={"layers.1": 7})
         allocator = RankAllocator(model, **SETTINGS)
         run(model, optimizer_of(model), allocator)

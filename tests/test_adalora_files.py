@@ -17,7 +17,7 @@ from torch import nn
 
 import fastlora
 from fastlora import load_adapter, save_adapter
-from fastlora.rank_schedule import RankSchedule
+from fastlora.layers.schedule import RankSchedule
 from fastlora.variants import RankAllocator, shrink_to_ranks
 
 STEPS = 12
@@ -106,8 +106,6 @@ def random_adapter(**settings) -> Any:
 
 
 # PEFT reads what is saved here.
-
-
 @pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.1, "lora_alpha": 2.5}, {"use_rslora": True}], ids=str)
 def test_peft_loads_ranks_that_were_not_dealt_out(settings, tmp_path):
     model = random_adapter(**settings).eval()
@@ -270,8 +268,6 @@ def test_alphas_that_are_not_positive(tmp_path):
 
 
 # What PEFT saved.
-
-
 @pytest.mark.parametrize("config", [{}, {"lora_dropout": 0.2, "lora_alpha": 3}], ids=str)
 def test_what_peft_saved_before_it_dealt_ranks_out_loads_here(config, tmp_path):
     model = peft_model(init_lora_weights=False, **config)
@@ -341,8 +337,6 @@ def test_names_with_the_adapter_s_in_them(tmp_path):
 
 
 # As plain LoRA.
-
-
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}], ids=str)
 def test_as_plain_lora(settings, tmp_path):
     model, allocator = allocated(**settings)
@@ -371,8 +365,6 @@ def test_as_plain_lora_a_layer_without_ranks_keeps_one_of_zeros(tmp_path):
 
 
 # Files and models that do not go together.
-
-
 def test_other_kinds_and_configurations_that_make_no_sense(tmp_path):
     model, _ = allocated()
     save_adapter(model, tmp_path)

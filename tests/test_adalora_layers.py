@@ -25,7 +25,8 @@ from model_state import ModelState
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import functional, group_autograd
+from fastlora.ops import call as ops_call
+from fastlora.ops.group import group as group_op
 from fastlora.variants import RankAllocator, orthogonality_penalty, shrink_to_ranks
 
 X = batch(0)[0]
@@ -52,8 +53,6 @@ def allocated(model: Any, optimizer: torch.optim.Optimizer, steps: int = STEPS) 
 
 
 # The layer.
-
-
 def test_the_layer_is_the_base_layer_at_first_and_p_lambda_q_then():
     model = patched(torch.float64)
     assert torch.equal(model(X.double()), plain(torch.float64)(X.double()))
@@ -68,8 +67,6 @@ def test_the_layer_is_the_base_layer_at_first_and_p_lambda_q_then():
 
 
 # The penalty.
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_penalty_and_its_gradient(dtype):
     model = random_adapters(dtype, rank_pattern={"layers.1": 3})
@@ -124,7 +121,6 @@ def test_errors_of_the_penalty():
 
 
 # Cutting to the ranks that are left.
-
 OPTIMISERS: dict[str, Any] = {
     "adamw": lambda ps: torch.optim.AdamW(ps, lr=0.02),
     "amsgrad": lambda ps: torch.optim.Adam(ps, lr=0.02, amsgrad=True),
@@ -248,8 +244,6 @@ def test_what_cannot_be_cut():
 
 
 # What else is done with adapters.
-
-
 def test_unpatch_leaves_the_model_as_it_was():
     model = plain()
     state = ModelState(model)
@@ -313,16 +307,16 @@ class Attention(nn.Module):
 
 
 def test_groups(monkeypatch):
-    monkeypatch.setattr(group_autograd, "SMALL", 0)
-    monkeypatch.setattr(functional.autograd, "SMALL", 0)
+    monkeypatch.setattr(group_op, "SMALL", 0)
+    monkeypatch.setattr(ops_call, "SMALL", 0)
     opened = []
-    original = functional.open_group
+    original = group_op.open_group
 
     def counting(x, members, *rest):
         opened.append(len(members))
         return original(x, members, *rest)
 
-    monkeypatch.setattr(functional, "open_group", counting)
+    monkeypatch.setattr(group_op, "open_group", counting)
     outcomes = []
     for group in (None, "auto"):
         torch.manual_seed(0)

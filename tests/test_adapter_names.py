@@ -17,8 +17,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import FusedLoraLinear, mixed_batches
-from fastlora.peft_layers import FusedPeftLinear
+from fastlora import FusedLoraLinear
+from fastlora.integrations.peft.lora import FusedPeftLinear
+from fastlora.layers import batch
 
 NAMES = ["a", "__base__", "b", "a"]
 
@@ -161,7 +162,7 @@ def test_serving_remembers_nothing():
     model = tower()
     with torch.no_grad(), fastlora.adapter_names(model, NAMES):
         model(inputs(4, 5, 12))
-    assert not any(layer in mixed_batches._blocks for layer in model.modules())
+    assert not any(layer in batch._blocks for layer in model.modules())
 
 
 def test_copies_know_nothing_of_the_block():
@@ -217,8 +218,6 @@ def test_compiled():
 
 
 # PEFT's models.
-
-
 def peft_pair(base, eval_mode=True, **config):
     """A PEFT model with adapters "a" and "b", and its patched copy."""
     config = {"target_modules": "all-linear", "init_lora_weights": False, "lora_alpha": 8, **config}

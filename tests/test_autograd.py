@@ -13,9 +13,10 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora import autograd, dispatch
-from fastlora.backends import torch as torch_backend
 from fastlora.functional import lora_linear
+from fastlora.ops import call
+from fastlora.ops.lora import aten as lora_aten
+from fastlora.ops.lora import choice
 
 M, K, N, R = 24, 40, 32, 4
 
@@ -217,12 +218,12 @@ class _Spy(SimpleNamespace):
         super().__init__(calls=[])
 
     def forward(self, *arguments):
-        return torch_backend.forward(*arguments)
+        return lora_aten.forward(*arguments)
 
     def backward(self, dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs):
         given = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "s": s, "state": state}
         self.calls.append((needs, sorted(name for name, tensor in given.items() if tensor is not None)))
-        return torch_backend.backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs)
+        return lora_aten.backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ class _Spy(SimpleNamespace):
 def test_no_gradient_is_computed_that_nobody_wants(monkeypatch, trained, needs, given):
     """A backend sees which ones are needed, and gets no more than docs/architecture.md promises it."""
     spy = _Spy()
-    monkeypatch.setattr(dispatch, "select", lambda *_: dispatch.Choice("spy", spy, ""))  # type: ignore[arg-type]
+    monkeypatch.setattr(choice, "select", lambda *_: choice.Choice("spy", spy, ""))  # type: ignore[arg-type]
     fused(make_problem(M, K, n=N, r=R, dropout_p=0.25), trained)
     assert spy.calls == [(needs, given.split())]
 
@@ -256,8 +257,6 @@ def test_save_on_cpu_and_back(which):
 
 
 # Transforms that look into operations: they get the reference.
-
-
 @pytest.fixture(params=PATHS)
 def either_path(request):
     with path(request.param):
@@ -350,7 +349,7 @@ def test_large_inputs_take_the_function_and_small_ones_aten():
     problem = make_problem(M, K, n=N, r=R)
     leaf = problem.lora_A.requires_grad_()
     small = lora_linear(problem.x, problem.weight, leaf, problem.lora_B, 1.0)
-    x = torch.randn(autograd.SMALL // K + 1, K)
+    x = torch.randn(call.SMALL // K + 1, K)
     large = lora_linear(x, problem.weight, leaf, problem.lora_B, 1.0)
     assert "LoraLinearFunction" not in type(small.grad_fn).__name__
     assert "LoraLinearFunction" in type(large.grad_fn).__name__

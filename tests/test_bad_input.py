@@ -50,7 +50,6 @@ def refused(call, *words: str, error: type[Exception] = ValueError) -> None:
 
 
 # patch
-
 WRONG_SETTINGS = [
     ({"r": 0}, "r: got 0", "integer of at least 1"),
     ({"r": -4}, "r: got -4", "integer of at least 1"),
@@ -191,8 +190,6 @@ def test_unpatching_a_layer_that_was_parametrised_since():
 
 
 # FusedLoraLinear
-
-
 @pytest.mark.parametrize(
     "settings, words",
     [(case[0], case[1:]) for case in WRONG_SETTINGS if set(case[0]) <= {"r", "lora_alpha", "lora_dropout"}],
@@ -238,8 +235,6 @@ def test_wrong_calls_of_a_layer():
 
 
 # Adapters of a model
-
-
 def test_adapter_names_that_do_not_exist():
     model = patched()
     fastlora.patch(model, adapter_name="second", target_modules=["up"])
@@ -286,7 +281,6 @@ def test_a_bad_variable_in_the_environment(monkeypatch):
 
 
 # Tensors that do not fit
-
 X, W, A, B, BIAS = (6, 5), (7, 5), (3, 5), (7, 3), (7,)
 
 
@@ -358,8 +352,6 @@ def test_inputs_that_do_not_fit_a_patched_model():
 
 
 # Files (test_checkpoint.py has the details)
-
-
 @pytest.fixture
 def saved(tmp_path) -> Path:
     fastlora.save_adapter(patched(), tmp_path / "saved")

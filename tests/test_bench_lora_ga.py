@@ -6,33 +6,35 @@ from collections import Counter
 import pytest
 import torch
 
-from bench import lora_ga as command
-from bench import lora_ga_shapes as bench
+from bench import lora_ga, lora_ga_shapes
 
-SETTINGS = bench.Settings("tiny", r=4, width=32, tokens=30, micro_batches=2, dtype="float32", device="cpu")
+SETTINGS = lora_ga_shapes.Settings("tiny", r=4, width=32, tokens=30, micro_batches=2, dtype="float32", device="cpu")
 
 
 @pytest.mark.parametrize("tokens", [20, 300])  # through the factors' QR, and through G
 def test_the_measure_is_the_one_of_full_gradients(tokens):
-    layer = bench.MODELS["tiny"][4]
-    settings = bench.Settings("tiny", 4, 32, tokens, 2, "float32", "cpu")
+    layer = lora_ga_shapes.MODELS["tiny"][4]
+    settings = lora_ga_shapes.Settings("tiny", 4, 32, tokens, 2, "float32", "cpu")
     batches = settings.batches(4, layer)
     gradient = sum(dy.double().t() @ x.double() for x, dy in batches)
     a, b = torch.randn(4, layer.m), torch.randn(layer.n, 4)  # not orthonormal, as PEFT's B is not
-    expected = command.errors({"": gradient}, {"": (a, b)}, 4)[0]  # type: ignore[dict-item]
-    assert bench.Truth(batches, 4).error(a, b) == pytest.approx(expected, rel=1e-6)
+    expected = lora_ga.errors({"": gradient}, {"": (a, b)}, 4)[0]  # type: ignore[dict-item]
+    assert lora_ga_shapes.Truth(batches, 4).error(a, b) == pytest.approx(expected, rel=1e-6)
     assert expected > 1
 
 
 def test_a_models_layers():
-    sizes = Counter((layer.n, layer.m) for layer in bench.MODELS["llama-2-7b"])
+    sizes = Counter((layer.n, layer.m) for layer in lora_ga_shapes.MODELS["llama-2-7b"])
     assert sizes == {(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}
-    chosen = [bench.MODELS["llama-2-7b"][index] for index in bench.distinct(bench.MODELS["llama-2-7b"], 4)]
+    chosen = [
+        lora_ga_shapes.MODELS["llama-2-7b"][index]
+        for index in lora_ga_shapes.distinct(lora_ga_shapes.MODELS["llama-2-7b"], 4)
+    ]
     assert {(layer.n, layer.m) for layer in chosen} == set(sizes) and len(chosen) == 4
 
 
 def test_data_is_the_same_again_and_decays():
-    layer = bench.MODELS["tiny"][0]
+    layer = lora_ga_shapes.MODELS["tiny"][0]
     one, again, other = SETTINGS.batch(0, layer, 1), SETTINGS.batch(0, layer, 1), SETTINGS.batch(1, layer, 1)
     assert all(torch.equal(left, right) for left, right in zip(one, again))
     assert not torch.equal(one[0], other[0])
@@ -43,7 +45,7 @@ def test_data_is_the_same_again_and_decays():
 def test_the_whole_command(tmp_path, capsys):
     out = tmp_path / "results" / "lora_ga.json"
     arguments = ["--shapes", "tiny", "--r", "4", "--tokens", "30", "--micro-batches", "2", "--layers", "1", "--whole"]
-    assert command.main([*arguments, "--out", str(out)]) == 0
+    assert lora_ga.main([*arguments, "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert result["settings"]["width"] == 32 and result["machine"]["cpu"]
     (layer,) = result["compare"]
@@ -52,5 +54,7 @@ def test_the_whole_command(tmp_path, capsys):
     whole = result["whole_model"]
     assert whole["layers"] == 14 and whole["linalg"].startswith("torch")
     # Q, Z and what eight probes gave.
-    assert whole["state_bytes"] == sum(4 * (32 * (layer.n + layer.m) + 8 * layer.n) for layer in bench.MODELS["tiny"])
+    assert whole["state_bytes"] == sum(
+        4 * (32 * (layer.n + layer.m) + 8 * layer.n) for layer in lora_ga_shapes.MODELS["tiny"]
+    )
     assert "svd_lowrank of the full gradient" in capsys.readouterr().out

@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import fastlora
 from fastlora import load_adapter, save_adapter
-from fastlora.layers import FusedLoraLinear
+from fastlora.layers.linear import FusedLoraLinear
 
 K, N = 12, 10
 FILES = ["adapter_config.json", "adapter_model.safetensors"]
@@ -92,7 +92,6 @@ def edit_tensors(directory, change):
 
 
 # Both ways with PEFT.
-
 CASES = {
     "plain": (mlp, {}),
     "rslora": (mlp, {"use_rslora": True, "lora_dropout": 0.1}),
@@ -259,8 +258,6 @@ def test_a_single_layer(tmp_path):
 
 
 # Several adapters.
-
-
 def test_all_adapters_or_one(tmp_path):
     model = patched()
     patched(model, seed=2, adapter_name="fr", r=2)
@@ -305,8 +302,6 @@ def test_an_adapter_is_overwritten(tmp_path):
 
 
 # PEFT models.
-
-
 @pytest.mark.parametrize("accelerated", [False, True])
 def test_peft_models_save_and_load_themselves(accelerated, tmp_path):
     config = peft.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False)
@@ -356,8 +351,6 @@ def test_peft_layers_without_a_peft_model_are_refused(tmp_path):
 
 
 # Files that are wrong. The model stays as it was.
-
-
 def assert_refused(directory, match, error: type[Exception] = ValueError, model: Any = None, name="default"):
     model = mlp() if model is None else model
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -550,8 +543,6 @@ def test_a_failure_while_adding_takes_everything_back(patched_before, saved, mon
 
 
 # Directories that cannot be written.
-
-
 def contents(directory):
     return {path.relative_to(directory): path.read_bytes() for path in Path(directory).rglob("*") if path.is_file()}
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastlora
 from bench.memory import allocations_of
-from fastlora import combination
+from fastlora.adapters import combine
 
 K, N = 24, 20
 
@@ -201,7 +201,7 @@ def test_models_that_cannot():
 def test_undone_where_it_fails_half_way(monkeypatch):
     model = model_of()
     calls = []
-    original = combination.truncated
+    original = combine.truncated
 
     def second_fails(*arguments):
         calls.append(1)
@@ -209,7 +209,7 @@ def test_undone_where_it_fails_half_way(monkeypatch):
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(combination, "truncated", second_fails)
+    monkeypatch.setattr(combine, "truncated", second_fails)
     with pytest.raises(KeyboardInterrupt):
         fastlora.add_weighted_adapter(model, WEIGHTS, "mix", r=2)
     assert "mix" not in model.up.r
@@ -218,8 +218,6 @@ def test_undone_where_it_fails_half_way(monkeypatch):
 
 
 # Switching.
-
-
 def test_switching_touches_no_weight():
     """Not a bit, not a version, and no other adapter's flag but those of the two."""
     model = model_of()

@@ -21,9 +21,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.jit.frontend import NotSupportedError
 
 import fastlora
-from fastlora import autograd
 from fastlora.functional import lora_linear
-from fastlora.peft_layers import FusedPeftLinear
+from fastlora.integrations.peft.lora import FusedPeftLinear
+from fastlora.ops.lora import autograd as lora_autograd
 
 WAYS = pytest.mark.parametrize("way", ["patched", "PEFT patched"])
 
@@ -245,8 +245,6 @@ def test_jit_script_is_not_supported():
 
 
 # torch.func transforms and second derivatives.
-
-
 def transformed(transform: str) -> Any:
     p = make_problem(3, 4, 20)
 
@@ -284,8 +282,6 @@ def test_second_derivatives_raise():
 
 
 # The ops.
-
-
 def test_opcheck_of_the_op_that_takes_any_scale():
     p = make_problem(12, 20)
     tensors = (p.x.requires_grad_(), p.weight, p.bias, p.lora_A.requires_grad_(), p.lora_B.requires_grad_())
@@ -316,7 +312,7 @@ def test_the_graph_for_a_gpu(dropout_p):
         lora_A, lora_B = empty(4, 64, dtype=torch.float32), empty(32, 4, dtype=torch.float32)
 
         def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-            return autograd._compiled_lora_linear(x, weight, bias, lora_A, lora_B, 2.0, dropout_p, "auto")
+            return lora_autograd._compiled_lora_linear(x, weight, bias, lora_A, lora_B, 2.0, dropout_p, "auto")
 
         graph = make_fx(forward)(x, lora_A, lora_B).graph
         targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]

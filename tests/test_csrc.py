@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastlora import _build, ops
+from fastlora.ops import dropout
+from fastlora.runtime import build
+from fastlora.runtime import compiled as runtime_compiled
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -105,7 +107,7 @@ def test_header_gives_the_known_answers(header, rounds, counter, key, result):
 
 def cpu_only():
     """The toolchain without nvcc: what these tests compile in two seconds instead of ten."""
-    return _build.Toolchain(str(shutil.which("g++")), None, (), "not wanted here")
+    return build.Toolchain(str(shutil.which("g++")), None, (), "not wanted here")
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +116,8 @@ def loaded(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTLORA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         if not torch.cuda.is_available():
-            patch.setattr(_build, "find_toolchain", cpu_only)
-        return ops.load()
+            patch.setattr(build, "find_toolchain", cpu_only)
+        return runtime_compiled.load()
 
 
 @needs_gxx
@@ -124,19 +126,19 @@ class TestKeepMask:
     @pytest.mark.parametrize("seed", [0, -1, 1234567890123456789, -(1 << 63)])
     @pytest.mark.parametrize("M, K, p", [(5, 64, 0.1), (7, 13, 0.5), (1, 1, 0.3), (0, 9, 0.1), (3, 0, 0.1)])
     def test_equals_numpy(self, seed, M, K, p):
-        got = ops.dropout_keep_mask(torch.tensor([seed]), M, K, p)
+        got = dropout.dropout_keep_mask(torch.tensor([seed]), M, K, p)
         assert got.shape == (M, K)
         assert got.dtype == torch.bool
         assert np.array_equal(got.numpy(), keep_mask(seed, M, K, round(p * 65536)))
 
     def test_probabilities_zero_and_one(self):
         seed = torch.tensor([7])
-        assert ops.dropout_keep_mask(seed, 9, 33, 0.0).all()
-        assert not ops.dropout_keep_mask(seed, 9, 33, 1.0).any()
+        assert dropout.dropout_keep_mask(seed, 9, 33, 0.0).all()
+        assert not dropout.dropout_keep_mask(seed, 9, 33, 1.0).any()
 
     def test_seed_may_be_a_view_into_a_larger_tensor(self):
         seeds = torch.tensor([[1, 2], [3, 4]])
-        got = ops.dropout_keep_mask(seeds[1:, 1:], 4, 16, 0.5)
+        got = dropout.dropout_keep_mask(seeds[1:, 1:], 4, 16, 0.5)
         assert np.array_equal(got.numpy(), keep_mask(4, 4, 16, 32768))
 
     def test_opcheck(self):
@@ -168,27 +170,27 @@ class TestKeepMask:
     @pytest.mark.parametrize("p", [-0.1, 1.5, float("nan")])
     def test_bad_probability(self, p):
         with pytest.raises(ValueError, match="from 0 to 1"):
-            ops.dropout_keep_mask(torch.tensor([1]), 2, 8, p)
+            dropout.dropout_keep_mask(torch.tensor([1]), 2, 8, p)
 
     @pytest.mark.gpu
     def test_cuda_equals_cpu(self):
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
-        if _build.find_toolchain().nvcc is None:
+        if build.find_toolchain().nvcc is None:
             pytest.skip("no nvcc")
         for M, K in [(5, 64), (7, 13), (300, 4096), (3, 0)]:
             seed = torch.tensor([99])
-            got = ops.dropout_keep_mask(seed.cuda(), M, K, 0.1)
-            assert torch.equal(got.cpu(), ops.dropout_keep_mask(seed, M, K, 0.1))
+            got = dropout.dropout_keep_mask(seed.cuda(), M, K, 0.1)
+            assert torch.equal(got.cpu(), dropout.dropout_keep_mask(seed, M, K, 0.1))
 
 
 def build_and_name(cache_dir, barrier, results):
     os.environ["FASTLORA_CACHE_DIR"] = cache_dir
-    _build.find_toolchain = cpu_only
-    compile_into, compiled = _build.compile_into, []
-    _build.compile_into = lambda *arguments: (compiled.append(1), compile_into(*arguments))
+    build.find_toolchain = cpu_only
+    compile_into, compiled = build.compile_into, []
+    build.compile_into = lambda *arguments: (compiled.append(1), compile_into(*arguments))
     barrier.wait()
-    results.put((str(_build.build()), len(compiled)))
+    results.put((str(build.build()), len(compiled)))
 
 
 @needs_gxx
@@ -204,20 +206,20 @@ def test_two_processes_building_at_once_compile_once(tmp_path):
     assert answers[0][0] == answers[1][0]
     assert Path(answers[0][0]).is_file()
     assert sorted(compiled for _, compiled in answers) == [0, 1]
-    assert sorted(path.name for path in Path(answers[0][0]).parent.iterdir()) == [_build.OBJECT_NAME, "lock"]
+    assert sorted(path.name for path in Path(answers[0][0]).parent.iterdir()) == [build.OBJECT_NAME, "lock"]
 
 
 @needs_gxx
 def test_a_build_that_was_killed_is_done_again(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(_build, "find_toolchain", cpu_only)
-    folder = tmp_path / "csrc" / _build.key(cpu_only())
+    monkeypatch.setattr(build, "find_toolchain", cpu_only)
+    folder = tmp_path / "csrc" / build.key(cpu_only())
     folder.mkdir(parents=True)
     (folder / "lock").write_text("")
     (folder / ".building-xyz").write_text("half an object")
-    assert _build.find(cpu_only()) is None
-    assert _build.build() == folder / _build.OBJECT_NAME
-    assert _build.find(cpu_only()) == folder / _build.OBJECT_NAME
+    assert build.find(cpu_only()) is None
+    assert build.build() == folder / build.OBJECT_NAME
+    assert build.find(cpu_only()) == folder / build.OBJECT_NAME
 
 
 @needs_gxx
@@ -225,71 +227,71 @@ def test_a_compiler_error_is_shown_and_leaves_nothing(tmp_path, monkeypatch):
     sources = tmp_path / "csrc"
     sources.mkdir()
     (sources / "broken.cpp").write_text("#error this is what went wrong\n")
-    monkeypatch.setattr(_build, "_SOURCES", sources)
-    monkeypatch.setattr(_build, "find_toolchain", cpu_only)
+    monkeypatch.setattr(build, "_SOURCES", sources)
+    monkeypatch.setattr(build, "find_toolchain", cpu_only)
     monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path / "cache"))
-    with pytest.raises(_build.Unavailable, match="this is what went wrong"):
-        _build.build()
+    with pytest.raises(build.Unavailable, match="this is what went wrong"):
+        build.build()
     assert list((tmp_path / "cache").rglob("*.so")) == []
 
 
 def test_no_compiler_says_so(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(_build.Unavailable, match="no-such-compiler is not on PATH"):
-        _build.find_toolchain()
+    with pytest.raises(build.Unavailable, match="no-such-compiler is not on PATH"):
+        build.find_toolchain()
 
 
 @needs_gxx
 def test_unwritable_cache_says_so(monkeypatch, tmp_path):
     (tmp_path / "csrc").write_text("a file where a folder is wanted")
     monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(_build, "find_toolchain", cpu_only)
-    with pytest.raises(_build.Unavailable, match="FASTLORA_CACHE_DIR"):
-        _build.build()
+    monkeypatch.setattr(build, "find_toolchain", cpu_only)
+    with pytest.raises(build.Unavailable, match="FASTLORA_CACHE_DIR"):
+        build.build()
 
 
 def test_the_key_follows_sources_and_architectures(monkeypatch, tmp_path):
-    toolchains = [cpu_only(), _build.Toolchain("g++", "nvcc", ("80",)), _build.Toolchain("g++", "nvcc", ("90a",))]
-    keys = [_build.key(toolchain) for toolchain in toolchains]
+    toolchains = [cpu_only(), build.Toolchain("g++", "nvcc", ("80",)), build.Toolchain("g++", "nvcc", ("90a",))]
+    keys = [build.key(toolchain) for toolchain in toolchains]
     assert len(set(keys)) == 3
     sources = Path(shutil.copytree(CSRC, tmp_path / "csrc"))
-    monkeypatch.setattr(_build, "_SOURCES", sources)
-    assert [_build.key(toolchain) for toolchain in toolchains] == keys
+    monkeypatch.setattr(build, "_SOURCES", sources)
+    assert [build.key(toolchain) for toolchain in toolchains] == keys
     with (sources / "philox.h").open("a") as file:
         file.write("// changed\n")
-    assert all(_build.key(toolchain) != old for toolchain, old in zip(toolchains, keys))
+    assert all(build.key(toolchain) != old for toolchain, old in zip(toolchains, keys))
 
 
 @needs_gxx
 def test_an_object_in_the_package_is_used_while_it_fits_the_sources(monkeypatch, tmp_path):
-    toolchain = _build.Toolchain("g++", "nvcc", ("80",))
-    monkeypatch.setattr(_build, "_PREBUILT", tmp_path)
-    (tmp_path / _build.OBJECT_NAME).write_text("")
-    stamp = {"key": _build.key(toolchain), "archs": list(toolchain.archs)}
+    toolchain = build.Toolchain("g++", "nvcc", ("80",))
+    monkeypatch.setattr(build, "_PREBUILT", tmp_path)
+    (tmp_path / build.OBJECT_NAME).write_text("")
+    stamp = {"key": build.key(toolchain), "archs": list(toolchain.archs)}
     (tmp_path / "stamp.json").write_text(json.dumps(stamp))
-    assert _build.find() == tmp_path / _build.OBJECT_NAME
+    assert build.find() == tmp_path / build.OBJECT_NAME
     (tmp_path / "stamp.json").write_text(json.dumps({**stamp, "key": "of other sources"}))
-    assert _build.find() is None
+    assert build.find() is None
 
 
 def test_gencode():
-    assert _build.gencode(("90a", "100", "80")) == [
+    assert build.gencode(("90a", "100", "80")) == [
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_100,code=sm_100",
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_80,code=compute_80",
     ]
-    assert len(_build.gencode(("90a",))) == 1
+    assert len(build.gencode(("90a",))) == 1
 
 
 @pytest.mark.slow
 @needs_gxx
 def test_nvcc_compiles_for_every_architecture_without_spills(tmp_path):
-    toolchain = _build.find_toolchain()
+    toolchain = build.find_toolchain()
     if toolchain.nvcc is None:
         pytest.skip(str(toolchain.why_no_nvcc))
     assert toolchain.archs == ("80", "90a", "100")
-    target = tmp_path / _build.OBJECT_NAME
+    target = tmp_path / build.OBJECT_NAME
 
     def run(command):
         if any(part.endswith(".cu") for part in command):
@@ -298,7 +300,7 @@ def test_nvcc_compiles_for_every_architecture_without_spills(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stderr
 
-    *compile_calls, link = _build.commands(toolchain, tmp_path, target)
+    *compile_calls, link = build.commands(toolchain, tmp_path, target)
     with ThreadPoolExecutor(2) as pool:
         report = "".join(pool.map(run, compile_calls))
     run(link)

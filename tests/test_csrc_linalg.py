@@ -12,9 +12,10 @@ import test_linalg
 import torch
 from torch import Tensor
 
-from fastlora import _build, ops
 from fastlora.init.streaming import StreamingSketch, svd_of_each
 from fastlora.linalg import Factored, lanczos, native, orthonormal, truncated_svd
+from fastlora.runtime import build
+from fastlora.runtime import compiled as runtime_compiled
 
 lanczos_by_torch = lanczos.by_torch
 TESTS = Path(__file__).resolve().parent
@@ -45,8 +46,8 @@ def loaded(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTLORA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         if not torch.cuda.is_available():
-            patch.setattr(_build, "find_toolchain", lambda: _build.Toolchain(str(shutil.which("g++")), None, ()))
-        ops.load()
+            patch.setattr(build, "find_toolchain", lambda: build.Toolchain(str(shutil.which("g++")), None, ()))
+        runtime_compiled.load()
     return torch.ops.fastlora
 
 
@@ -517,7 +518,7 @@ class TestChoice:
         monkeypatch.setattr(native, "_failures", {})
 
     def test_a_cpu_takes_torch_and_compiles_nothing(self, monkeypatch):
-        monkeypatch.setattr(ops, "load", lambda: pytest.fail("compiled"))
+        monkeypatch.setattr(runtime_compiled, "load", lambda: pytest.fail("compiled"))
         assert "not on a GPU" in str(native.why_not(torch.device("cpu")))
         q, z = torch.zeros(30, 4), torch.zeros(20, 4)
         assert native.sketch_update(q, z, normal(20, 4), normal(9, 20), normal(9, 30), 1.0)
@@ -560,10 +561,10 @@ class TestChoice:
 
     def test_without_a_compiler_torch_is_taken(self, monkeypatch):
         def load():
-            raise _build.Unavailable("no compiler here")
+            raise build.Unavailable("no compiler here")
 
         monkeypatch.setenv("FASTLORA_LINALG", "native")
-        monkeypatch.setattr(ops, "load", load)
+        monkeypatch.setattr(runtime_compiled, "load", load)
         with pytest.warns(RuntimeWarning, match="no compiler here"):
             got = native.factored_product(normal(9, 20), normal(9, 30), normal(20, 3), 2.0)
         assert torch.allclose(got, 2 * normal(9, 30).t() @ (normal(9, 20) @ normal(20, 3)), atol=1e-4)

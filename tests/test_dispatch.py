@@ -11,9 +11,10 @@ import torch
 from pretended_gpu import PretendedGpu, backend_with
 from torch import Tensor
 
-from fastlora import dispatch, env
-from fastlora.backends import torch as torch_backend
 from fastlora.functional import lora_linear
+from fastlora.ops.lora import aten as lora_aten
+from fastlora.ops.lora import choice as lora_choice
+from fastlora.runtime import env
 
 CPU = torch.device("cpu")
 
@@ -21,8 +22,8 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
     monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
-    monkeypatch.setattr(dispatch, "_choices", {})
-    monkeypatch.setattr(dispatch, "_provisional", {})
+    monkeypatch.setattr(lora_choice, "_choices", {})
+    monkeypatch.setattr(lora_choice, "_provisional", {})
 
 
 def arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -34,21 +35,19 @@ def arguments(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tenso
 
 
 # On the CPU.
-
-
 @pytest.mark.parametrize("backend, reason", [("auto", "not on a GPU"), ("torch", "asked for")])
 def test_the_cpu_takes_torch(backend, reason):
-    choice = dispatch.select(*arguments(), dropout_p=0.0, backend=backend)
-    assert (choice.name, choice.module) == ("torch", torch_backend) and reason in choice.reason
+    choice = lora_choice.select(*arguments(), dropout_p=0.0, backend=backend)
+    assert (choice.name, choice.module) == ("torch", lora_aten) and reason in choice.reason
 
 
 @pytest.mark.parametrize("backend", ["triton", "cublas"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_a_gpu_backend_falls_down_to_torch_with_the_reason(backend, dropout_p):
-    choice = dispatch.select(*arguments(torch.float64), dropout_p=dropout_p, backend=backend)
-    assert (choice.name, choice.module) == ("torch", torch_backend)
+    choice = lora_choice.select(*arguments(torch.float64), dropout_p=dropout_p, backend=backend)
+    assert (choice.name, choice.module) == ("torch", lora_aten)
     reasons = choice.reason.split("; ")
-    steps = dispatch.FALL_DOWN[dispatch.FALL_DOWN.index(backend) : -1]
+    steps = lora_choice.FALL_DOWN[lora_choice.FALL_DOWN.index(backend) : -1]
     assert [reason.partition(": ")[0] for reason in reasons] == list(steps)
     assert all(len(reason.partition(": ")[2]) > 10 for reason in reasons), reasons
 
@@ -62,42 +61,40 @@ def test_every_name_computes_on_the_cpu(backend):
 
 def test_the_environment_stands_in_for_auto_only(monkeypatch):
     monkeypatch.setenv("FASTLORA_BACKEND", "cublas")
-    assert dispatch.select(*arguments(torch.float64), dropout_p=0.0).reason.startswith("cublas: ")
-    assert dispatch.select(*arguments(), dropout_p=0.0, backend="torch").reason == "asked for"
+    assert lora_choice.select(*arguments(torch.float64), dropout_p=0.0).reason.startswith("cublas: ")
+    assert lora_choice.select(*arguments(), dropout_p=0.0, backend="torch").reason == "asked for"
     monkeypatch.setenv("FASTLORA_BACKEND", "torch")
-    assert dispatch.select(*arguments(), dropout_p=0.0).reason == "asked for"
+    assert lora_choice.select(*arguments(), dropout_p=0.0).reason == "asked for"
     monkeypatch.setenv("FASTLORA_BACKEND", "cuda")
     with pytest.raises(ValueError, match="FASTLORA_BACKEND='cuda': wanted one of auto, torch, cublas, triton"):
-        dispatch.select(*arguments(), dropout_p=0.0)
+        lora_choice.select(*arguments(), dropout_p=0.0)
 
 
 def test_an_unknown_name_is_an_error():
     with pytest.raises(ValueError, match="backend: got 'cuda', want one of auto, torch, cublas, triton"):
-        dispatch.select(*arguments(), dropout_p=0.0, backend="cuda")
+        lora_choice.select(*arguments(), dropout_p=0.0, backend="cuda")
 
 
 def test_names_and_the_order_of_falling_down_agree():
-    assert set(dispatch.BACKENDS) == {"auto", *dispatch.FALL_DOWN} == set(env.BACKENDS)
-    assert dispatch.FALL_DOWN[-1] == "torch"
+    assert set(lora_choice.BACKENDS) == {"auto", *lora_choice.FALL_DOWN} == set(env.BACKENDS)
+    assert lora_choice.FALL_DOWN[-1] == "torch"
 
 
 @pytest.mark.parametrize("error", [ImportError, OSError, AttributeError])  # Triton missing, or broken
 def test_a_backend_that_cannot_be_imported_falls_down(monkeypatch, error):
-    monkeypatch.setattr(dispatch, "_modules", {})
+    monkeypatch.setattr(lora_choice, "_modules", {})
 
     def import_module(name):
         raise error(f"No module named {name!r}")
 
-    monkeypatch.setattr(dispatch.importlib, "import_module", import_module)
-    choice = dispatch.select(*arguments(), dropout_p=0.0, backend="cublas")
+    monkeypatch.setattr(lora_choice.importlib, "import_module", import_module)
+    choice = lora_choice.select(*arguments(), dropout_p=0.0, backend="cublas")
     assert choice.name == "torch" and f"cublas: cannot be imported: {error.__name__}: No module named" in choice.reason
     with pytest.raises(RuntimeError, match=f"backend 'cublas' cannot be loaded: {error.__name__}: No module named"):
-        dispatch.load("cublas")
+        lora_choice.load("cublas")
 
 
 # The self-check: every kind of wrong result is seen.
-
-
 def with_nan(tensor: Tensor) -> Tensor:
     tensor = tensor.clone()
     tensor[-1, -1] = float("nan")
@@ -147,8 +144,8 @@ DTYPES = [
 @pytest.mark.parametrize("dtype, adapter_dtype", DTYPES)
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
 def test_a_right_backend_passes(dtype, adapter_dtype, dropout):
-    assert dispatch.self_check(torch_backend, CPU, dtype, adapter_dtype, dropout) is None
-    assert dispatch.self_check(backend_with(), CPU, dtype, adapter_dtype, dropout) is None
+    assert lora_choice.self_check(lora_aten, CPU, dtype, adapter_dtype, dropout) is None
+    assert lora_choice.self_check(backend_with(), CPU, dtype, adapter_dtype, dropout) is None
 
 
 @pytest.mark.parametrize("dtype, adapter_dtype", DTYPES)
@@ -159,7 +156,7 @@ def test_a_wrong_backend_is_caught(fault, dtype, adapter_dtype):
     for dropout in [True] if fault in WRONG_WITH_DROPOUT else [False, True]:
         if dropout and fault.startswith("S of"):  # then S is where the mask is read
             continue
-        failure = dispatch.self_check(module, CPU, dtype, adapter_dtype, dropout)
+        failure = lora_choice.self_check(module, CPU, dtype, adapter_dtype, dropout)
         assert failure is not None and where in failure
 
 
@@ -172,26 +169,25 @@ def test_the_self_check_leaves_the_generators_alone(dropout, monkeypatch):
     monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
     torch.default_generator.manual_seed(7)
     before = torch.get_rng_state()
-    dispatch.self_check(torch_backend, CPU, torch.float32, torch.float32, dropout)
+    lora_choice.self_check(lora_aten, CPU, torch.float32, torch.float32, dropout)
     assert torch.equal(torch.get_rng_state(), before)
     module = backend_with(forward=lambda *results: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        dispatch.self_check(module, CPU, torch.float32, torch.float32, dropout)
+        lora_choice.self_check(module, CPU, torch.float32, torch.float32, dropout)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_first_call_in_inference_mode_is_checked_like_any_other():
     with torch.inference_mode():
-        assert dispatch.self_check(torch_backend, CPU, torch.float32, torch.float32, False) is None
+        assert lora_choice.self_check(lora_aten, CPU, torch.float32, torch.float32, False) is None
         assert "gradient of x" in (
-            dispatch.self_check(backend_with(*WRONG["sign of dx"][:2]), CPU, torch.float32, torch.float32, False) or ""
+            lora_choice.self_check(backend_with(*WRONG["sign of dx"][:2]), CPU, torch.float32, torch.float32, False)
+            or ""
         )
 
 
 # On a pretended GPU: tensors that say "cuda", and self-checks that run on the CPU. Nothing is measured here:
 # test_dispatch_measuring.py.
-
-
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTLORA_MEASURE", "off")
@@ -301,14 +297,19 @@ def test_a_warm_choice_is_a_look_up(gpu, monkeypatch):
     def refuse(*_):
         raise AssertionError("asked again")
 
-    for place, name in ((dispatch, "_resolve"), (dispatch, "_import"), (env, "get"), (dispatch.measure, "key_of")):
+    for place, name in (
+        (lora_choice, "_resolve"),
+        (lora_choice, "_import"),
+        (env, "get"),
+        (lora_choice.measure, "key_of"),
+    ):
         monkeypatch.setattr(place, name, refuse)
     assert gpu.select() is first
     call = gpu.call()
     events = []
     sys.setprofile(lambda frame, event, argument: events.append(event))
     try:
-        dispatch.select(*call)
+        lora_choice.select(*call)
     finally:
         sys.setprofile(None)
     # Counted, not timed: select itself, the environment, shapes, layout and the dictionary. `unsupported` alone is 20.

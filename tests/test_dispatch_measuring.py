@@ -12,7 +12,8 @@ import pytest
 import torch
 from pretended_gpu import PretendedGpu, backend_with
 
-from fastlora import dispatch, measure
+from fastlora.ops.lora import choice as lora_choice
+from fastlora.ops.lora import measure
 
 SLOW_S = 0.004  # beside some 50 µs of a pass at these sizes: what sleeps loses on any machine
 
@@ -65,7 +66,7 @@ def test_each_direction_takes_the_fastest(gpu, tmp_path):
 
 def test_what_computes_the_pair_is_right(gpu):
     """The forward pass of one backend and the backward pass of another, through autograd."""
-    from fastlora.autograd import LoraLinearFunction
+    from fastlora.ops.lora.autograd import LoraLinearFunction
 
     gpu.put("cublas", slow(forward_s=SLOW_S))
     gpu.put("triton", slow(backward_s=SLOW_S))
@@ -93,8 +94,8 @@ def test_one_kind_of_call_is_measured_once_in_a_process_and_never_again_after(gp
             gpu.put("triton", backend_with())  # torch is no candidate there, and one alone is not measured
         gpu.select(**how)
         assert len(gpu.measured) == number, how
-    dispatch._choices.clear()  # as another process: what the file says is taken
-    dispatch.tuning_cache.for_device.cache_clear()
+    lora_choice._choices.clear()  # as another process: what the file says is taken
+    lora_choice.tuning_cache.for_device.cache_clear()
     again = gpu.select()
     assert again.passes == first.passes and again.reason.startswith("measured: ") and len(gpu.measured) == 8
 
@@ -112,7 +113,7 @@ def test_one_kind_of_call_is_measured_once_in_a_process_and_never_again_after(gp
     ],
 )
 def test_only_what_is_two_percent_faster_than_cublas_replaces_it(times, winner):
-    assert dispatch.fastest(times) == winner
+    assert lora_choice.fastest(times) == winner
 
 
 def test_with_dropout_the_passes_share_a_seed_so_torch_is_no_candidate(gpu):
@@ -154,7 +155,7 @@ def test_a_cached_winner_that_fails_its_check_now_is_passed_over(gpu):
     gpu.put("triton", backend_with())
     gpu.put("torch", slow(2 * SLOW_S, 2 * SLOW_S))
     assert gpu.select().passes == ("triton", "triton")
-    dispatch._self_checks.clear()
+    lora_choice._self_checks.clear()
     gpu.put("triton", backend_with(forward=lambda y, s, state: (-y, s, state)))
     with pytest.warns(RuntimeWarning, match="'triton' failed"):
         assert gpu.select().passes == ("cublas", "cublas")
@@ -169,7 +170,7 @@ def test_nothing_is_measured_where_it_would_be_seen_and_a_later_call_is_asked_ag
     gpu.put("triton", backend_with())
     gpu.put("torch", slow(2 * SLOW_S, 2 * SLOW_S))
     gpu.select(M=999, dropout_p=0.5)  # cublas and triton are checked, for another kind of call
-    with dispatch.measuring("off"):
+    with lora_choice.measuring("off"):
         assert gpu.select(M=100).name == "cublas"
     measured = len(gpu.measured)
     with monkeypatch.context() as patch:
@@ -191,7 +192,7 @@ def test_nothing_is_measured_where_it_would_be_seen_and_a_later_call_is_asked_ag
 
 def test_on_request_a_profiler_sees_it_and_a_capture_never_does(gpu, monkeypatch):
     gpu.put("cublas", backend_with())
-    with dispatch.measuring("always"):
+    with lora_choice.measuring("always"):
         gpu.capturing = True
         gpu.select()
         assert gpu.measured == []
@@ -217,7 +218,7 @@ def test_reasons_not_to_measure(gpu, monkeypatch, why):
     elif why == "deterministic":
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     else:
-        monkeypatch.setattr(dispatch, "_spent_s", dispatch.BUDGET_S)
+        monkeypatch.setattr(lora_choice, "_spent_s", lora_choice.BUDGET_S)
     choice = gpu.select()
     assert choice.name == "cublas" and gpu.measured == []
     assert choice.reason.startswith("default on a GPU: ") and why[:6] in choice.reason.replace("measured for", "budget")
@@ -228,10 +229,10 @@ def test_measured_times_are_used_where_measuring_is_off(gpu):
     gpu.put("triton", backend_with())
     gpu.put("torch", slow(2 * SLOW_S, 2 * SLOW_S))
     assert gpu.select().name == "triton"
-    dispatch._choices.clear()
-    with dispatch.measuring("off"):
+    lora_choice._choices.clear()
+    with lora_choice.measuring("off"):
         assert gpu.select().name == "triton"
-    with pytest.raises(ValueError, match="mode: got 'no', want one of auto, off, always"), dispatch.measuring("no"):
+    with pytest.raises(ValueError, match="mode: got 'no', want one of auto, off, always"), lora_choice.measuring("no"):
         pass
 
 
@@ -254,7 +255,7 @@ def test_a_measurement_that_fails_leaves_the_default_for_good(gpu, monkeypatch, 
     monkeypatch.setattr(measure, "measure", fails)
     assert reason in gpu.select().reason and gpu.select().name == "cublas" and len(attempts) == 1
     biased = gpu.call()  # another look-up, the same kind of call: as a compiled graph's backward pass is
-    assert reason in dispatch.select(*biased._replace(bias=biased.weight)).reason and len(attempts) == 1
+    assert reason in lora_choice.select(*biased._replace(bias=biased.weight)).reason and len(attempts) == 1
 
 
 def test_requests_come_before_what_was_measured(gpu, monkeypatch):
@@ -280,14 +281,14 @@ def test_peeking_runs_nothing(gpu):
     gpu.put("cublas", slow(SLOW_S, SLOW_S))
     gpu.put("triton", backend_with())
     gpu.put("torch", slow(2 * SLOW_S, 2 * SLOW_S))
-    before = dispatch.peek(gpu.call())
-    assert gpu.checks == 0 and gpu.measured == [] and dispatch._choices == {}
+    before = lora_choice.peek(gpu.call())
+    assert gpu.checks == 0 and gpu.measured == [] and lora_choice._choices == {}
     assert before.choice.name == "cublas" and before.entry is None and "the first call" in (before.not_measured or "")
     assert (
         before.candidates["triton"] == "not checked yet"
         and "cannot be imported" in before.candidates["triton_s_inside"]
     )
     gpu.select()
-    after = dispatch.peek(gpu.call())
+    after = lora_choice.peek(gpu.call())
     assert after.choice.passes == ("triton", "triton") and after.entry is not None
     assert after.candidates["triton"] == "passed its self-check" and after.candidates["torch"] == "needs no check"

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from fastlora import doctor, env
-from fastlora.backends import torch as torch_backend
+from fastlora import doctor
+from fastlora.ops.lora import aten as lora_aten
+from fastlora.runtime import env
 
 
 @pytest.fixture(autouse=True)
@@ -76,14 +77,14 @@ def test_linear_algebra_says_which_and_why(capsys, monkeypatch):
 
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_wrong_gradient_fails(capsys, monkeypatch, which):
-    right = torch_backend.backward
+    right = lora_aten.backward
 
     def wrong(*arguments, **keywords):
         gradients = list(right(*arguments, **keywords))
         gradients[which] = gradients[which] * 1.1
         return tuple(gradients)
 
-    monkeypatch.setattr(torch_backend, "backward", wrong)
+    monkeypatch.setattr(lora_aten, "backward", wrong)
     assert doctor.main([]) == 1
     found = rows(capsys.readouterr().out)
     assert found["torch float32"].startswith("FAILED")
@@ -91,13 +92,13 @@ def test_a_wrong_gradient_fails(capsys, monkeypatch, which):
 
 
 def test_a_wrong_output_fails(capsys, monkeypatch):
-    right = torch_backend.forward
+    right = lora_aten.forward
 
     def wrong(*arguments, **keywords):
         y, *rest = right(*arguments, **keywords)
         return (y * 1.01, *rest)
 
-    monkeypatch.setattr(torch_backend, "forward", wrong)
+    monkeypatch.setattr(lora_aten, "forward", wrong)
     assert doctor.main([]) == 1
     assert rows(capsys.readouterr().out)["torch float32"].startswith("FAILED")
 
@@ -112,7 +113,7 @@ def test_a_section_that_raises_keeps_no_other_from_being_printed(capsys, monkeyp
 
 
 def test_a_self_check_that_raises_fails(capsys, monkeypatch):
-    monkeypatch.setattr(doctor.functional, "lora_linear", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(doctor.lora_op, "lora_linear", lambda *_, **__: 1 / 0)
     assert doctor.main([]) == 1
     assert "could not be determined: ZeroDivisionError" in capsys.readouterr().out
 

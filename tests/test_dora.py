@@ -20,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from bench.memory import allocations_of
-from fastlora import FusedLoraLinear, dora_dispatch, dora_functional, reference
-from fastlora.backends import dora_torch
+from fastlora import FusedLoraLinear
 from fastlora.functional import Adapter, GroupLayer, dora_linear, lora_group, lora_mixed_batch, multi_lora_linear
+from fastlora.ops import reference
+from fastlora.ops.dora import aten as dora_aten
+from fastlora.ops.dora import dora as dora_op
 
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "magnitude")
@@ -69,8 +71,6 @@ def assert_right(problem: Problem, trained: tuple[str, ...] = NAMES, **options: 
 
 
 # The function.
-
-
 def test_the_reference_is_the_papers_equation():
     """Equation 5 with V = W0, and its gradients (equation 11) with the norm held constant, written out by hand."""
     p = make_problem(6, 20, dtype=FP64)
@@ -143,18 +143,16 @@ def test_the_norm_of_a_row_that_nearly_cancels():
     p = make_problem(1, 64)
     weight = -p.scaling * (p.lora_B @ p.lora_A) * (1 + 2.0**-10)
     exact = (weight.double() + p.scaling * (p.lora_B.double() @ p.lora_A.double())).norm(dim=1)
-    norm = dora_functional.weight_norm(weight, p.lora_A, p.lora_B, p.scaling)
+    norm = dora_op.weight_norm(weight, p.lora_A, p.lora_B, p.scaling)
     torch.testing.assert_close(norm.double(), exact, rtol=1e-3, atol=0)
     assert (norm > 0).all()
-    assert (
-        not dora_functional.weight_norm(-p.scaling * (p.lora_B @ p.lora_A), p.lora_A, p.lora_B, p.scaling).isnan().any()
-    )
+    assert not dora_op.weight_norm(-p.scaling * (p.lora_B @ p.lora_A), p.lora_A, p.lora_B, p.scaling).isnan().any()
 
 
 def test_norms_of_a_bf16_weight_are_not_rounded_to_it():
     p = make_problem(1, 300, dtype=BF16, adapter_dtype=FP32)
     exact = (p.weight.double() + p.scaling * (p.lora_B.double() @ p.lora_A.double())).norm(dim=1)
-    norm = dora_functional.weight_norm(p.weight, p.lora_A, p.lora_B, p.scaling)
+    norm = dora_op.weight_norm(p.weight, p.lora_A, p.lora_B, p.scaling)
     assert norm.dtype == FP32
     torch.testing.assert_close(norm.double(), exact, rtol=1e-6, atol=0)
 
@@ -165,7 +163,7 @@ def test_nothing_of_the_weights_size_is_made():
     x, a, b = torch.randn(4, k), torch.randn(8, k, requires_grad=True), torch.randn(n, 8, requires_grad=True)
     weight, m = torch.randn(n, k), torch.ones(n, requires_grad=True)
     _, allocations = allocations_of(lambda: dora_linear(x, weight, a, b, m, 1.0).sum().backward())
-    assert max(allocations.sizes) <= 4 * dora_torch.CHUNK < n * k * 4 / 3
+    assert max(allocations.sizes) <= 4 * dora_aten.CHUNK < n * k * 4 / 3
 
 
 def test_saved_for_the_backward_pass():
@@ -272,17 +270,15 @@ def test_several_adapters_each_add_their_difference():
 
 
 def test_the_self_check_passes_on_atens_form_and_sees_a_wrong_one(monkeypatch):
-    arguments = (dora_torch, torch.device("cpu"), BF16, FP32)
-    assert dora_dispatch.self_check(*arguments) is None
+    arguments = (dora_aten, torch.device("cpu"), BF16, FP32)
+    assert dora_op.self_check(*arguments) is None
     monkeypatch.setattr(
-        dora_torch, "scale_backward", lambda dy, z, m, n, needs: (dy, dy.float().sum(0), dy.float().sum(0))
+        dora_aten, "scale_backward", lambda dy, z, m, n, needs: (dy, dy.float().sum(0), dy.float().sum(0))
     )
-    assert "dz differs" in str(dora_dispatch.self_check(*arguments))
+    assert "dz differs" in str(dora_op.self_check(*arguments))
 
 
 # The layer.
-
-
 def layer_of(dtype: torch.dtype = FP32, **settings: Any) -> FusedLoraLinear:
     torch.manual_seed(0)
     layer = FusedLoraLinear.from_linear(nn.Linear(24, 30, dtype=dtype), r=4, use_dora=True, **settings)
@@ -483,13 +479,11 @@ def test_lora_ga_starts_dora_too(base):
 
 
 # Norms that are kept.
-
-
 @pytest.fixture
 def norms_made(monkeypatch) -> list[int]:
     made: list[int] = []
-    original = dora_torch.weight_norm
-    monkeypatch.setattr(dora_torch, "weight_norm", lambda *a: made.append(1) or original(*a))
+    original = dora_aten.weight_norm
+    monkeypatch.setattr(dora_aten, "weight_norm", lambda *a: made.append(1) or original(*a))
     return made
 
 
@@ -560,8 +554,6 @@ def test_kept_norms_of_what_is_no_model():
 
 
 # torch.compile.
-
-
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_compiled(dropout_p):
     torch._dynamo.reset()
@@ -578,7 +570,7 @@ def test_compiled(dropout_p):
 def test_compiled_norms_under_autocast(backend):
     torch._dynamo.reset()
     p = make_problem(1, 20)
-    compiled = torch.compile(dora_functional.weight_norm, backend=backend)
+    compiled = torch.compile(dora_op.weight_norm, backend=backend)
     with torch.autocast("cpu", dtype=BF16):
         got = compiled(p.weight, p.lora_A, p.lora_B, 1.5)
     want = (p.weight.double() + 1.5 * p.lora_B.double() @ p.lora_A.double()).norm(dim=1)

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastlora
-from fastlora.backends import dora_torch
-from fastlora.peft_layers import FusedPeftLinear
+from fastlora.integrations.peft.lora import FusedPeftLinear
+from fastlora.ops.dora import aten as dora_aten
 
 FP64, BF16 = torch.float64, torch.bfloat16
 
@@ -118,8 +118,8 @@ def test_state_of_a_whole_model():
 
 def test_norms_are_kept_on_request(monkeypatch):
     made: list[int] = []
-    original = dora_torch.weight_norm
-    monkeypatch.setattr(dora_torch, "weight_norm", lambda *a: made.append(1) or original(*a))
+    original = dora_aten.weight_norm
+    monkeypatch.setattr(dora_aten, "weight_norm", lambda *a: made.append(1) or original(*a))
     fused = patched_copy(dora_model())
     x = torch.randn(3, K, dtype=FP64)
     with torch.no_grad(), fastlora.variants.kept_norms(fused):
@@ -156,8 +156,6 @@ def test_training_step_by_step():
 
 
 # Quantised bases.
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_on_a_quantised_base(bits):
     """PEFT's numbers in fp32, nothing of the weight's size kept; with dropout PEFT's own forward."""
@@ -191,8 +189,6 @@ def test_on_a_quantised_base(bits):
 
 
 # Files.
-
-
 def plain_model(dora: bool = True) -> Any:
     torch.manual_seed(0)
     model = Mlp()

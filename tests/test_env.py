@@ -1,11 +1,11 @@
-"""fastlora.env: parsing, defaults, errors, and that it is the only reader and the documentation is complete."""
+"""fastlora.runtime.env: parsing, defaults, errors, and that it is the only reader and the documentation is complete."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-from fastlora import env
+from fastlora.runtime import env
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -112,7 +112,7 @@ def test_nothing_else_reads_the_variables():
 @pytest.mark.parametrize("function", ["backend", "build_cuda", "cache_dir", "cuda_archs", "measure"])
 def test_every_variable_is_used(function):
     sources = [path for path in (ROOT / "fastlora").rglob("*.py") if path.name != "env.py"] + [ROOT / "setup.py"]
-    uses = re.compile(rf"\b(env|load\(.env.\))\.{function}\(")
+    uses = re.compile(rf"\b(env|load\(.runtime.env.\))\.{function}\(")
     assert any(uses.search(path.read_text(encoding="utf-8")) for path in sources)
     assert "FASTLORA_" + function.upper() in env.VARIABLES
 

@@ -11,14 +11,17 @@ from pretended_gpu import PretendedGpu, backend_with
 from torch import nn
 
 import fastlora
-from fastlora import autograd, dispatch, explanation, functional
+from fastlora import functional
+from fastlora.adapters import explain
+from fastlora.ops import call as ops_call
+from fastlora.ops.lora import choice
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     for name in ("FASTLORA_BACKEND", "FASTLORA_MEASURE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(dispatch, "_choices", {})
+    monkeypatch.setattr(choice, "_choices", {})
 
 
 def layer(**how) -> fastlora.FusedLoraLinear:
@@ -42,7 +45,7 @@ def test_on_a_cpu(monkeypatch):
         "needed    an",
     ):
         assert part in text
-    monkeypatch.setattr(autograd, "SMALL", 0)
+    monkeypatch.setattr(ops_call, "SMALL", 0)
     assert "ATen's own autograd" not in fastlora.explain(layer(), torch.randn(5, 8)).reason
 
 
@@ -120,12 +123,12 @@ def test_on_a_gpu_before_and_after_measuring(monkeypatch, tmp_path):
     call = gpu.call()
     input_3d: Any = types.SimpleNamespace(is_cuda=True, device=call.x.device, shape=(5, 8), reshape=lambda *_: call.x)
     adapters = [functional.Adapter(call.lora_A, call.lora_B, 1.0)]
-    monkeypatch.setattr(autograd, "autocast_enabled", lambda x: False)
-    monkeypatch.setattr(functional, "_takes_fused_path", lambda *_: True)
+    monkeypatch.setattr(ops_call, "autocast_enabled", lambda x: False)
+    monkeypatch.setattr(ops_call, "takes_fused_path", lambda *_: True)
     monkeypatch.setattr(type(call.weight), "numel", lambda self: 48, raising=False)
 
-    def explained(measure: bool) -> explanation.Explanation:
-        return explanation._fused("layer", input_3d, call.weight, None, adapters, "auto", measure)
+    def explained(measure: bool) -> explain.Explanation:
+        return explain._fused("layer", input_3d, call.weight, None, adapters, "auto", measure)
 
     before = explained(False)
     assert before.forward == "cublas" and before.times == {} and gpu.checks == 0

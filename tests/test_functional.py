@@ -7,8 +7,8 @@ from numerics import with_layout
 from problems import NAMES, PATHS, assert_right, eager, fused, make_problem, path, run
 from torch import Tensor
 
-from fastlora import reference
 from fastlora.functional import Adapter, lora_linear, multi_lora_linear
+from fastlora.ops import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -162,8 +162,6 @@ def test_the_meta_device_gives_shapes_and_dtypes():
 
 
 # Dropout.
-
-
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(1, 3), (7, 11), (2, 16, 40)], ids=str)
 def test_drops_what_torch_drops_and_leaves_the_generator_where_torch_does(shape, dtype):
@@ -216,8 +214,6 @@ def test_another_mask_at_every_call():
 
 
 # Autocast.
-
-
 @pytest.mark.parametrize("backward_within", [False, True])
 @pytest.mark.parametrize("base, adapters", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16")])
 def test_autocast(base, adapters, backward_within):
@@ -258,8 +254,6 @@ def test_backward_within_autocast_of_a_forward_outside():
 
 
 # Several adapters.
-
-
 def _adapters(k, n):
     generator = torch.Generator().manual_seed(1)
 
@@ -331,8 +325,6 @@ def test_several_adapters_in_half_precision():
 
 
 # Bad input.
-
-
 def _arguments(**changes):
     arguments = {
         "x": torch.randn(5, 8),

@@ -25,8 +25,8 @@ from galore_problem import (
 from torch import Tensor, nn
 
 from fastlora.optim import GaLoreAdamW, galore_param_groups
-from fastlora.optim.galore_groups import MOMENTS
-from fastlora.optim.galore_projector import PROJ_TYPES, side_of
+from fastlora.optim.galore.groups import MOMENTS
+from fastlora.optim.galore.projector import PROJ_TYPES, side_of
 
 MODES = ("plain", "hook", "factored")
 
@@ -141,8 +141,6 @@ def test_only_the_groups_with_a_rank_are_projected():
 
 
 # Refreshes.
-
-
 def refreshed(optimizer: GaLoreAdamW, model: Any, steps: int) -> list[set[str]]:
     """The weights whose basis each step changed."""
     found = []
@@ -245,8 +243,6 @@ def test_layers_whose_gradient_is_zero_at_first(refresh):
 
 
 # Clipping.
-
-
 @pytest.mark.parametrize("gradients", MODES)
 def test_clipping(gradients):
     model, clipped = net(), net()
@@ -278,8 +274,6 @@ def test_the_norm_is_that_of_r_and_the_other_gradients():
 
 
 # As an optimiser of torch's.
-
-
 @pytest.mark.parametrize("gradients", MODES)
 @pytest.mark.parametrize("refresh", ["subspace", "streamed"])
 @pytest.mark.parametrize("stop", [3, 7, 8, 9])  # in the middle of streamed refreshes too

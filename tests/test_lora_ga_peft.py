@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora.init.lora_ga import undo_lora_ga
-from fastlora.peft_layers import FusedPeftLinear
-from fastlora.peft_starts import StartedLinear
+from fastlora.integrations.peft.lora import FusedPeftLinear
+from fastlora.integrations.peft.starts import StartedLinear
 
 R, ALPHA = 2, 6
 BASES = ["exact", "offset"]
@@ -101,8 +101,6 @@ def assert_close(got: Tensor, want: Tensor, atol: float = 1e-5) -> None:
 
 
 # The same as in a plain model.
-
-
 @either
 @both
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -188,8 +186,6 @@ def assert_scales(model: nn.Module, scales: dict[str, float]) -> None:
 
 
 # What PEFT does with it.
-
-
 @either
 @both
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -427,8 +423,6 @@ def test_an_adapted_embedding_keeps_its_ordinary_start(tmp_path):
 
 
 # What is refused, and that nothing is left half done.
-
-
 def tied() -> Any:
     return peft_net(net=Tied(), target_modules=["output", "first"])
 

@@ -13,8 +13,8 @@ from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.peft_starts import StartedLinear
-from fastlora.quantized import dequantised
+from fastlora.integrations.peft.starts import StartedLinear
+from fastlora.ops.quant.weights import dequantised
 
 R, ALPHA = 2, 6
 BITS = pytest.mark.parametrize("bits", [4, 8])

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import fastlora
+from fastlora.integrations.peft.lora import FusedPeftLinear
 from fastlora.optim import lora_plus_param_groups
-from fastlora.peft_layers import FusedPeftLinear
 
 LR, RATIO = 1e-3, 8.0
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -63,8 +63,6 @@ def train(models: Sequence[Any], optimizers: Sequence[torch.optim.Optimizer], st
 
 
 # Who is in which group.
-
-
 @pytest.mark.parametrize("way", ["patched", "PEFT", "PEFT patched"])
 def test_a_and_b(way):
     model = plain_model() if way == "patched" else peft_model()
@@ -213,8 +211,6 @@ def test_errors():
 
 
 # Beside PEFT's optimiser.
-
-
 def peft_optimizer(model: Any, **settings: Any) -> torch.optim.Optimizer:
     return create_loraplus_optimizer(model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=RATIO, **settings)
 
@@ -269,8 +265,6 @@ def test_trains_as_peft_does_step_by_step():
 
 
 # In optimisers, schedulers and the Trainer.
-
-
 @pytest.mark.parametrize("way", ["foreach", "fused"])
 def test_optimisers_take_the_groups(way):
     models = [plain_model(), plain_model()]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from pretended_gpu import backend_with
 
-from fastlora import measure
-from fastlora.backends import torch as torch_backend
-from fastlora.measure import Key
+from fastlora.ops.lora import aten as lora_aten
+from fastlora.ops.lora import measure
+from fastlora.ops.lora.measure import Key
 
 CPU = torch.device("cpu")
 KEY = Key(16, 12, 20, 4, torch.float32, torch.float32, False)
@@ -54,7 +54,7 @@ class ScriptedClock(measure.Clock):
 def test_times_are_medians_per_call_and_runs_take_turns():
     # Forward and backward of two candidates; the first run of each is thrown away, and one outlier does not count.
     clock = ScriptedClock([[90.0, 2.0, 2.0, 50.0, 2.0, 2.0], [8.0], [90.0, 4.0], [6.0]])
-    found = measure.measure(KEY, {"cublas": backend_with(), "torch": torch_backend}, CPU, clock)
+    found = measure.measure(KEY, {"cublas": backend_with(), "torch": lora_aten}, CPU, clock)
     assert found.forward == {"cublas": 1.0, "torch": 2.0}  # of 2 sets of inputs
     assert found.backward == {"cublas": 4.0, "torch": 3.0}
     forward_turns = [number for number in clock.order if number in (0, 2)]
@@ -78,7 +78,7 @@ def test_short_runs_are_repeated_more_often_within_the_limit():
 def test_real_passes_on_the_wall_clock(dtype, dropout):
     before = torch.get_rng_state()
     key = Key(64, 32, 48, 4, dtype, torch.float32, False, by_column=dropout)
-    found = measure.measure(key, {"torch": torch_backend}, CPU)
+    found = measure.measure(key, {"torch": lora_aten}, CPU)
     assert 0 < found.forward["torch"] < 1 and 0 < found.backward["torch"] < 1 and found.left_out == {}
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -99,7 +99,7 @@ def test_what_differs_at_size_or_raises_is_left_out_and_the_rest_measured():
         raise RuntimeError("no kernel image")
 
     modules = {
-        "cublas": torch_backend,
+        "cublas": lora_aten,
         "triton": backend_with(backward=lambda grads, _: (grads[0], grads[1] * 1.5, grads[2])),
         "triton_s_inside": backend_with(forward=lambda y, s, state: (y, s * float("nan"), state)),
         "torch": backend_with(forward=raises),
@@ -120,7 +120,7 @@ def test_running_out_of_memory_ends_it():
 
 
 def test_after_the_deadline_no_candidate_is_begun():
-    found = measure.measure(KEY, {"cublas": torch_backend}, CPU, deadline=0.0)
+    found = measure.measure(KEY, {"cublas": lora_aten}, CPU, deadline=0.0)
     assert found.forward == {} and "no time left" in found.left_out["cublas"]
 
 

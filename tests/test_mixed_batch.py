@@ -8,10 +8,10 @@ from numerics import assert_close_to_fp64, with_layout
 from problems import path
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import reference
-from fastlora.backends import segments_torch
 from fastlora.functional import Adapter, lora_mixed_batch, multi_lora_linear
 from fastlora.kernels.segment_plan import BASE, Segments
+from fastlora.ops import reference
+from fastlora.ops.mixed import aten as mixed_aten
 
 BF16, FP32 = torch.bfloat16, torch.float32
 IDS = [1, 0, BASE, 1, 2, 0]
@@ -241,7 +241,7 @@ def test_long_runs_are_not_copied(every_path):
         lora_mixed_batch(x, weight, adapters, [0, 0, 1, 1, 0, 0], bias)
     names = {event.name for event in profile.function_events}
     assert "aten::index_select" not in names and "aten::index_copy_" not in names
-    assert segments_torch.MIN_RUN <= 128
+    assert mixed_aten.MIN_RUN <= 128
 
 
 def test_double_backward_raises(every_path):

@@ -13,9 +13,10 @@ from numerics import assert_close_to_fp64
 from problems import path, spied_mlps
 from torch import Tensor
 
-from fastlora import mlp_dispatch, reference
-from fastlora.backends import mlp_torch
 from fastlora.functional import Adapter, GroupLayer, lora_activated_linear, lora_mlp
+from fastlora.ops import reference
+from fastlora.ops.mlp import aten as mlp_aten
+from fastlora.ops.mlp import mlp as mlp_op
 
 EAGER = {
     "silu": lambda t: t * torch.sigmoid(t) if t.dtype == torch.float64 else F.silu(t),
@@ -101,7 +102,7 @@ def assert_right(of, activation, masks=None, trained=None, **options):
         assert_close_to_fp64(value, exact[name], near[name], what=name)
 
 
-ACTIVATIONS = pytest.mark.parametrize("activation", mlp_dispatch.ACTIVATIONS)
+ACTIVATIONS = pytest.mark.parametrize("activation", mlp_op.ACTIVATIONS)
 GATED = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 
 
@@ -289,10 +290,10 @@ def test_errors_say_what_is_wanted(change, message):
 @ACTIVATIONS
 @pytest.mark.parametrize("dropout", [False, True])
 def test_the_self_check_passes_and_sees_a_wrong_implementation(activation, dropout, monkeypatch):
-    arguments = (mlp_torch, torch.device("cpu"), FP32, FP32, dropout, activation)
-    assert mlp_dispatch.self_check(*arguments) is None
-    right = mlp_torch.activate_backward
+    arguments = (mlp_aten, torch.device("cpu"), FP32, FP32, dropout, activation)
+    assert mlp_op.self_check(*arguments) is None
+    right = mlp_aten.activate_backward
     monkeypatch.setattr(
-        mlp_torch, "activate_backward", lambda dh, ds, *rest: right(dh, ds * (1 - 2 * dropout) * 1.5, *rest)
+        mlp_aten, "activate_backward", lambda dh, ds, *rest: right(dh, ds * (1 - 2 * dropout) * 1.5, *rest)
     )
-    assert "differs from the reference" in str(mlp_dispatch.self_check(*arguments))
+    assert "differs from the reference" in str(mlp_op.self_check(*arguments))

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from fastlora import mlp
+from fastlora.layers import group as grouping
+from fastlora.layers import mlp as mlps
 
 K, N = 12, 20
 
@@ -107,8 +108,8 @@ def step(model, x=None, run=None):
 def own(model):
     """A copy of the model in which every module runs its own forward."""
     model = copy.deepcopy(model)
-    for module in mlp.fused_mlps(model):
-        mlp.release(module)
+    for module in mlps.fused_mlps(model):
+        mlps.release(module)
     return model
 
 
@@ -194,7 +195,7 @@ def test_recognising_leaves_no_trace():
     fastlora.patch(model, r=4)
     before = {name: dict(child.__dict__) for name, child in model.named_modules()}
     state = torch.get_rng_state()
-    assert isinstance(mlp.recognise(module), mlp.Recipe)
+    assert isinstance(mlps.recognise(module), mlps.Recipe)
     assert torch.equal(torch.get_rng_state(), state)
     for name, child in model.named_modules():
         assert child.__dict__.keys() == before[name].keys() and child.training == before[name]["training"]
@@ -222,7 +223,7 @@ def change(model, what):
         module.down_proj.add_adapter("second", 2, lora_dropout=0.5, init_lora_weights=False)
         module.down_proj.set_adapter(["default", "second"])
     elif what == "in a group":
-        fastlora.grouping.seat_together({"down": module.down_proj})
+        grouping.seat_together({"down": module.down_proj})
 
 
 CHANGES = (
@@ -316,7 +317,7 @@ def test_copies_and_pickles_are_fused_too(fused_calls):
     model, _ = patched(Gated())
     want = step(model)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert isinstance(copied[0], mlp.FusedMlp) and isinstance(copied[0], Gated)
+        assert isinstance(copied[0], mlps.FusedMlp) and isinstance(copied[0], Gated)
         fused_calls.clear()
         assert all(torch.equal(one, other) for one, other in zip(step(copied), want, strict=True))
         assert len(fused_calls) == 1
@@ -329,7 +330,7 @@ def test_unpatch_restores_and_patching_twice_is_once():
     attributes = dict(module.__dict__)
     model, _ = patched(module)
     again = fastlora.patch(model, r=4, mlp=True)
-    assert again.mlps == {"0": "gated, silu"} and type(module).__mro__.count(mlp.FusedMlp) == 1
+    assert again.mlps == {"0": "gated, silu"} and type(module).__mro__.count(mlps.FusedMlp) == 1
     fastlora.unpatch(model)
     assert type(module) is Gated and module.__dict__.keys() == attributes.keys()
     assert type(module.down_proj) is nn.Linear

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.init import moments
+from fastlora.optim import moments
 
 R, N, M = 3, 7, 6
 

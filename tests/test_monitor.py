@@ -195,8 +195,6 @@ def test_the_start_of_a_peft_adapter_does_not_count():
 
 
 # Training goes on as if nothing were there.
-
-
 def trained(model: Any, batch: dict[str, Tensor], monitor: AlignmentMonitor | None, **options: Any) -> list[Tensor]:
     torch.manual_seed(5)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

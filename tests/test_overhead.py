@@ -9,18 +9,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # bench/ is not installed
 
 from bench import overhead
-from fastlora import dispatch
+from fastlora.ops.lora import choice as lora_choice
 
 CPU = torch.device("cpu")
 
 
 def test_it_prints_and_writes_every_row(capsys, tmp_path):
-    before = dict(dispatch._modules)
+    before = dict(lora_choice._modules)
     assert overhead.main(["--device", "cpu", "--rounds", "2", "--out", str(tmp_path / "overhead.json")]) == 0
     seconds = json.loads((tmp_path / "overhead.json").read_text())["seconds"]
     assert list(seconds) == ["F.linear", "eager", "fastlora", "python", "select"]
     assert all(0 < row["p20"] <= row["median"] <= row["p80"] < 1 for row in seconds.values())
-    assert "x 1.00" in capsys.readouterr().out and dispatch._modules == before
+    assert "x 1.00" in capsys.readouterr().out and lora_choice._modules == before
 
 
 def test_select_is_a_small_part_of_a_call():

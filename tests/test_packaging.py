@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlora import _build
+from fastlora.runtime import build
 
 ROOT = Path(__file__).resolve().parent.parent
 IGNORED = (
@@ -109,19 +109,20 @@ def test_source_distribution_makes_the_same_wheel(checkout, tmp_path):
 
 
 @needs_setuptools
-@pytest.mark.skipif(sys.platform != "linux" or _build._find_nvcc() is None, reason="no nvcc")
+@pytest.mark.skipif(sys.platform != "linux" or build._find_nvcc() is None, reason="no nvcc")
 def test_wheel_with_compiled_ops(checkout, tmp_path):
     variables = {"FASTLORA_BUILD_CUDA": "1", "FASTLORA_CUDA_ARCHS": "80"}
     wheel = wheel_of(checkout, tmp_path / "out", **variables)
     assert re.fullmatch(r"fastlora-0\.1\.0-py3-none-linux_\w+\.whl", wheel.name)
     assert package_files(wheel) - expected_files() == {
-        f"fastlora/_prebuilt/{_build.OBJECT_NAME}",
+        f"fastlora/_prebuilt/{build.OBJECT_NAME}",
         "fastlora/_prebuilt/stamp.json",
     }
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "installed")
     program = (
-        "from fastlora import ops; import torch; print(ops.load()); ops.dropout_keep_mask(torch.tensor([1]), 2, 9, 0.5)"
+        "import torch\nfrom fastlora.ops import dropout\nfrom fastlora.runtime import compiled\n"
+        "print(compiled.load())\ndropout.dropout_keep_mask(torch.tensor([1]), 2, 9, 0.5)"
     )
     loaded = run(
         sys.executable,
@@ -156,9 +157,9 @@ def test_install(checkout, tmp_path, mode):
     run(*pip, *INSTALLS[mode], checkout, cwd=tmp_path)
     program = (
         "import fastlora, fastlora.functional, fastlora.kernels.configs as configs\n"
-        "from fastlora import _build\n"
-        "assert len(_build.key(_build.Toolchain('g++', None, ()))) == 20\n"
-        "assert (_build._SOURCES / 'philox.h').is_file()\n"
+        "from fastlora.runtime import build\n"
+        "assert len(build.key(build.Toolchain('g++', None, ()))) == 20\n"
+        "assert (build._SOURCES / 'philox.h').is_file()\n"
         "print(fastlora.__file__); print(configs.__file__)\n"
     )
     place = checkout if mode != "plain" else tmp_path / "venv"

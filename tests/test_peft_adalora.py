@@ -18,9 +18,10 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastlora
-from fastlora import peft_layers
-from fastlora.peft_adalora import FusedSVDLinear
-from fastlora.peft_tuner import FusedAdaLoraModel
+from fastlora.integrations.peft import adopt as peft_adopt
+from fastlora.integrations.peft.adalora import FusedSVDLinear
+from fastlora.integrations.peft.tuner import FusedAdaLoraModel
+from fastlora.ops import call
 from fastlora.variants import RankAllocator
 
 STEPS = 12
@@ -60,8 +61,6 @@ def counts(model: Any, kind: str = "fused") -> list[int]:
 
 
 # The same numbers.
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("bias", [True, False])
 def test_same_outputs_and_gradients(bias, dropout):
@@ -72,7 +71,7 @@ def test_same_outputs_and_gradients(bias, dropout):
     assert_agree(model.eval(), fused.eval(), x)
     assert counts(fused) == [2, 2]
     for layer in fused_layers(fused):
-        assert peft_layers.prediction(layer) is None
+        assert peft_adopt.prediction(layer) is None
 
 
 def test_float32_adapters_on_a_bf16_base_and_under_autocast():
@@ -172,7 +171,7 @@ def test_sequences_with_adapters_of_their_own(tmp_path):
 
 
 def test_layers_that_share_an_input_are_grouped(monkeypatch):
-    from fastlora import group_autograd
+    from fastlora.ops.group import group as group_op
 
     class Attention(nn.Module):
         def __init__(self) -> None:
@@ -182,13 +181,11 @@ def test_layers_that_share_an_input_are_grouped(monkeypatch):
         def forward(self, x):
             return self.q_proj(x) * self.k_proj(x) + self.v_proj(x)
 
-    monkeypatch.setattr(group_autograd, "SMALL", 0)
-    monkeypatch.setattr(fastlora.functional.autograd, "SMALL", 0)
+    monkeypatch.setattr(group_op, "SMALL", 0)
+    monkeypatch.setattr(call, "SMALL", 0)
     opened = []
-    original = fastlora.functional.open_group
-    monkeypatch.setattr(
-        fastlora.functional, "open_group", lambda x, ms, *a: opened.append(len(ms)) or original(x, ms, *a)
-    )
+    original = group_op.open_group
+    monkeypatch.setattr(group_op, "open_group", lambda x, ms, *a: opened.append(len(ms)) or original(x, ms, *a))
     names = ["q_proj", "k_proj", "v_proj"]
     model = peft_model(Attention(), target_modules=names)
     fused = copy.deepcopy(model)
@@ -245,8 +242,6 @@ def test_explain():
 
 
 # What is left to PEFT.
-
-
 def test_what_is_left_to_peft_s_forward():
     for change, reason in (
         (lambda up: up.base_layer.register_forward_hook(lambda *_: None), "hooks on the base layer"),
@@ -263,13 +258,13 @@ def test_what_is_left_to_peft_s_forward():
         for each in (model, fused):
             change(each.base_model.model.up)
         layer = fused.base_model.model.up
-        assert reason in (peft_layers.prediction(layer) or "")
+        assert reason in (peft_adopt.prediction(layer) or "")
         if "dtypes" not in reason:  # PEFT cannot multiply them
             assert_agree(model, fused, torch.randn(4, K))
             assert reason in layer.calls.last_reason and layer.calls.fused == 0
     layer = peft_model().base_model.model.up
     layer.forward = lambda x: x
-    assert "replaced on the instance" in (peft_layers.unsupported(layer) or "")
+    assert "replaced on the instance" in (peft_adopt.unsupported(layer) or "")
 
 
 def test_a_model_that_is_still_being_loaded_is_patched():
@@ -302,8 +297,6 @@ def test_ranks_of_zero_add_nothing():
 
 
 # PEFT's own allocation and ours.
-
-
 def trained(model: Any, end_of_step: Any) -> list[float]:
     optimizer = optimizer_of(model)
     losses = []

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fastlora
-from fastlora import peft_layers
-from fastlora.peft_layers import FusedPeftLinear, adopt
+from fastlora.integrations.peft import adopt as peft_adopt
+from fastlora.integrations.peft.adopt import adopt
+from fastlora.integrations.peft.lora import FusedPeftLinear
 
 K, N = 24, 20
 
@@ -48,11 +49,11 @@ def fused_layers(model) -> list[Any]:
 
 
 def predicted(layer):
-    return peft_layers.prediction(layer) or ""
+    return peft_adopt.prediction(layer) or ""
 
 
 def left_alone(layer):
-    return peft_layers.unsupported(layer) or ""
+    return peft_adopt.unsupported(layer) or ""
 
 
 def patched_copy(model) -> Any:
@@ -374,8 +375,6 @@ def test_llama_trained_three_steps():
 
 
 # What is left to PEFT's forward.
-
-
 def assert_falls_back(model, fused, reason, x=None, layers=2, **kwargs):
     x = torch.randn(5, K) if x is None else x
     assert_agree(model, fused, x, **kwargs)
@@ -501,8 +500,6 @@ def test_a_layer_nested_in_another_tuner_is_left_alone():
 
 
 # Merging.
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_merge_and_unmerge_give_the_same_bits(dtype):
     model = peft_model(Mlp(dtype=dtype), lora_bias=True)
@@ -603,8 +600,6 @@ def test_merge_and_unload():
 
 
 # The parts that other code relies on.
-
-
 def test_compiled_without_graph_breaks():
     fused = patched_copy(peft_model(lora_dropout=0.0))
     x = torch.randn(5, K)

@@ -19,9 +19,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import fastlora
 from bench.memory import allocations_of
-from fastlora import peft_layers, quantized, reference
-from fastlora.peft_bnb import FusedLinear4bit, FusedLinear8bitLt
-from fastlora.peft_quantized import INFERENCE, FusedQuantisedLayer
+from fastlora.integrations.peft import adopt as peft_adopt
+from fastlora.integrations.peft.bnb import FusedLinear4bit, FusedLinear8bitLt
+from fastlora.integrations.peft.quantised import INFERENCE, FusedQuantisedLayer
+from fastlora.ops import reference
+from fastlora.ops.quant import weights
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -135,7 +137,7 @@ def test_at_most_twice_pefts_error(kind, dropout, dtype, adapter_dtype):
 
     got, eager = gradients(fused), gradients(plain)
     assert fused.calls.fused == 1
-    weight = quantized.dequantised(plain.base_layer, dtype).double()
+    weight = weights.dequantised(plain.base_layer, dtype).double()
     down, up = (part["default"].weight.detach() for part in (plain.lora_A, plain.lora_B))
     torch.manual_seed(3)
     keep = F.dropout(torch.ones_like(x), dropout) != 0 if dropout else None
@@ -231,8 +233,6 @@ def test_a_checkpointed_model_trains_the_same(bits, reentrant):
 
 
 # What is kept, and for how long.
-
-
 @BITS
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_nothing_of_the_weights_size_is_kept(bits, dropout):
@@ -282,7 +282,7 @@ def test_peak_memory_is_below_pefts(bits):
     model = lora(quantise(Wide(), bits, BF16), target_modules=["0", "1"], lora_dropout=0.1)
     fused = patched_copy(model)
     x = torch.randn(512, WIDE, dtype=BF16)
-    quantized.release_buffers()
+    weights.release_buffers()
     _, ours = allocations_of(lambda: run(fused, x))
     _, theirs = allocations_of(lambda: run(model, x))
     assert fused_calls(fused) == [1, 1]
@@ -290,8 +290,6 @@ def test_peak_memory_is_below_pefts(bits):
 
 
 # PEFT's state.
-
-
 @BITS
 def test_inference_and_merged_weights_are_pefts(bits):
     model = qlora(bits, init_lora_weights=False)
@@ -395,7 +393,7 @@ def test_calls_left_to_peft_and_why():
     fresh.base_model.model.up.base_layer.weight.quant_state = None
     report = fastlora.patch(fresh)
     assert "not quantised yet" in report.left_alone["base_model.model.up"]
-    assert peft_layers.unsupported(fresh.base_model.model.up) == report.left_alone["base_model.model.up"]
+    assert peft_adopt.unsupported(fresh.base_model.model.up) == report.left_alone["base_model.model.up"]
 
 
 @BITS
@@ -444,6 +442,6 @@ def test_compiled_graphs_are_pefts():
 def test_the_weight_is_not_needed_where_the_input_wants_no_gradient(monkeypatch):
     fused = patched_copy(model_of("bnb4")).base_model.model.up
     y = fused(torch.randn(4, K))
-    monkeypatch.setattr(quantized.FourBitWeight, "write", None)
+    monkeypatch.setattr(weights.FourBitWeight, "write", None)
     y.sum().backward()
     assert fused.lora_B["default"].weight.grad is not None

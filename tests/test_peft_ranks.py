@@ -12,7 +12,7 @@ import torch
 from adalora_problem import NAMES, TARGET, R, batch, loss_of, optimizer_of, plain, triplets
 
 import fastlora
-from fastlora import peft_ranks
+from fastlora.integrations.peft import ranks as peft_ranks
 from fastlora.variants import RankAllocator, shrink_to_ranks
 
 X = batch(99)[0]

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import fastlora
-from fastlora.peft_layers import FusedPeftLinear
-from fastlora.peft_tuner import FusedLoraModel
+from fastlora.integrations.peft.lora import FusedPeftLinear
+from fastlora.integrations.peft.tuner import FusedLoraModel
 
 WIDTH = 16
 
@@ -96,8 +96,6 @@ def check(plain, fused, x=None, tolerance=1e-6, fallback=False) -> None:
 
 
 # Adapters and layers that come after `patch`.
-
-
 def test_adapters_that_bring_new_layers_are_picked_up():
     models = pair(target_modules=["up"])
     do(models, lambda model: model.add_adapter("wide", config(target_modules=["up", "down", "head"])))
@@ -143,8 +141,6 @@ def test_loading_an_adapter_into_a_patched_model(tmp_path):
 
 
 # Which layers get which adapter.
-
-
 @pytest.mark.parametrize(
     ("settings", "number"),
     [
@@ -220,8 +216,6 @@ def test_one_module_at_two_places():
 
 
 # What PEFT changes on a model that is there.
-
-
 @pytest.mark.parametrize("merged", [["default"], ["second"], ["default", "second"]], ids="+".join)
 def test_merged_and_partly_merged(merged):
     models = pair()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import progress
+from fastlora.runtime import progress
 
 
 class Terminal(io.StringIO):

@@ -12,8 +12,8 @@ from numerics import poisoned_empty
 from quantised_models import bnb, quantised_linear
 from torch import Tensor, nn
 
-from fastlora import quantized
-from fastlora.quantized import FourBitWeight, dequantised, materialised, snapshot
+from fastlora.ops.quant import weights
+from fastlora.ops.quant.weights import FourBitWeight, dequantised, materialised, snapshot
 
 INT4: Any = getattr(torch, "int4", None)  # torch's own type stubs do not know it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,9 +21,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def _no_buffers():
-    quantized.release_buffers()
+    weights.release_buffers()
     yield
-    quantized.release_buffers()
+    weights.release_buffers()
 
 
 def linear(n: int, k: int) -> nn.Linear:
@@ -101,20 +101,18 @@ def test_snapshot_is_of_the_weight_as_it_was():
 
 def test_what_is_not_known_is_named():
     plain = linear(4, 6)
-    assert quantized.kind_of(plain) is None and "class Parameter" in str(quantized.why_not(plain))
+    assert weights.kind_of(plain) is None and "class Parameter" in str(weights.why_not(plain))
     assert dequantised(plain).data_ptr() == plain.weight.data_ptr()
     fresh = bnb.nn.Linear4bit(64, 32)
-    assert "not quantised yet" in str(quantized.why_not(fresh))
+    assert "not quantised yet" in str(weights.why_not(fresh))
     wide = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=True)
-    assert "keeps 16 bits" in str(quantized.why_not(wide))
+    assert "keeps 16 bits" in str(weights.why_not(wide))
     sharded = quantised_linear(linear(32, 64), 4)
     sharded.weight.data = sharded.weight.data[:7]
-    assert "sharded" in str(quantized.why_not(sharded))
+    assert "sharded" in str(weights.why_not(sharded))
 
 
 # The buffer.
-
-
 def test_one_buffer_for_all_layers():
     small, large = (snapshot(quantised_linear(linear(n, 64), 4), torch.float32) for n in (8, 32))
     places, storages = [], set()
@@ -124,10 +122,10 @@ def test_one_buffer_for_all_layers():
             places.append(matrix.data_ptr())
             storages.add(matrix.untyped_storage().nbytes())
     assert len(set(places)) == 1 and storages == {4 * 32 * 64}
-    (kept,) = quantized._buffers.free.values()
+    (kept,) = weights._buffers.free.values()
     assert kept.numel() == 32 * 64
-    quantized.release_buffers()
-    assert not quantized._buffers.free
+    weights.release_buffers()
+    assert not weights._buffers.free
 
 
 def test_a_larger_weight_replaces_the_buffer():
@@ -135,7 +133,7 @@ def test_a_larger_weight_replaces_the_buffer():
     for weight in (small, large):
         with materialised(weight):
             pass
-    assert [buffer.numel() for buffer in quantized._buffers.free.values()] == [32 * 64]
+    assert [buffer.numel() for buffer in weights._buffers.free.values()] == [32 * 64]
 
 
 def test_a_buffer_is_lent_once_at_a_time():
@@ -154,7 +152,7 @@ def test_a_buffer_is_lent_once_at_a_time():
         thread.join()
         borrow()
         assert torch.equal(matrix, before)
-    assert [buffer.numel() for buffer in quantized._buffers.free.values()] == [32 * 64]
+    assert [buffer.numel() for buffer in weights._buffers.free.values()] == [32 * 64]
 
 
 def test_buffers_made_in_inference_mode_are_of_use_outside():
@@ -169,7 +167,7 @@ def test_a_buffer_comes_back_after_an_error():
     weight = snapshot(quantised_linear(linear(32, 64), 4), torch.float32)
     with pytest.raises(KeyError), materialised(weight):
         raise KeyError
-    assert len(quantized._buffers.free) == 1
+    assert len(weights._buffers.free) == 1
 
 
 def test_the_kernel_is_compared_before_it_is_used(monkeypatch):
@@ -177,21 +175,19 @@ def test_the_kernel_is_compared_before_it_is_used(monkeypatch):
 
     def right(self: FourBitWeight, out: Tensor) -> None:
         packed, absmax = self._plain()
-        quantized._write_blocks(packed, absmax, self.state.blocksize, self.state.quant_type, out)
+        weights._write_blocks(packed, absmax, self.state.blocksize, self.state.quant_type, out)
 
     def wrong(self: FourBitWeight, out: Tensor) -> None:
         right(self, out)
         out.view(-1)[-1] *= 1 + 2**-7
 
     monkeypatch.setattr(FourBitWeight, "write_with_kernel", right)
-    assert quantized.compare_kernel(torch.device("cpu"), torch.bfloat16) is None
+    assert weights.compare_kernel(torch.device("cpu"), torch.bfloat16) is None
     monkeypatch.setattr(FourBitWeight, "write_with_kernel", wrong)
-    assert "other numbers" in str(quantized.compare_kernel(torch.device("cpu"), torch.bfloat16))
+    assert "other numbers" in str(weights.compare_kernel(torch.device("cpu"), torch.bfloat16))
 
 
 # torchao.
-
-
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_torchao_weights(bits, dtype):
@@ -202,6 +198,6 @@ def test_torchao_weights(bits, dtype):
     else:
         group = torchao.PerGroup(32)
         torchao.quantize_(layer, torchao.IntxWeightOnlyConfig(weight_dtype=INT4, granularity=group))
-    assert quantized.why_not(layer) is None
+    assert weights.why_not(layer) is None
     weight: Any = layer.weight
     assert torch.equal(written(layer, dtype), weight.dequantize())

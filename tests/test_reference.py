@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from problems import make_problem
 
-from fastlora import reference
+from fastlora.ops import reference
 
 X = torch.tensor([[1.0, 2.0]])
 WEIGHT = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import FusedLoraLinear
-from fastlora.init import reinit as module_under_test
-from fastlora.init.reinit import align, compressed, smoothed
+from fastlora.init import reinit
+from fastlora.init.factors import align, smoothed
+from fastlora.init.reinit import compressed
 
 R = 2
 NAMES = LINEARS[:-1]  # the head is 3×6: too small for 2r
@@ -72,8 +73,6 @@ def change_of(layer: FusedLoraLinear) -> Tensor:
 
 
 # The function.
-
-
 @pytest.mark.parametrize("base", [None, *BASES])
 def test_the_function_is_kept_over_several_rounds(base):
     model = started(base)
@@ -174,8 +173,6 @@ def test_max_rank_says_what_it_loses(max_rank):
 
 
 # The factors.
-
-
 def orthogonal(size: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
@@ -258,8 +255,6 @@ def test_compressed_is_the_best_of_its_rank():
 
 
 # Files.
-
-
 @pytest.mark.parametrize("base, use_rslora", [("exact", True), ("offset", False)])
 def test_peft_loads_the_whole_change_on_the_original_base(tmp_path, use_rslora, base):
     model: Any = tiny_model("gpt2")
@@ -314,8 +309,6 @@ def test_a_state_dict_goes_into_a_fresh_model(base):
 
 
 # All or nothing.
-
-
 def state_of(optimizer: torch.optim.Optimizer) -> Any:
     return copy.deepcopy(optimizer.state_dict())
 
@@ -363,7 +356,7 @@ def test_an_exception_inside_leaves_model_and_optimiser_as_they_were(monkeypatch
     state.assert_unchanged()
     assert_same(state_of(optimizer), moments_before)
     assert_same([p.grad for p in model.parameters() if p.grad is not None], grads)
-    monkeypatch.setattr(module_under_test, "_learned", lambda *_: 1 / 0)  # while it is planned
+    monkeypatch.setattr(reinit, "_learned", lambda *_: 1 / 0)  # while it is planned
     with pytest.raises(ZeroDivisionError):
         fastlora.reinit_lora_ga(model, sketch, optimizer, moments=moments)
     state.assert_unchanged()

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastlora
 from bench import adam_start
 from fastlora import FusedLoraLinear, GradientSketch, sign_factors
-from fastlora.init.lora_ga import split_factors
-from fastlora.init.sign_search import BLOCK, Signs, leading_factors, minimise, objective
+from fastlora.init.factors import split_factors
+from fastlora.init.sign import BLOCK, Signs, leading_factors, minimise, objective
 
 N, M, R = 72, 96, 4
 
@@ -49,8 +49,6 @@ def lora_ga(g: Tensor, split: str = "ArB2r") -> tuple[Tensor, Tensor]:
 
 
 # The search.
-
-
 def test_signs_multiply_as_the_matrix_of_signs():
     g = gradient(BLOCK + 30, 40)
     g[3] = 0
@@ -113,8 +111,6 @@ def test_degenerate_gradients(kind):
 
 
 # Passes.
-
-
 def make_model(dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(0)
     layers = [nn.Linear(24, 40), nn.Tanh(), nn.Dropout(0.5), nn.Linear(40, 32), nn.Tanh(), nn.Linear(32, 28)]
@@ -210,7 +206,7 @@ class Alive(TorchDispatchMode):
 
 @pytest.mark.parametrize("options, most", [({}, 1), ({"layers_at_once": 3}, 3), ({"single_pass": True}, 1)], ids=str)
 def test_one_layers_gradient_lives_at_a_time(options, most, monkeypatch):
-    monkeypatch.setattr("fastlora.init.sign_search.BLOCK", 8)  # so that a block of signs is no matrix of a layer's size
+    monkeypatch.setattr("fastlora.init.sign.BLOCK", 8)  # so that a block of signs is no matrix of a layer's size
     # Sizes of which the randomised SVD needs no more than a part.
     model = nn.Sequential(nn.Linear(71, 67), nn.Tanh(), nn.Linear(67, 73), nn.Tanh(), nn.Linear(73, 61))
     with Alive(model) as alive:
@@ -261,8 +257,6 @@ def test_a_failing_pass_leaves_the_model_as_it_was():
 
 
 # Through init_lora_ga, with Adam itself.
-
-
 def adams_first_step(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
     """By how much one step of Adam moves each effective weight, in float64."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, FusedLoraLinear)}

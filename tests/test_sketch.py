@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlora
 from fastlora import GradientSketch
-from fastlora.init import taps
+from fastlora.introspect import taps
 
 Loss = Callable[[nn.Module], Tensor]
 
@@ -287,8 +287,6 @@ def test_quantised_layers():
 
 
 # What is left of the model.
-
-
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("make", [Odd, lambda: Odd(True).train(), Net, lambda: Net().eval()])
 def test_the_model_is_as_it_was(make, fails):
@@ -360,8 +358,6 @@ def test_non_finite_passes_are_left_out():
 
 
 # Results.
-
-
 def test_layers_without_a_gradient_are_named():
     model = Odd()
     sketch = sketched(model, ODD_LOSSES)

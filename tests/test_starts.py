@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
-from fastlora import FusedLoraLinear, starts
+from fastlora import FusedLoraLinear
+from fastlora.layers import starts
 
 SHIFTING = ["pissa", "pissa_niter_16", "olora"]
 N, K, R = 40, 30, 4
@@ -55,8 +56,6 @@ def inputs() -> Tensor:
 
 
 # Against the definitions.
-
-
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("n, m, r", [(40, 30, 4), (30, 40, 4), (30, 30, 30), (1, 9, 1), (96, 80, 2)])
 def test_pissa_is_the_leading_part_by_svd(n, m, r, use_rslora):
@@ -141,8 +140,6 @@ def test_autocast_and_inference_mode_change_nothing(init):
 
 
 # In a model.
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("init", [*SHIFTING, "orthogonal", "gaussian", "Gaussian", "OLoRA", True])
 def test_the_first_output_is_the_base_models_and_unpatch_restores_its_bits(init, dtype):
@@ -221,8 +218,6 @@ def test_from_linear_leaves_the_linear_layer_alone():
 
 
 # What cannot start.
-
-
 def spoilt(model: Any, value: float) -> Any:
     with torch.no_grad():
         model.blocks[1].conv.weight[1, 1] = value
@@ -311,8 +306,6 @@ def test_scales_that_leave_nothing_to_learn():
 
 
 # Against PEFT.
-
-
 def with_peft(base: nn.Module, init: str, **settings: Any) -> Any:
     config = peft.LoraConfig(init_lora_weights=init, **settings)  # type: ignore[arg-type]
     return peft.get_peft_model(base, config)  # type: ignore[arg-type]
@@ -381,8 +374,6 @@ def test_training_gives_pefts_losses(init):
 
 
 # Files.
-
-
 def move(model: nn.Module) -> None:
     """As training would, away from the start."""
     torch.manual_seed(3)

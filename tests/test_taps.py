@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import GradientSketch
-from fastlora.init import taps
+from fastlora.introspect import taps
 
 
 def model_of() -> Any:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from pretended_gpu import backend_with
 
-from fastlora import dispatch, measure, model_shapes, tune, tuning_cache
+from fastlora import tune
+from fastlora.ops.lora import choice, measure
+from fastlora.runtime import cache as tuning_cache
 
 TINY = ["--device", "cpu", "--shape", "20x12", "--tokens", "9", "--r", "3", "--dtype", "fp32"]
 KEY = "M16 N12 K20 r3 float32+float32"
@@ -19,7 +21,7 @@ def here(monkeypatch, tmp_path):
     """Two candidates that a CPU can run, and a cache of the test's own."""
     monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(measure, "LIMIT_S", 0.0)
-    monkeypatch.setattr(dispatch, "_modules", {"cublas": backend_with(), "triton": "no", "triton_s_inside": "no"})
+    monkeypatch.setattr(choice, "_modules", {"cublas": backend_with(), "triton": "no", "triton_s_inside": "no"})
     tuning_cache.for_device.cache_clear()
     yield
     tuning_cache.for_device.cache_clear()
@@ -48,7 +50,7 @@ def test_what_is_known_is_not_measured_again_unless_asked(capsys, tmp_path, monk
     measured = []
     found = measure.Measurement({"cublas": 7.0, "torch": 8.0}, {"cublas": 7.0, "torch": 8.0}, {}, 1.0)
     monkeypatch.setattr(measure, "measure", lambda key, *_, **__: measured.append(str(key)) or found)
-    monkeypatch.setattr(dispatch, "_modules", {"cublas": backend_with(), "triton": "no", "triton_s_inside": "no"})
+    monkeypatch.setattr(choice, "_modules", {"cublas": backend_with(), "triton": "no", "triton_s_inside": "no"})
     assert tune.main([*TINY, "--again"]) == 0 and measured == [KEY]
     (path,) = (tmp_path / "measured").glob("*.json")
     assert json.loads(path.read_text())["entries"][KEY]["forward"]["cublas"] == 7.0
@@ -78,10 +80,10 @@ def test_without_a_gpu_it_says_so_and_what_to_do(capsys):
 
 
 def test_what_could_not_be_measured_or_kept_is_a_failure(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(dispatch, "_modules", {name: "no" for name in ("cublas", "triton", "triton_s_inside")})
+    monkeypatch.setattr(choice, "_modules", {name: "no" for name in ("cublas", "triton", "triton_s_inside")})
     assert tune.main(TINY) == 1
     assert f"{KEY} (" in (output := capsys.readouterr().out) and "not measured: only torch can take it" in output
-    monkeypatch.setattr(dispatch, "_modules", {"cublas": backend_with(), "triton": "no", "triton_s_inside": "no"})
+    monkeypatch.setattr(choice, "_modules", {"cublas": backend_with(), "triton": "no", "triton_s_inside": "no"})
     (tmp_path / "measured").write_text("a file where the folder should be")
     assert tune.main(TINY) == 1
     assert "NOT KEPT: " in capsys.readouterr().out
@@ -142,20 +144,20 @@ def test_shapes_from_the_configurations_that_transformers_writes(name, tmp_path)
     kind, more, shapes = CONFIGS[name]
     sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_hidden_layers": 1} | more
     getattr(transformers, kind)(**sizes).save_pretrained(tmp_path)
-    assert set(model_shapes.from_config(tmp_path)) == shapes == set(model_shapes.from_config(tmp_path / "config.json"))
+    assert set(tune.from_config(tmp_path)) == shapes == set(tune.from_config(tmp_path / "config.json"))
 
 
 def test_other_names_for_the_same_things(tmp_path):
     t5 = {"model_type": "t5", "d_model": 768, "d_kv": 64, "num_heads": 12, "d_ff": 3072}
-    assert set(model_shapes.shapes_of(t5)) == set(model_shapes.MODEL_SHAPES["t5-base"])
+    assert set(tune.shapes_of(t5)) == set(tune.MODEL_SHAPES["t5-base"])
     gpt2 = {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_inner": None}
-    assert set(model_shapes.shapes_of(gpt2)) == {(2304, 768), (768, 768), (3072, 768), (768, 3072)}
+    assert set(tune.shapes_of(gpt2)) == {(2304, 768), (768, 768), (3072, 768), (768, 3072)}
     llama = {"hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336}
-    assert set(model_shapes.shapes_of(llama)) == set(model_shapes.MODEL_SHAPES["llama-3-8b"])
+    assert set(tune.shapes_of(llama)) == set(tune.MODEL_SHAPES["llama-3-8b"])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": llama}))
-    assert model_shapes.from_config(tmp_path) == model_shapes.shapes_of(llama)
+    assert tune.from_config(tmp_path) == tune.shapes_of(llama)
     with pytest.raises(ValueError, match=r"got none of num_attention_heads, num_heads.*want one as a positive integer"):
-        model_shapes.shapes_of({"hidden_size": 64})
+        tune.shapes_of({"hidden_size": 64})
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="got a list"):
-        model_shapes.from_config(tmp_path)
+        tune.from_config(tmp_path)

@@ -13,8 +13,8 @@ import warnings
 import pytest
 import torch
 
-from fastlora import tuning_cache
-from fastlora.tuning_cache import TuningCache
+from fastlora.runtime import cache as tuning_cache
+from fastlora.runtime.cache import TuningCache
 
 CPU = torch.device("cpu")
 HERE = {"device": "pretended", "torch": "2"}

@@ -135,8 +135,6 @@ def test_a_step_is_eager_pytorch_s(requires_grad, dropout):
 
 
 # Precision.
-
-
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -232,8 +230,6 @@ def test_grad_scaler(scale):
 
 
 # Recomputation and modes without gradients.
-
-
 @pytest.mark.parametrize("use_reentrant, requires_grad", [(False, False), (False, True), (True, True)])
 def test_activation_checkpointing(use_reentrant, requires_grad):
     """Every block recomputed, dropout on: the same bits as without, the masks being drawn again from the same state."""
@@ -289,8 +285,6 @@ def test_saved_tensors_kept_on_the_host():
 
 
 # Training.
-
-
 def test_gradient_accumulation():
     """Two half batches give the sum, and the gradients of the first are not overwritten by the second."""
     model = patched(dropout=0.0)
@@ -372,8 +366,6 @@ def test_hooks_still_fire():
 
 
 # Copies, replicas, devices, files.
-
-
 def test_a_deepcopy_trains_by_itself():
     model = patched(dropout=0.0)
     twin = copy.deepcopy(model)
@@ -466,8 +458,6 @@ def test_state_dict_through_a_file():
 
 
 # Other shapes of models.
-
-
 def test_modules_in_plain_lists_and_parameters_in_lists():
     """A layer that the model also keeps in a plain list stays the same object, and so does its weight."""
 

@@ -6,8 +6,7 @@ from .periodic import PeriodicReinit
 from .ranks import allocate_ranks
 from .reinit import LayerReinit, ReinitReport, reinit_lora_ga
 from .report import LayerReport, SketchReport
-from .sign import SignFactors, SignLayer
-from .sign_passes import sign_factors
+from .sign import SignFactors, SignLayer, sign_factors
 from .sketch import GradientSketch
 from .streaming import StreamingSketch
 

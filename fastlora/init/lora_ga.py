@@ -17,17 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import linalg, patching, peft_format, progress, sharding, targets
-from ..layers import FusedLoraLinear
-from ..starts import check_not_shared
-from .peft_start import PeftConfiguration, PeftStart, has_start
-from .plain_start import PlainStart
+from .. import linalg
+from ..adapters import patch
+from ..integrations.peft.starts import PeftConfiguration, PeftStart, has_start
+from ..introspect import names, sharding, targets
+from ..layers.linear import FusedLoraLinear
+from ..layers.starts import check_not_shared
+from ..runtime import progress
+from .factors import SPLITS, split_factors
+from .place import PlainStart
 from .sign import SignFactors
 from .sketch import GradientSketch
 
-SPLITS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "unit", "gd", "weight_svd")
+
+
 BASES = ("exact", "offset")
+
+
 MISSING = ("error", "kaiming")
 
 
@@ -102,7 +109,7 @@ def init_lora_ga(
         sketch.check_complete()
     plain = not any(True for _ in targets.lora_layers(model))
     if plain:
-        patching.patch(
+        patch.patch(
             model,
             r=sketch.r,
             lora_alpha=lora_alpha,
@@ -111,9 +118,9 @@ def init_lora_ga(
             target_modules="|".join(re.escape(name) for name in sketch.names),
             adapter_name=adapter_name,
             strict=True,
-            rank_pattern={peft_format.pattern(name): rank for name, rank in ranks.items()},
+            rank_pattern={names.pattern(name): rank for name, rank in ranks.items()},
             alpha_pattern={
-                peft_format.pattern(name): lora_alpha * (math.sqrt(rank / sketch.r) if use_rslora else rank / sketch.r)
+                names.pattern(name): lora_alpha * (math.sqrt(rank / sketch.r) if use_rslora else rank / sketch.r)
                 for name, rank in ranks.items()
             },
         )
@@ -140,7 +147,7 @@ def init_lora_ga(
         while undo:
             undo.pop()()
         if plain:
-            patching.unpatch(model)
+            patch.unpatch(model)
         raise
     return {name: 0.0 if start is None else start.relative_size for name, start in starts.items()}
 
@@ -166,19 +173,6 @@ def undo_lora_ga(model: nn.Module, adapter_name: str = "default") -> None:
         place.reset()
     if _is_peft(model) and places:
         PeftConfiguration(model, adapter_name).update()
-
-
-def split_factors(u: Tensor, vh: Tensor, r: int, split: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A (r, m) and B (n, r) with orthonormal rows and columns, from disjoint halves of U (n, 2r) and Vh (2r, m)."""
-    first, second = slice(0, r), slice(r, 2 * r)
-    if split == "ArB2r":
-        return vh[first], u[:, second]
-    if split == "A2rBr":
-        return vh[second], u[:, first]
-    if split == "ArBr":
-        return vh[1 : 2 * r : 2], u[:, 0 : 2 * r : 2]
-    order = torch.randperm(2 * r, generator=torch.Generator().manual_seed(seed)).to(u.device)
-    return vh[order[first]], u[:, order[second]]
 
 
 @dataclass(frozen=True)
@@ -229,7 +223,7 @@ def _checked_ranks(ranks: Mapping[str, int] | None, sketch: GradientSketch | Sig
         raise ValueError("init_lora_ga: ranks: got some with SignFactors, whose ranks are what they are; want None")
     unknown = [name for name in ranks if name not in sketch.names]
     if unknown:
-        raise ValueError(f"init_lora_ga: ranks: got {peft_format.some(unknown)}, which the sketch has not seen")
+        raise ValueError(f"init_lora_ga: ranks: got {names.some(unknown)}, which the sketch has not seen")
     for name, rank in ranks.items():
         most = sketch.width // 2 if isinstance(sketch, GradientSketch) else sketch.r
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:

@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import targets
-from ..layers import FusedLoraLinear
+from ..introspect import taps, targets
+from ..layers.linear import FusedLoraLinear
 from ..linalg import native
-from . import taps
 
 NORMS = ("probes", "exact")
 # Squares of singular values of B or A below this beside the largest are rounding (in the float64 Gram matrix): the
@@ -263,8 +262,6 @@ def overall_alignment(layers: dict[str, LayerAlignment]) -> float:
 
 
 # The tangent space of a layer's adapters.
-
-
 @dataclass(frozen=True)
 class TangentSpace:
     """Orthonormal `left` (n, rB) of span(B), `right` (m, rA) of span(Aᵀ), float32, with zero columns where B or A has
@@ -320,8 +317,6 @@ def _basis(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # One layer during one step.
-
-
 class _Watched:
     def __init__(self, space: TangentSpace, probes: Tensor, exact: bool) -> None:
         self.space, self.probes, self.exact = space, probes, exact

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import targets
-from ..layers import FusedLoraLinear
-from .moments import check_optimizer
+from ..introspect import targets
+from ..layers.linear import FusedLoraLinear
+from ..optim.moments import check_optimizer
 from .monitor import AlignmentMonitor
 from .reinit import Options, ReinitReport, layers_to_restart, reinit_lora_ga
 from .sketch import GradientSketch

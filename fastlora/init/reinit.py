@@ -19,16 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import progress, sharding, targets
-from ..layers import FusedLoraLinear
-from . import moments as optimizer_moments
-from .lora_ga import SPLITS, split_factors
+from ..introspect import sharding, targets
+from ..layers.linear import FusedLoraLinear
+from ..optim import moments as optim_moments
+from ..runtime import progress
+from .factors import SPLITS, smoothed, split_factors
 from .monitor import measure, space_of
-from .plain_start import PlainStart
+from .place import PlainStart
 from .sketch import GradientSketch
 from .streaming import StreamingSketch
 
 SCALES = ("keep", "stable", "unit", "gd")
+
+
 MISSING = ("error", "skip")
 
 
@@ -143,7 +146,7 @@ class Options:
 
     def checked(self, caller: str) -> Options:
         """Raises ValueError for one out of range."""
-        for argument, allowed in (("moments", optimizer_moments.MOMENTS), ("split", SPLITS), ("scale", SCALES)):
+        for argument, allowed in (("moments", optim_moments.MOMENTS), ("split", SPLITS), ("scale", SCALES)):
             if getattr(self, argument) not in allowed:
                 wanted = f"want one of {', '.join(allowed)}"
                 raise ValueError(f"{caller}: {argument}: got {getattr(self, argument)!r}, {wanted}")
@@ -196,26 +199,6 @@ def layers_to_restart(
         layer.check_initial_factors(adapter_name, exact=True)
         layers[name] = layer
     return layers
-
-
-# New factors.
-
-
-def align(new: Tensor, old: Tensor) -> Tensor:
-    """R new, with the orthogonal R (r, r) that brings the rows of `new` (r, d) nearest to those of `old`."""
-    u, _, vh = torch.linalg.svd(old @ new.t())
-    return u @ vh @ new
-
-
-def smoothed(new: Tensor, old: Tensor, smoothing: float) -> Tensor:
-    """α old + (1 − α) R new (r, d), of the length that α and 1 − α give between theirs.
-
-    Without the last, each average of bases that are at right angles would be shorter by √½, and so would be the
-    adapter's steps.
-    """
-    mean = smoothing * old + (1 - smoothing) * align(new, old)
-    length = smoothing * old.norm() + (1 - smoothing) * new.norm()
-    return mean * (length / mean.norm())
 
 
 def compressed(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
@@ -337,18 +320,16 @@ def _broadcast(*tensors: Tensor) -> None:
 
 
 # Writing.
-
-
 def _moment_changes(plan: _Plan, optimizer: Any, moments: str, caller: str) -> list[Callable[[], Callable[[], None]]]:
     if optimizer is None:
         return []
     lora_a, lora_b = plan.layer.lora_A[plan.adapter_name], plan.layer.lora_B[plan.adapter_name]
-    optimizer_moments.check_optimizer(optimizer, [lora_a, lora_b], caller)
-    by_b = optimizer_moments.mixing(lora_b.t(), plan.b.t())  # A's gradient is s·BᵀG
-    by_a = optimizer_moments.mixing(lora_a, plan.a)
+    optim_moments.check_optimizer(optimizer, [lora_a, lora_b], caller)
+    by_b = optim_moments.mixing(lora_b.t(), plan.b.t())  # A's gradient is s·BᵀG
+    by_a = optim_moments.mixing(lora_a, plan.a)
     return [
-        optimizer_moments.plan(optimizer, lora_a, by_b, 0, moments),
-        optimizer_moments.plan(optimizer, lora_b, by_a, 1, moments),
+        optim_moments.plan(optimizer, lora_a, by_b, 0, moments),
+        optim_moments.plan(optimizer, lora_b, by_a, 1, moments),
     ]
 
 

@@ -1,10 +1,175 @@
-"""`SignFactors`: what `sign_factors` found, for `init_lora_ga`."""
+"""`SignFactors`: what `sign_factors` found, for `init_lora_ga`.
+
+`sign_factors`: starts for Adam, found layer by layer, each layer's gradient freed before the next one is formed.
+
+A gradient sketch will not do here: sign(G) needs every entry of G. So G itself is summed, in float32, for one layer (or
+a few) at a time, which costs the backward passes once for each; or for all layers in a single backward pass, each G
+handled in the middle of it and freed there. sign_search.py has the objective and the search.
+
+Factors for Adam's first step, which is sign(G) rather than G.
+
+The first step of Adam on W moves it by −η sign(G); on A and B it moves the effective weight by −η s (B P + R A), where
+P = sign(BᵀG) (r, m) and R = sign(GAᵀ) (n, r). Wanted are A and B with the least
+
+    f(A, B) = min_c ‖c (B P + R A) − S‖² / ‖S‖²        S = sign(G)
+
+(c is the learning rate's business, so that f does not change where A and B are scaled together). There is no closed
+form: P and R jump. While they stay what they are, though, f is a least-squares problem, so `minimise` solves for B with
+P and R fixed, then for A, goes as far in that direction as lowers f itself, takes the new P and R, and so on. f never
+rises, and some ten rounds are enough. Nothing of size n×m is needed but G: everything is skinny products.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import linalg
+from ..introspect import taps
+from ..runtime import progress
+from .factors import SPLITS, split_factors
+from .sketch import WEIGHTINGS, GradientSketch
+
+ROUNDS = 30
+
+
+LEAST_STEP = 1.0 / 64
+
+
+LEAST_GAIN = 1e-5
+
+
+BLOCK = 1024  # rows of sign(G) that exist at a time
+
+
+class Matrix:
+    """G as an operator, without the copy that `truncated_svd` makes of a tensor."""
+
+    def __init__(self, gradient: Tensor) -> None:
+        self.gradient = gradient
+        self.shape, self.dtype, self.device = tuple(gradient.shape), gradient.dtype, gradient.device
+
+    def matmul(self, v: Tensor) -> Tensor:
+        """G v for v (m, k)."""
+        return self.gradient @ v
+
+    def rmatmul(self, u: Tensor) -> Tensor:
+        """Gᵀ u for u (n, k)."""
+        return self.gradient.t() @ u
+
+
+class Signs:
+    """sign(G), an operator that multiplies from both sides: a block of rows at a time, so that no second (n, m) matrix
+    exists."""
+
+    def __init__(self, gradient: Tensor) -> None:
+        self.gradient = gradient
+        self.shape, self.dtype, self.device = tuple(gradient.shape), gradient.dtype, gradient.device
+        self.squared_norm = float(sum(int(torch.count_nonzero(rows)) for _, rows in self._blocks()))
+
+    def matmul(self, v: Tensor) -> Tensor:
+        """sign(G) v for v (m, k)."""
+        return torch.cat([rows @ v for _, rows in self._blocks()])
+
+    def rmatmul(self, u: Tensor) -> Tensor:
+        """sign(G)ᵀ u for u (n, k)."""
+        out = u.new_zeros(self.shape[1], u.shape[1])
+        for place, rows in self._blocks():
+            out.addmm_(rows.t(), u[place])
+        return out
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        for start in range(0, self.shape[0], BLOCK):
+            place = slice(start, start + BLOCK)
+            yield place, torch.sign(self.gradient[place])
+
+
+class Found(NamedTuple):
+    """A (r, m) and B (n, r), with ‖A‖² + ‖B‖² = 2r as of orthonormal factors, f of them, and the rounds it took."""
+
+    a: Tensor
+    b: Tensor
+    objective: float
+    rounds: int
+
+
+def objective(gradient: Tensor, signs: Signs, a: Tensor, b: Tensor) -> float:
+    """f(A, B), in [0, 1]."""
+    return _State(gradient, signs, a, b).objective
+
+
+def minimise(gradient: Tensor, signs: Signs, a: Tensor, b: Tensor, rounds: int = ROUNDS) -> Found:
+    """Lowers f from a start (A, B)."""
+    state = _State(gradient, signs, a, b)
+    state = _State(gradient, signs, a * state.best_scale, b * state.best_scale)
+    done = 0
+    for _ in range(rounds):
+        better = _search(gradient, signs, state)
+        if better is None:
+            break
+        done += 1
+        gain, state = state.objective - better.objective, better
+        if gain < LEAST_GAIN:
+            break
+    size = (2 * len(a) / (state.a.square().sum() + state.b.square().sum()).clamp_min(1e-30)).sqrt()
+    return Found(state.a * size, state.b * size, state.objective, done)
+
+
+def leading_factors(matrix: Matrix | Signs, r: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A = Vᵀ[:r] and B = U[:, :r]: the same triplets on both sides. For signs that is a better start than LoRA-GA's
+    disjoint halves: tests/test_sign.py compares them."""
+    u, _, vh, _ = linalg.truncated_svd(matrix, r, seed=seed)
+    return vh, u
+
+
+class _State:
+    """A point of the search and what belongs to it."""
+
+    def __init__(self, gradient: Tensor, signs: Signs, a: Tensor, b: Tensor) -> None:
+        self.a, self.b = a, b
+        self.p, self.r = torch.sign(b.t() @ gradient), torch.sign(gradient @ a.t())
+        self.p_s = signs.matmul(self.p.t()).t()  # P Sᵀ (r, n)
+        self.s_r = signs.rmatmul(self.r).t()  # RᵀS (r, m)
+        inner = _dot(b.t(), self.p_s) + _dot(self.s_r, a)
+        squared = (
+            _dot(b.t() @ b, self.p @ self.p.t())
+            + _dot(self.r.t() @ self.r, a @ a.t())
+            + 2 * _dot(b.t() @ self.r, self.p @ a.t())
+        )
+        whole = signs.squared_norm
+        self.best_scale = inner / squared if squared > 0 else 1.0
+        self.objective = max(0.0, 1.0 - inner * inner / (squared * whole)) if squared > 0 and whole > 0 else 1.0
+
+
+def _search(gradient: Tensor, signs: Signs, state: _State) -> _State | None:
+    """The next point, or None where there is no better one in this direction."""
+    cross = state.p @ state.a.t()  # P Aᵀ
+    b = _solve(state.p @ state.p.t(), state.p_s - cross @ state.r.t()).t()
+    a = _solve(state.r.t() @ state.r, state.s_r - (state.r.t() @ b) @ state.p)
+    step = 1.0
+    while step >= LEAST_STEP:
+        candidate = _State(gradient, signs, torch.lerp(state.a, a, step), torch.lerp(state.b, b, step))
+        if candidate.objective < state.objective:
+            return candidate
+        step /= 2
+    return None
+
+
+def _solve(gram: Tensor, right: Tensor) -> Tensor:
+    """Least squares from the normal equations, in float64; columns of signs may coincide, hence the pseudo-inverse."""
+    inverse = torch.linalg.pinv(gram.double(), rtol=1e-10, hermitian=True)
+    return (inverse @ right.double()).to(right.dtype)
+
+
+def _dot(x: Tensor, y: Tensor) -> float:
+    return float((x.double() * y.double()).sum())
 
 
 @dataclass(frozen=True)
@@ -68,3 +233,209 @@ class SignFactors:
             rows.append((name, f"{n}×{m}", str(line.tokens), *values, str(line.rounds)))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+METHODS = ("direct", "svd")
+
+
+CHUNK = 1024  # tokens cast to float32 at a time
+
+
+def sign_factors(
+    model: nn.Module,
+    passes: Callable[[], Any],
+    r: int = 8,
+    target_modules: str | list[str] = "all-linear",
+    *,
+    exclude_modules: str | list[str] | None = None,
+    method: str = "direct",
+    split: str = "ArB2r",
+    layers_at_once: int = 1,
+    single_pass: bool = False,
+    rounds: int = ROUNDS,
+    dropout: bool = False,
+    weighting: str = "tokens",
+    seed: int = 0,
+) -> SignFactors:
+    """Adapters' factors for Adam, whose first step is sign(G): A and B such that its first step on them is nearest.
+
+    Runs `passes` once for every `layers_at_once` layers, each time with G of those layers alone. As in a
+    `GradientSketch`, parameters are frozen and dropout is off while it runs, and the model is then as it was. Under
+    torch.distributed the ranks' gradients are summed: n·m numbers a layer travel, unlike a sketch's.
+
+    Args:
+        model, target_modules, exclude_modules, r, dropout, weighting: as in `GradientSketch`.
+        passes: runs the forward and backward passes, the same ones at each call.
+        method: "direct" minimises the objective; "svd" takes LoRA-GA's answer for sign(G) in place of G.
+        split: of "svd": see `init_lora_ga`.
+        layers_at_once: layers whose G exist at a time: memory against calls of `passes`.
+        single_pass: one call of `passes`, which may call each layer once: each G is formed, used and freed as soon as
+            backward reaches its layer. For one micro-batch that holds enough tokens.
+        rounds: of the search, at most.
+        seed: of the randomised SVDs.
+
+    Returns:
+        `SignFactors`, whose `str` has the objective per layer; hand it to `init_lora_ga` in the sketch's place.
+
+    Raises:
+        ValueError: as `GradientSketch`; an unknown method or split; numbers out of range; single_pass with a layer that
+            is called twice, or in several processes; a layer with fewer than 2r singular triplets.
+
+    Example:
+        >>> def passes():
+        ...     for batch in batches:
+        ...         model(**batch).loss.backward()
+        >>> factors = fastlora.sign_factors(model, passes, r=8)
+        >>> fastlora.init_lora_ga(model, factors)
+
+    Source: the objective is Su's (2024, https://spaces.ac.cn/archives/10226) at the best c; the search is our own.
+    """
+    _check_choice("method", method, METHODS)
+    _check_choice("split", split, SPLITS)
+    _check_choice("weighting", weighting, WEIGHTINGS)
+    _check_count("layers_at_once", layers_at_once)
+    _check_count("rounds", rounds)
+    chosen = GradientSketch(model, target_modules, r, exclude_modules=exclude_modules, weighting=weighting)
+    distributed = dist.is_available() and dist.is_initialized()
+    if single_pass and distributed:
+        raise ValueError(
+            "sign_factors: single_pass: got True in several processes, want False: their gradients are summed"
+        )
+    for name, size in chosen.sizes.items():
+        if 2 * r > min(size):
+            raise ValueError(
+                f"sign_factors: r: {name!r} is {size[0]}×{size[1]} and has fewer than 2r = {2 * r} singular triplets; "
+                "want a smaller r, or leave it out with exclude_modules"
+            )
+    found = SignFactors(r, method, chosen.sizes)
+    gradients = _Gradients(chosen.sizes)
+
+    def finish(name: str) -> None:
+        gradient = gradients.take(name, chosen._modules[name], distributed)
+        factors = None if gradient is None else _factors(gradient, r, method, split, rounds, seed)
+        if factors is not None:
+            (a, b, reached, took), lora_ga, start = factors
+            counts = gradients.tokens[name], gradients.skipped[name]
+            found.layers[name] = SignLayer(a.cpu(), b.cpu(), reached, lora_ga, start, took, *counts)
+
+    names = chosen.names
+    if single_pass:
+        gradients.at_once = finish
+        _run(chosen, names, passes, gradients.add, dropout)
+    else:
+        groups = range(0, len(names), layers_at_once)
+        for first in progress.bar(groups, "sign(G)", len(groups), "pass"):
+            group = names[first : first + layers_at_once]
+            _run(chosen, group, passes, gradients.add, dropout)
+            for name in group:
+                finish(name)
+    found.layers = {name: found.layers[name] for name in names if name in found.layers}  # backward came from the end
+    return found
+
+
+def _factors(
+    gradient: Tensor, r: int, method: str, split: str, rounds: int, seed: int
+) -> tuple[Found, float, float] | None:
+    """What is found, f of LoRA-GA's factors, and f at the start; None for a gradient that is 0 or not finite.
+
+    `gradient` is scaled in place, so that no dtype's range is left: signs stay.
+    """
+    largest = float(torch.linalg.vector_norm(gradient, math.inf))
+    if not math.isfinite(largest) or largest == 0:
+        return None
+    gradient /= largest
+    signs = Signs(gradient)
+    u, _, vh, _ = linalg.truncated_svd(Matrix(gradient), 2 * r, seed=seed)
+    plain = split_factors(u, vh, r, "ArB2r")
+    lora_ga = objective(gradient, signs, *plain)
+    if method == "svd":
+        u, _, vh, _ = linalg.truncated_svd(signs, 2 * r, seed=seed)
+        a, b = split_factors(u, vh, r, split, seed)
+        reached = objective(gradient, signs, a, b)
+        return Found(a, b, reached, 0), lora_ga, reached
+    a, b = leading_factors(signs, r, seed)
+    start = objective(gradient, signs, a, b)
+    if lora_ga < start:
+        (a, b), start = plain, lora_ga
+    return minimise(gradient, signs, a, b, rounds), lora_ga, start
+
+
+class _Gradients:
+    """Σ weight·dYᵀX of the layers that are looked at now, in float32 (float64 for float64 models)."""
+
+    def __init__(self, sizes: dict[str, tuple[int, int]]) -> None:
+        self.sizes = sizes
+        self.sums: dict[str, Tensor] = {}
+        self.tokens, self.skipped = Counter[str](), Counter[str]()
+        self.at_once: Callable[[str], None] | None = None  # what to do with a layer as soon as it is there
+        self.finished: set[str] = set()
+
+    def add(self, name: str, x: Tensor, dy: Tensor, weight: float) -> None:
+        """One call of one layer, seen in backward."""
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+            if x.shape[0] == 0:
+                return
+            if name in self.finished:
+                raise ValueError(
+                    f"sign_factors: single_pass: {name!r} was called more than once, and its gradient is gone; want "
+                    "single_pass=False"
+                )
+            if not bool(torch.isfinite(x).all() & torch.isfinite(dy).all()):
+                self.skipped[name] += 1
+                return
+            dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
+            if name not in self.sums:
+                self.sums[name] = torch.zeros(self.sizes[name], dtype=dtype, device=dy.device)
+            for start in range(0, x.shape[0], CHUNK):
+                rows = slice(start, start + CHUNK)
+                self.sums[name].addmm_(dy[rows].to(dtype).t(), x[rows].to(dtype), alpha=weight)
+            self.tokens[name] += x.shape[0]
+            if self.at_once is not None:
+                self.finished.add(name)
+                self.at_once(name)
+
+    def take(self, name: str, module: nn.Module, distributed: bool) -> Tensor | None:
+        """A layer's sum over all ranks, which is forgotten here; None where nothing was added."""
+        gradient = self.sums.pop(name, None)
+        if not distributed:
+            return gradient
+        if gradient is None:
+            device = next(module.parameters()).device
+            gradient = torch.zeros(self.sizes[name], device=device)
+        dist.all_reduce(gradient)
+        counts = torch.tensor([self.tokens[name], self.skipped[name]], device=gradient.device)
+        dist.all_reduce(counts)
+        self.tokens[name], self.skipped[name] = counts.tolist()
+        return gradient
+
+
+def _run(
+    chosen: GradientSketch,
+    names: list[str],
+    passes: Callable[[], Any],
+    add: Callable[[str, Tensor, Tensor, float], None],
+    dropout: bool,
+) -> None:
+    """Calls `passes` with these layers watched."""
+    model, modules = chosen._model, {name: chosen._modules[name] for name in names}
+    restore: list[Callable[[], object]] = []
+    try:
+        restore.append(taps.freeze(model))
+        if not dropout:
+            restore.append(taps.turn_dropout_off(model))
+        restore.append(taps.attach(model, modules, chosen._start_pass, add))
+        passes()
+    finally:
+        while restore:
+            restore.pop()()
+
+
+def _check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"sign_factors: {argument}: got {value!r}, want one of {', '.join(choices)}")
+
+
+def _check_count(argument: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"sign_factors: {argument}: got {value!r}, want an integer of at least 1")

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .. import progress, targets
-from ..peft_format import some
-from . import taps
+from ..introspect import taps, targets
+from ..introspect.names import some
+from ..runtime import progress
 from .report import LayerReport, SketchReport
 from .streaming import StreamingSketch, svd_of_each
 
@@ -148,7 +148,7 @@ class GradientSketch:
     ) -> None:
         self._undo()
         if kind is None and torch.distributed.is_available() and torch.distributed.is_initialized():
-            from .distributed import merge_across_ranks
+            from .merge import merge_across_ranks
 
             merge_across_ranks(self)
             self._merged = True
@@ -249,7 +249,7 @@ class GradientSketch:
             >>> joint = fastlora.GradientSketch.combine([code, prose], weights=[2, 1])
             >>> fastlora.init_lora_ga(model, joint)
         """
-        from .joint import combine
+        from .merge import combine
 
         return combine(sketches, weights, normalize)
 

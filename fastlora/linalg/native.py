@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _build, env, ops
-from ..self_check import first_use
+from ..runtime import build, compiled, env
+from ..runtime.trust import first_use
 from .operators import Factored
 from .orthogonal import orthonormal as orthonormal_by_torch
 
@@ -46,9 +46,9 @@ def why_not(device: torch.device) -> str | None:
 
 def _built() -> bool:
     try:
-        return _build.find(_build.find_toolchain()) is not None
-    except _build.Unavailable:
-        return _build.find() is not None
+        return build.find(build.find_toolchain()) is not None
+    except build.Unavailable:
+        return build.find() is not None
 
 
 def sketch_update(q: Tensor, z: Tensor, start: Tensor | None, x: Tensor, dy: Tensor, weight: float) -> bool:
@@ -185,7 +185,7 @@ def svd(a: Tensor) -> SVD:
 def check(device: torch.device) -> str | None:
     """None, or what is wrong with the compiled ops on this device."""
     try:
-        ops.load()
+        compiled.load()
         return _sketch_differs(device) or _svd_differs(device) or _lanczos_differs(device)
     except (RuntimeError, NotImplementedError) as error:  # Unavailable is a RuntimeError
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"

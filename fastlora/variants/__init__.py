@@ -2,7 +2,7 @@
 
 from .adalora import RankAllocator
 from .dora import kept_norms
-from .orthogonality import orthogonality_penalty
-from .shrinking import shrink_to_ranks
+from .penalty import orthogonality_penalty
+from .shrink import shrink_to_ranks
 
 __all__ = ["RankAllocator", "kept_norms", "orthogonality_penalty", "shrink_to_ranks"]

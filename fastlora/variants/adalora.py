@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import importance_dispatch, peft_ranks, targets
-from ..init import moments
+from ..integrations.peft import ranks as peft_ranks
+from ..introspect import targets
 from ..kernels.importance_plan import Averages, Factors, Layout
-from ..layers import FusedLoraLinear
-from ..rank_schedule import Allocation, RankSchedule
-from .adalora_layers import FACTORS, adalora_layers, factors_of
+from ..layers.linear import FusedLoraLinear
+from ..layers.schedule import Allocation, RankSchedule
+from ..ops.importance import importance as importance_op
+from ..optim import moments
+from .factors import FACTORS, adalora_layers, factors_of
 
 _WHERE = "RankAllocator"
 
@@ -253,7 +255,7 @@ class RankAllocator:
             )
         for part, of_weights, of_gradients in zip(self._parts, weights, gradients, strict=True):
             part_rate = None if rate is None else rate.to(part.sensitivity)
-            update = importance_dispatch.select(of_weights).update
+            update = importance_op.select(of_weights).update
             part.scores = update(part.averages, of_weights, of_gradients, part_rate)
 
     @torch.no_grad()

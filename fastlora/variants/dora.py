@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..kept_norms import KeptNorms
-from ..targets import lora_layers
+from ..introspect.targets import lora_layers
+from ..ops.dora.norms import KeptNorms
 
 
 @contextmanager

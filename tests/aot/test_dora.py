@@ -7,7 +7,7 @@ import torch
 from aot.pretend import SHARED_MEMORY_LIMIT, Census, Launch, pretend, take_censuses
 from aot.sweep import ARCHS, BF16, FP32, META
 
-from fastlora.kernels import dora_norm, dora_scale
+from fastlora.kernels import dora
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ def launch(p: Problem) -> None:
     """Every kernel as a training step of this problem launches it."""
     weight, z = empty(p.n, p.k, dtype=p.dtype), empty(p.m, p.n, dtype=p.dtype)
     a, b = empty(p.r, p.k, dtype=p.adapter_dtype), empty(p.n, p.r, dtype=p.adapter_dtype)
-    dora_norm.dora_norm(weight, a, b, 2.0, empty(p.n), empty(dora_norm.norm_workspace(weight, a)))
+    dora.dora_norm(weight, a, b, 2.0, empty(p.n), empty(dora.norm_workspace(weight, a)))
     magnitude, norm, bias = empty(p.n), empty(p.n), empty(p.n, dtype=p.dtype)
-    dora_scale.scale(z, magnitude, norm, bias, torch.empty_like(z))
-    workspace = empty(dora_scale.scale_backward_workspace(z))
-    dora_scale.scale_backward(z, z, magnitude, norm, torch.empty_like(z), empty(2, p.n), workspace, needs_bias=True)
+    dora.scale(z, magnitude, norm, bias, torch.empty_like(z))
+    workspace = empty(dora.scale_backward_workspace(z))
+    dora.scale_backward(z, z, magnitude, norm, torch.empty_like(z), empty(2, p.n), workspace, needs_bias=True)
 
 
 @pytest.fixture(scope="module", params=["usual", pytest.param("all", marks=pytest.mark.slow)])

@@ -95,10 +95,6 @@ def test_no_atomics_and_no_memory_that_the_launch_would_have_to_allocate(compile
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_half_precision_runs_on_the_matrix_units(compiled, arch):
-    halves = [
-        census
-        for name, census in compiled[arch].items()
-        if " k=32 " not in name and " k=16 " not in name
-    ]
+    halves = [census for name, census in compiled[arch].items() if " k=32 " not in name and " k=16 " not in name]
     assert len(halves) >= 4
     assert all(census.matrix_instructions for census in halves)

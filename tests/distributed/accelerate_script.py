@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from two_processes import WORLD, adapters, assert_close, build, loss_of, optimizer_of, spied, whole_batch
 
 import fastlora
-from fastlora import autograd
+from fastlora.ops import call
 
-autograd.SMALL = 0
+call.SMALL = 0
 accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
 model, alone = build("plain"), build("plain")  # patch first, then prepare
 optimizer = optimizer_of(model)

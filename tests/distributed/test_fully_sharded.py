@@ -66,8 +66,6 @@ def all_sharded(model: nn.Module) -> bool:
 
 
 # The checks. Each is given a folder of its own.
-
-
 def training_is_that_of_one_process(folder: str) -> None:
     for kind in KINDS:
         alone, model = build(kind), shard(build(kind))

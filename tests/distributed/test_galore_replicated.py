@@ -61,8 +61,6 @@ def everywhere(tensor: Tensor) -> bool:
 
 
 # The checks. Each is given a folder of its own.
-
-
 def trajectories_are_those_of_one_process(folder: str) -> None:
     for way in WAYS:
         _, refresh, proj_type, micro_batches = way

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import autograd, reference
+from fastlora.ops import call, reference
+from fastlora.ops.lora import autograd as lora_autograd
 
 R = 3
 STEPS = 3
@@ -133,7 +134,7 @@ def assert_close(got: Any, want: Any, atol: float = 1e-5) -> None:
 def spied() -> Iterator[dict[str, set]]:
     """Which way the calls of LoRA layers go: {"fused" or "eager": dtypes of the weights they were given}."""
     seen: dict[str, set] = {}
-    fused, eager = autograd.lora_linear, reference.lora_linear
+    fused, eager = lora_autograd.lora_linear, reference.lora_linear
 
     def note(way: str, function: Callable) -> Callable:
         def noted(*args: Any, **kwargs: Any) -> Any:
@@ -142,11 +143,11 @@ def spied() -> Iterator[dict[str, set]]:
 
         return noted
 
-    autograd.lora_linear, reference.lora_linear = note("fused", fused), note("eager", eager)
+    lora_autograd.lora_linear, reference.lora_linear = note("fused", fused), note("eager", eager)
     try:
         yield seen
     finally:
-        autograd.lora_linear, reference.lora_linear = fused, eager
+        lora_autograd.lora_linear, reference.lora_linear = fused, eager
 
 
 def raised(error: type[Exception], do: Callable[[], Any]) -> str:
@@ -159,8 +160,6 @@ def raised(error: type[Exception], do: Callable[[], Any]) -> str:
 
 
 # Starting the processes.
-
-
 def outcome_of(checks: list[Callable[[str], None]]) -> dict[str, str]:
     """Runs the checks one after another in both processes; by name, "" for what passed, else what went wrong."""
     outcome = {check.__name__: "not reached: an earlier check failed" for check in checks}
@@ -175,7 +174,7 @@ def outcome_of(checks: list[Callable[[str], None]]) -> dict[str, str]:
 
 def _process(rank: int, folder: str, checks: list[Callable[[str], None]]) -> None:
     torch.set_num_threads(1)
-    autograd.SMALL = 0  # these layers are small, and the fused Function is what is to be seen
+    call.SMALL = 0  # these layers are small, and the fused Function is what is to be seen
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

@@ -8,9 +8,10 @@ import torch
 from numerics import assert_close_to_fp64
 from torch import Tensor
 
-from fastlora import dispatch, reference
 from fastlora.functional import lora_linear
 from fastlora.kernels.dropout import reference_keep_mask
+from fastlora.ops import reference
+from fastlora.ops.lora import choice as lora_choice
 
 NAMES = ("x", "lora_A", "lora_B")
 
@@ -75,7 +76,7 @@ def call(problem: GpuProblem, given: dict[str, Tensor], backend: str) -> Tensor:
 
 def run(problem: GpuProblem, backend: str, seed: int = 0) -> dict[str, Tensor]:
     """{"y": output, name: gradient} of `lora_linear`; the backend is the one asked for, or the test fails."""
-    choice = dispatch.select(
+    choice = lora_choice.select(
         problem.x, problem.weight, problem.bias, problem.lora_A, problem.lora_B, problem.dropout_p, backend
     )
     assert choice.name == backend, choice.reason

@@ -8,8 +8,11 @@ import pytest
 import torch
 from numerics import assert_close_to_fp64
 
-from fastlora import dispatch, measure, reference, tune
+from fastlora import tune
 from fastlora.functional import lora_linear
+from fastlora.ops import reference
+from fastlora.ops.lora import choice as lora_choice
+from fastlora.ops.lora import measure
 
 
 @pytest.fixture(autouse=True)
@@ -17,17 +20,17 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path))
     for name in ("FASTLORA_BACKEND", "FASTLORA_MEASURE"):
         monkeypatch.delenv(name, raising=False)
-    dispatch.reset()
+    lora_choice.reset()
     yield
-    dispatch.reset()
+    lora_choice.reset()
 
 
-def call(device, m=256, n=512, k=384, r=16, dropout_p=0.0) -> dispatch.Call:
+def call(device, m=256, n=512, k=384, r=16, dropout_p=0.0) -> lora_choice.Call:
     def normal(*shape, scale=1.0):
         return torch.randn(shape, device=device).mul_(scale).bfloat16()
 
     torch.manual_seed(0)
-    return dispatch.Call(
+    return lora_choice.Call(
         normal(m, k),
         normal(n, k, scale=k**-0.5),
         None,
@@ -41,7 +44,7 @@ def call(device, m=256, n=512, k=384, r=16, dropout_p=0.0) -> dispatch.Call:
 def test_a_first_call_measures_every_candidate_and_the_second_does_not(device, tmp_path, dropout_p, monkeypatch):
     given = call(device, dropout_p=dropout_p)
     before, allocated = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
-    choice = dispatch.select(*given)
+    choice = lora_choice.select(*given)
     assert choice.reason.startswith("measured: "), choice.reason
     assert torch.equal(torch.cuda.get_rng_state(), before)
     (path,) = (tmp_path / "measured").glob("*.json")
@@ -50,9 +53,9 @@ def test_a_first_call_measures_every_candidate_and_the_second_does_not(device, t
     assert set(entry["forward"]) == set(entry["backward"]) == expected, entry
     assert torch.cuda.memory_allocated() - allocated < 1 << 20
     monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured again"))
-    assert dispatch.select(*given) is choice
-    dispatch.reset()
-    assert dispatch.select(*given).passes == choice.passes
+    assert lora_choice.select(*given) is choice
+    lora_choice.reset()
+    assert lora_choice.select(*given).passes == choice.passes
 
 
 def test_graphs_are_captured_and_tell_about_what_events_tell(device):
@@ -82,17 +85,17 @@ def test_what_is_chosen_is_right(device):
 
 def test_nothing_is_measured_during_capture(device):
     given = call(device)
-    with dispatch.measuring("off"):
-        dispatch.select(*given._replace(x=given.x[:16]))  # the self-checks
+    with lora_choice.measuring("off"):
+        lora_choice.select(*given._replace(x=given.x[:16]))  # the self-checks
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        choice = dispatch.select(*given)
+        choice = lora_choice.select(*given)
     assert "capture" in choice.reason
-    assert dispatch.select(*given).reason.startswith("measured: ")
+    assert lora_choice.select(*given).reason.startswith("measured: ")
 
 
 def test_tuning_ahead(device, capsys, tmp_path):
     asked = ["--shape", "384x512", "--tokens", "256", "--r", "16", "--adapter-dtype", "bf16"]
     assert tune.main([*asked, "--json", str(tmp_path / "copy.json")]) == 0, capsys.readouterr().out
-    with dispatch.measuring("off"):
-        assert dispatch.select(*call(device)).reason.startswith("measured: ")
+    with lora_choice.measuring("off"):
+        assert lora_choice.select(*call(device)).reason.startswith("measured: ")

@@ -5,8 +5,9 @@ import torch
 from gpu_problems import GpuProblem, make
 from numerics import assert_close_to_fp64, assert_surroundings_untouched, poisoned_empty
 
-from fastlora import dora_dispatch, reference
 from fastlora.functional import dora_linear
+from fastlora.ops import reference
+from fastlora.ops.dora import dora as dora_op
 
 pytestmark = pytest.mark.gpu
 
@@ -27,14 +28,12 @@ def magnitude_of(problem: GpuProblem) -> torch.Tensor:
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_norms(size, dtypes):
-    from fastlora.kernels import dora_norm
+    from fastlora.kernels import dora
 
     p = make(*size, *dtypes)
     norm = torch.full((len(p.weight),), float("nan"), device="cuda")
     scaling = p.scaling
-    dora_norm.dora_norm(
-        p.weight, p.lora_A, p.lora_B, scaling, norm, workspace(dora_norm.norm_workspace(p.weight, p.lora_A))
-    )
+    dora.dora_norm(p.weight, p.lora_A, p.lora_B, scaling, norm, workspace(dora.norm_workspace(p.weight, p.lora_A)))
     exact = (p.weight.double() + scaling * (p.lora_B.double() @ p.lora_A.double())).norm(dim=1)
     torch.testing.assert_close(norm.double(), exact, rtol=2e-6, atol=0)
 
@@ -42,7 +41,7 @@ def test_norms(size, dtypes):
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("m, n", [(2048, 5632), (777, 1001), (1, 4096), (8192, 64)])
 def test_scaling_and_its_gradients(m, n, dtype):
-    from fastlora.kernels import dora_scale
+    from fastlora.kernels import dora
 
     generator = torch.Generator("cuda").manual_seed(m + n)
     z, dy = (torch.randn(m, n, device="cuda", generator=generator).to(dtype) for _ in range(2))
@@ -50,9 +49,9 @@ def test_scaling_and_its_gradients(m, n, dtype):
     bias = torch.randn(n, device="cuda", generator=generator).to(dtype)
     y, dz = (poisoned_empty(m, n, dtype=dtype, device="cuda", layout="offset") for _ in range(2))
     sums = torch.full((2, n), float("nan"), device="cuda")
-    space = workspace(dora_scale.scale_backward_workspace(dy))
-    dora_scale.scale(z, magnitude, norm, bias, y)
-    dora_scale.scale_backward(dy, z, magnitude, norm, dz, sums, space, needs_bias=True)
+    space = workspace(dora.scale_backward_workspace(dy))
+    dora.scale(z, magnitude, norm, bias, y)
+    dora.scale_backward(dy, z, magnitude, norm, dz, sums, space, needs_bias=True)
 
     def eager(of: torch.dtype) -> list[torch.Tensor]:
         leaves = [t.to(of).requires_grad_() for t in (z, magnitude, bias)]
@@ -68,9 +67,9 @@ def test_scaling_and_its_gradients(m, n, dtype):
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 def test_self_checks_pass(dtypes, device):
-    from fastlora.backends import dora_kernels
+    from fastlora.ops.dora import triton as dora_triton
 
-    assert dora_dispatch.self_check(dora_kernels, device, *dtypes) is None
+    assert dora_op.self_check(dora_triton, device, *dtypes) is None
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)

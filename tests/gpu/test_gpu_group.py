@@ -6,9 +6,9 @@ import pytest
 import torch
 from numerics import assert_close_to_fp64
 
-from fastlora import group_dispatch
-from fastlora.backends import group_kernels
 from fastlora.functional import Adapter, GroupLayer, lora_group, multi_lora_linear
+from fastlora.ops.group import group as group_op
+from fastlora.ops.group import triton as group_triton
 
 pytestmark = pytest.mark.gpu
 
@@ -82,4 +82,4 @@ def test_same_numbers_as_one_by_one(p, kernel_backend):
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32])
 def test_the_self_check_passes(dropout, dtype):
-    assert group_dispatch.self_check(group_kernels, torch.device("cuda"), dtype, FP32, dropout) is None
+    assert group_op.self_check(group_triton, torch.device("cuda"), dtype, FP32, dropout) is None

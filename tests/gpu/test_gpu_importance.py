@@ -4,9 +4,9 @@ import pytest
 import torch
 from numerics import assert_close_to_fp64
 
-from fastlora import importance_dispatch
-from fastlora.backends import importance_torch
 from fastlora.kernels.importance_plan import Averages, Factors, Layout
+from fastlora.ops.importance import aten as importance_aten
+from fastlora.ops.importance import importance as importance_op
 
 pytestmark = pytest.mark.gpu
 
@@ -28,20 +28,20 @@ def normal(layout: Layout, dtype: torch.dtype, seed: int) -> Factors:
 @pytest.mark.parametrize("sizes", [LLAMA, ODD], ids=["llama", "odd"])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_three_steps(dtype, sizes):
-    from fastlora.backends import importance_kernels
+    from fastlora.ops.importance import triton as importance_triton
 
     layout = Layout(sizes)
     runs = {}
     for name in ("kernels", "again", "torch", "exact"):
         of = torch.float64 if name == "exact" else FP32
         smooth, unsure = (torch.zeros(layout.numel, device="cuda", dtype=of) for _ in range(2))
-        update = importance_torch.update if name == "torch" else importance_kernels.update
+        update = importance_aten.update if name == "torch" else importance_triton.update
         scores = smooth
         for step in range(3):
             weights, gradients = normal(layout, dtype, step), normal(layout, dtype, 100 + step)
             gradients = gradients._replace(p=[None, *gradients.p[1:]])
             arguments = (Averages(layout, smooth, unsure, 0.85, 0.7), weights, gradients)
-            scores = importance_dispatch.reference(*arguments) if name == "exact" else update(*arguments)
+            scores = importance_op.reference(*arguments) if name == "exact" else update(*arguments)
         runs[name] = (smooth, unsure, scores)
     columns = (runs[name] for name in ("kernels", "again", "torch", "exact"))
     names = ("sensitivity", "uncertainty", "scores")
@@ -52,7 +52,7 @@ def test_three_steps(dtype, sizes):
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_the_self_check_passes(dtype, device):
-    from fastlora.backends import importance_kernels
+    from fastlora.ops.importance import triton as importance_triton
 
-    assert importance_dispatch.self_check(importance_kernels, device, dtype) is None
-    assert importance_dispatch.select(normal(Layout(ODD), dtype, 0)) is importance_kernels
+    assert importance_op.self_check(importance_triton, device, dtype) is None
+    assert importance_op.select(normal(Layout(ODD), dtype, 0)) is importance_triton

@@ -5,9 +5,9 @@ import pytest
 import torch
 from numerics import assert_close_to_fp64, assert_surroundings_untouched, poisoned_empty
 
-from fastlora import mlp_dispatch
-from fastlora.backends import mlp_torch
 from fastlora.functional import Adapter, GroupLayer, lora_mlp
+from fastlora.ops.mlp import aten as mlp_aten
+from fastlora.ops.mlp import mlp as mlp_op
 
 pytestmark = pytest.mark.gpu
 
@@ -54,7 +54,7 @@ def test_activation_and_its_gradients(case, gated):
 
     def eager(of: torch.dtype) -> dict[str, torch.Tensor]:
         inputs = [t.to(of).requires_grad_() for t in (gate, up) if t is not None]
-        value = mlp_torch.ACTIVATIONS[activation].value(inputs[0])
+        value = mlp_aten.ACTIVATIONS[activation].value(inputs[0])
         h = value if up is None else value * inputs[1]
         cast, mask = a.to(dtype).to(of), keep.to(of)
         grads = torch.autograd.grad(h, inputs, dh.to(of) + (ds.to(of) @ cast) * mask)
@@ -68,13 +68,13 @@ def test_activation_and_its_gradients(case, gated):
         assert_surroundings_untouched(value)
 
 
-@pytest.mark.parametrize("activation", mlp_dispatch.ACTIVATIONS)
+@pytest.mark.parametrize("activation", mlp_op.ACTIVATIONS)
 @pytest.mark.parametrize("dropout", [False, True])
 def test_self_checks_pass(activation, dropout, device):
-    from fastlora.backends import mlp_kernels
+    from fastlora.ops.mlp import triton as mlp_triton
 
     for dtype, adapter_dtype in ((BF16, FP32), (FP32, FP32)):
-        assert mlp_dispatch.self_check(mlp_kernels, device, dtype, adapter_dtype, dropout, activation) is None
+        assert mlp_op.self_check(mlp_triton, device, dtype, adapter_dtype, dropout, activation) is None
 
 
 def test_an_mlp(kernel_backend):

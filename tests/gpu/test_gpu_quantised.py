@@ -41,9 +41,9 @@ def test_bits_of_the_kernel(rows, columns, block, nested, dtype):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_the_kernel_is_trusted(device, dtype):
-    from fastlora import quantized
+    from fastlora.ops.quant import weights
 
-    assert quantized.nf4_kernel_failure(torch.device("cuda", torch.cuda.current_device()), dtype) is None
+    assert weights.nf4_kernel_failure(torch.device("cuda", torch.cuda.current_device()), dtype) is None
 
 
 def layer_of(bits: int, dropout: float = 0.0) -> Any:
@@ -105,7 +105,7 @@ def test_two_streams_do_not_share_a_buffer():
 def test_a_captured_step_keeps_no_buffer():
     """What is allocated during capture belongs to the graph; a replay gives the eager step's numbers."""
     import fastlora
-    from fastlora import quantized
+    from fastlora.ops.quant import weights
 
     model = layer_of(4)
     fastlora.patch(model)
@@ -115,11 +115,11 @@ def test_a_captured_step_keeps_no_buffer():
     with torch.cuda.stream(stream):
         want = model(x).detach()
     torch.cuda.current_stream().wait_stream(stream)
-    before = dict(quantized._buffers.free)
+    before = dict(weights._buffers.free)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = model(x)
-    assert quantized._buffers.free.keys() == before.keys()
+    assert weights._buffers.free.keys() == before.keys()
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(y, want)
@@ -127,7 +127,7 @@ def test_a_captured_step_keeps_no_buffer():
 
 def test_peak_memory_is_below_pefts():
     import fastlora
-    from fastlora import quantized
+    from fastlora.ops.quant import weights
 
     peaks = []
     x = torch.randn(8192, 1024, device="cuda", dtype=BF16)
@@ -136,7 +136,7 @@ def test_peak_memory_is_below_pefts():
         if fused:
             fastlora.patch(model)
         gradients(model, x)
-        quantized.release_buffers()
+        weights.release_buffers()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

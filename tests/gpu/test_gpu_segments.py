@@ -7,10 +7,11 @@ import pytest
 import torch
 from numerics import assert_close_to_fp64
 
-from fastlora import reference, segments_dispatch
-from fastlora.backends import segments_kernels
 from fastlora.functional import Adapter, lora_mixed_batch, multi_lora_linear
 from fastlora.kernels.segment_plan import BASE, Segments
+from fastlora.ops import reference
+from fastlora.ops.mixed import mixed as mixed_op
+from fastlora.ops.mixed import triton as mixed_triton
 
 pytestmark = pytest.mark.gpu
 
@@ -78,7 +79,7 @@ def test_against_fp64(name, dtype, adapter_dtype, kernel_backend):
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, BF16), (BF16, FP32), (torch.float16, BF16), (FP32, FP32)])
 def test_passes_its_self_check(device, dtype, adapter_dtype, dropout):
-    assert segments_dispatch.self_check(segments_kernels, device, dtype, adapter_dtype, dropout) is None
+    assert mixed_op.self_check(mixed_triton, device, dtype, adapter_dtype, dropout) is None
 
 
 @pytest.mark.parametrize("name", BATCHES)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from numerics import assert_close_to_fp64
 
-from fastlora import reference
-from fastlora.backends import cublas
-from fastlora.backends import triton as triton_backend
 from fastlora.functional import lora_linear
 from fastlora.kernels.dropout import reference_keep_mask
+from fastlora.ops import reference
+from fastlora.ops.lora import cublas
+from fastlora.ops.lora import triton as lora_triton
 
-MODULES = {"cublas": cublas, "triton": triton_backend}
+MODULES = {"cublas": cublas, "triton": lora_triton}
 
 
 @pytest.fixture(autouse=True)

@@ -5,14 +5,14 @@ import pytest
 import torch
 from numerics import assert_close_to_fp64, with_layout
 
-from fastlora import reference
-from fastlora.backends import cublas
-from fastlora.backends import triton as triton_backend
 from fastlora.kernels.dropout import reference_keep_mask, threshold_and_scale
+from fastlora.ops import reference
+from fastlora.ops.lora import cublas
+from fastlora.ops.lora import triton as lora_triton
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ALL = (True, True, True)
-BOTH = pytest.mark.parametrize("backend", [cublas, triton_backend], ids=["cublas", "triton"])
+BOTH = pytest.mark.parametrize("backend", [cublas, lora_triton], ids=["cublas", "triton"])
 
 
 def problem(m, n, k, r, dtype, adapter_dtype, bias, layout):

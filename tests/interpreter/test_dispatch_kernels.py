@@ -3,16 +3,15 @@
 import pytest
 import torch
 
-from fastlora import dispatch, measure
-from fastlora.backends import cublas, triton_s_inside
-from fastlora.kernels import gemm
+from fastlora.kernels import expand, gemm
+from fastlora.ops.lora import choice, cublas, measure, triton_s_inside
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_s_inside_is_checked_by_running_its_own_kernel(dtype, monkeypatch):
-    assert dispatch.self_check(triton_s_inside, CPU, dtype, dtype, False) is None  # type: ignore[arg-type]
+    assert choice.self_check(triton_s_inside, CPU, dtype, dtype, False) is None  # type: ignore[arg-type]
     real, launches = gemm.forward_gemm_with_s, []
 
     def wrong(x, weight, bias, lora_A, lora_B, y, s, scaling):
@@ -21,7 +20,7 @@ def test_s_inside_is_checked_by_running_its_own_kernel(dtype, monkeypatch):
         s.mul_(-1)  # right in the output, wrong in what backward gets
 
     monkeypatch.setattr(triton_s_inside, "forward_gemm_with_s", wrong)
-    failure = dispatch.self_check(triton_s_inside, CPU, dtype, dtype, False)  # type: ignore[arg-type]
+    failure = choice.self_check(triton_s_inside, CPU, dtype, dtype, False)  # type: ignore[arg-type]
     assert failure is not None and "gradient of lora_B" in failure and len(launches) == 1
 
 
@@ -29,12 +28,12 @@ def test_s_inside_is_checked_by_running_its_own_kernel(dtype, monkeypatch):
 def test_triton_backends_are_measured_by_the_real_passes(dropout):
     key = measure.Key(16, 24, 40, 4, torch.bfloat16, torch.bfloat16, dropout, by_column=dropout)
     names = ["cublas", "triton"] + ["triton_s_inside"] * (not dropout)
-    found = measure.measure(key, {name: dispatch.load(name) for name in names}, CPU)
+    found = measure.measure(key, {name: choice.load(name) for name in names}, CPU)
     assert list(found.forward) == list(found.backward) == names and found.left_out == {}
 
 
 def test_a_kernel_that_is_wrong_at_size_only_is_left_out(monkeypatch):
-    real = cublas.expand
+    real = expand.expand
 
     def wrong_where_wide(s, w, out, **how):
         real(s, w, out, **how)
@@ -43,5 +42,5 @@ def test_a_kernel_that_is_wrong_at_size_only_is_left_out(monkeypatch):
 
     monkeypatch.setattr(cublas, "expand", wrong_where_wide)
     key = measure.Key(16, 24, 40, 4, torch.float32, torch.float32, False)
-    found = measure.measure(key, {name: dispatch.load(name) for name in ("torch", "cublas")}, CPU)
+    found = measure.measure(key, {name: choice.load(name) for name in ("torch", "cublas")}, CPU)
     assert list(found.forward) == ["torch"] and "gradient of x differs" in found.left_out["cublas"]

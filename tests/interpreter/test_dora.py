@@ -4,10 +4,11 @@ import pytest
 import torch
 from numerics import assert_close_to_fp64, assert_surroundings_untouched, poisoned_empty, with_layout
 
-from fastlora import dora_dispatch, reference
-from fastlora.backends import dora_kernels
 from fastlora.functional import dora_linear
-from fastlora.kernels import dora_norm, dora_scale
+from fastlora.kernels import dora
+from fastlora.ops import reference
+from fastlora.ops.dora import dora as dora_op
+from fastlora.ops.dora import triton as dora_triton
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -22,8 +23,8 @@ def problem(n, k, r, dtype, adapter_dtype, layout="contiguous"):
 
 def norm_of(weight, a, b, scaling):
     norm = poisoned_empty(1, weight.shape[0], dtype=FP32)[0]
-    size = dora_norm.norm_workspace(weight, a)
-    dora_norm.dora_norm(weight, a, b, scaling, norm, torch.full((size,), float("nan")) if size else None)
+    size = dora.norm_workspace(weight, a)
+    dora.dora_norm(weight, a, b, scaling, norm, torch.full((size,), float("nan")) if size else None)
     return norm
 
 
@@ -48,8 +49,8 @@ def test_strides(layout):
 def test_a_split_of_the_columns_gives_the_same_norms(monkeypatch):
     weight, a, b = problem(20, 300, 4, FP32, FP32)
     whole = norm_of(weight, a, b, 1.0)
-    monkeypatch.setattr(dora_norm.configs, "_parts", lambda programs, blocks, wanted: 3)
-    assert dora_norm.norm_config(weight, a).num_splits == 3
+    monkeypatch.setattr(dora.configs, "_parts", lambda programs, blocks, wanted: 3)
+    assert dora.norm_config(weight, a).num_splits == 3
     torch.testing.assert_close(norm_of(weight, a, b, 1.0), whole, rtol=1e-6, atol=0)
 
 
@@ -78,9 +79,9 @@ def test_scaling_and_its_gradients(m, n, dtype, magnitude_dtype, layout):
     z, dy, magnitude, norm, bias = scale_problem(m, n, dtype, magnitude_dtype, layout)
     y, dz = (poisoned_empty(m, n, dtype=dtype, layout=layout) for _ in range(2))
     sums = poisoned_empty(2, n, dtype=FP32)
-    size = dora_scale.scale_backward_workspace(dy)
-    dora_scale.scale(z, magnitude, norm, bias, y)
-    dora_scale.scale_backward(
+    size = dora.scale_backward_workspace(dy)
+    dora.scale(z, magnitude, norm, bias, y)
+    dora.scale_backward(
         dy, z, magnitude, norm, dz, sums, torch.full((size,), float("nan")) if size else None, needs_bias=True
     )
 
@@ -101,22 +102,22 @@ def test_scaling_and_its_gradients(m, n, dtype, magnitude_dtype, layout):
 )
 def test_only_what_is_needed(needs):
     z, dy, magnitude, norm, _ = scale_problem(37, 20, FP32)
-    whole = dora_kernels.scale_backward(dy, z, magnitude, norm, (True, True, True))
-    some = dora_kernels.scale_backward(dy, z if needs[1] else None, magnitude, norm, needs)
+    whole = dora_triton.scale_backward(dy, z, magnitude, norm, (True, True, True))
+    some = dora_triton.scale_backward(dy, z if needs[1] else None, magnitude, norm, needs)
     for one, other, needed in zip(some, whole, needs, strict=True):
         assert torch.equal(one, other) if needed else one is None
 
 
 def test_no_rows_and_in_place():
     _, dy, magnitude, norm, bias = scale_problem(0, 20, FP32)
-    assert dora_kernels.scale(dy, magnitude, norm, bias).shape == (0, 20)
-    dz, dm, db = dora_kernels.scale_backward(dy, dy, magnitude, norm, (True, True, True))
+    assert dora_triton.scale(dy, magnitude, norm, bias).shape == (0, 20)
+    dz, dm, db = dora_triton.scale_backward(dy, dy, magnitude, norm, (True, True, True))
     assert dz.shape == (0, 20)
     assert torch.equal(dm, torch.zeros(20))
     assert torch.equal(db, torch.zeros(20))
     z, _, magnitude, norm, bias = scale_problem(9, 20, FP32)
-    y = dora_kernels.scale(z, magnitude, norm, bias)
-    assert dora_kernels.scale(z, magnitude, norm, bias, in_place=True) is z
+    y = dora_triton.scale(z, magnitude, norm, bias)
+    assert dora_triton.scale(z, magnitude, norm, bias, in_place=True) is z
     assert torch.equal(z, y)
 
 
@@ -124,28 +125,28 @@ def test_same_bits_on_every_run():
     weight, a, b = problem(40, 90, 6, BF16, FP32)
     z, dy, magnitude, norm, _ = scale_problem(60, 40, BF16)
     assert torch.equal(norm_of(weight, a, b, 1.0), norm_of(weight, a, b, 1.0))
-    first, second = (dora_kernels.scale_backward(dy, z, magnitude, norm, (True, True, True)) for _ in range(2))
+    first, second = (dora_triton.scale_backward(dy, z, magnitude, norm, (True, True, True)) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def test_the_self_check_passes_and_sees_a_wrong_kernel(monkeypatch):
-    arguments = (dora_kernels, torch.device("cpu"), BF16, FP32)
-    assert dora_dispatch.self_check(*arguments) is None
+    arguments = (dora_triton, torch.device("cpu"), BF16, FP32)
+    assert dora_op.self_check(*arguments) is None
     with monkeypatch.context() as patched:
-        patched.setattr(dora_kernels, "scale", lambda z, magnitude, norm, bias: z * magnitude + bias)
-        assert "y differs" in str(dora_dispatch.self_check(*arguments))
+        patched.setattr(dora_triton, "scale", lambda z, magnitude, norm, bias: z * magnitude + bias)
+        assert "y differs" in str(dora_op.self_check(*arguments))
     monkeypatch.setattr(
-        dora_kernels, "weight_norm", lambda weight, a, b, s: (weight.float() + s * b @ a).norm(dim=1).bfloat16().float()
+        dora_triton, "weight_norm", lambda weight, a, b, s: (weight.float() + s * b @ a).norm(dim=1).bfloat16().float()
     )
-    assert "the norm" in str(dora_dispatch.self_check(*arguments))
+    assert "the norm" in str(dora_op.self_check(*arguments))
 
 
 @pytest.mark.parametrize("backend", ["cublas", "triton"])
 @pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, FP32), (FP32, FP32)])
 def test_a_whole_layer_on_the_kernels(backend, dtype, adapter_dtype, monkeypatch):
     used = []
-    original = dora_kernels.scale_backward
-    monkeypatch.setattr(dora_kernels, "scale_backward", lambda *a: used.append(1) or original(*a))
+    original = dora_triton.scale_backward
+    monkeypatch.setattr(dora_triton, "scale_backward", lambda *a: used.append(1) or original(*a))
     weight, a, b = problem(34, 45, 5, dtype, adapter_dtype)
     x, dy, bias = torch.randn(2, 9, 45).to(dtype), torch.randn(2, 9, 34).to(dtype), torch.randn(34).to(dtype)
     magnitude = torch.rand(34) + 0.5

@@ -8,8 +8,8 @@ from numerics import assert_close_to_fp64, assert_surroundings_untouched, poison
 from fastlora.kernels import configs
 from fastlora.kernels.dropout import reference_keep_mask, threshold_and_scale
 from fastlora.kernels.grads import ds_and_db, ds_and_db_workspace, weight_grad, weight_grad_workspace
-from fastlora.kernels.reduce import reduce_partials
 from fastlora.kernels.shrink import shrink
+from fastlora.kernels.tiling import reduce_partials
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SEED = torch.tensor([2718281828459])

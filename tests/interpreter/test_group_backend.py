@@ -9,10 +9,13 @@ from problems import path
 from torch import nn
 
 import fastlora
-from fastlora import dispatch, group_dispatch, grouping
-from fastlora.backends import group_kernels
 from fastlora.functional import Adapter, GroupLayer, lora_group
+from fastlora.kernels import dropout as kernels_dropout
 from fastlora.kernels.dropout import reference_keep_mask, threshold_and_scale
+from fastlora.layers import group as grouping
+from fastlora.ops.group import group as group_op
+from fastlora.ops.group import triton as group_triton
+from fastlora.ops.lora import choice
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -21,7 +24,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 def groups_of_every_size():
     with path("function"):
         yield
-    dispatch.reset()
+    choice.reset()
 
 
 def draw(*shape, dtype=FP32, scale=1.0):
@@ -43,8 +46,8 @@ def test_outputs_and_gradients(backend, ps, monkeypatch):
         for n, r, p in zip(sizes, ranks, ps)
     ]
     seeds = []
-    new_seed = group_kernels.new_seed
-    monkeypatch.setattr(group_kernels, "new_seed", lambda device: seeds.append(new_seed(device)) or seeds[-1])
+    new_seed = kernels_dropout.new_seed
+    monkeypatch.setattr(group_triton, "new_seed", lambda device: seeds.append(new_seed(device)) or seeds[-1])
     outputs = lora_group(x, layers, backend=backend)
     leaves = [x, *(t for layer in layers for t in layer.adapters[0][:2])]
     dys = [draw(m, n, dtype=BF16) for n in sizes]
@@ -73,9 +76,9 @@ def test_outputs_and_gradients(backend, ps, monkeypatch):
 
 @pytest.mark.parametrize("dropout", [False, True])
 def test_the_self_check_passes_and_sees_a_wrong_kernel(dropout, monkeypatch):
-    check = lambda: group_dispatch.self_check(group_kernels, torch.device("cpu"), BF16, FP32, dropout)  # noqa: E731
+    check = lambda: group_op.self_check(group_triton, torch.device("cpu"), BF16, FP32, dropout)  # noqa: E731
     assert check() is None
-    monkeypatch.setattr(group_kernels.group, "group_expand", lambda *args, **kwargs: None)
+    monkeypatch.setattr(group_triton.group, "group_expand", lambda *args, **kwargs: None)
     assert "dX differs" in check()
 
 

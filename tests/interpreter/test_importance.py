@@ -6,10 +6,11 @@ import pytest
 import torch
 from numerics import assert_close_to_fp64, poisoned_empty
 
-from fastlora import importance_dispatch
-from fastlora.backends import importance_kernels, importance_torch
 from fastlora.kernels import importance
 from fastlora.kernels.importance_plan import Averages, Factors, Layout, addresses
+from fastlora.ops.importance import aten as importance_aten
+from fastlora.ops.importance import importance as importance_op
+from fastlora.ops.importance import triton as importance_triton
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 BETAS = (0.85, 0.7)
@@ -33,8 +34,8 @@ def check(sizes, dtype=FP32, without=(), rate=1.0):
     """The launchers themselves, into poisoned outputs and workspaces."""
     layout, weights, gradients, smooth, unsure = problem(sizes, dtype, without)
     exact, near = ([smooth.to(of, copy=True), unsure.to(of, copy=True)] for of in (torch.float64, FP32))
-    wanted = importance_dispatch.reference(Averages(layout, *exact, *BETAS), weights, gradients, rate)
-    eager = importance_torch.update(Averages(layout, *near, *BETAS), weights, gradients, torch.full((1,), rate))
+    wanted = importance_op.reference(Averages(layout, *exact, *BETAS), weights, gradients, rate)
+    eager = importance_aten.update(Averages(layout, *near, *BETAS), weights, gradients, torch.full((1,), rate))
     table, aligned = addresses(weights, gradients)
     assert aligned  # torch's CPU allocator aligns to 64 bytes
     cpu = torch.device("cpu")
@@ -73,7 +74,7 @@ def test_gradients_that_are_not_there_count_as_zero():
             for ws, gs in zip(weights, gradients, strict=True)
         )
     )
-    scores = importance_kernels.update(Averages(layout, smooth, unsure, *BETAS), weights, zeros)
+    scores = importance_triton.update(Averages(layout, smooth, unsure, *BETAS), weights, zeros)
     assert all(torch.equal(a, b) for a, b in zip(got, (smooth, unsure, scores), strict=True))
 
 
@@ -88,8 +89,8 @@ def test_what_is_not_finite_counts_as_zero(bad):
         tensors[1].flatten()[-1] = bad
     zeroed = Factors(*([g.nan_to_num(0.0, 0.0, 0.0) for g in tensors] for tensors in gradients))
     want = [smooth.clone(), unsure.clone()]
-    want.append(importance_kernels.update(Averages(layout, *want, *BETAS), weights, zeroed))
-    got = importance_kernels.update(Averages(layout, smooth, unsure, *BETAS), weights, gradients)
+    want.append(importance_triton.update(Averages(layout, *want, *BETAS), weights, zeroed))
+    got = importance_triton.update(Averages(layout, smooth, unsure, *BETAS), weights, gradients)
     assert all(torch.equal(a, b) for a, b in zip((smooth, unsure, got), want, strict=True))
 
 
@@ -101,21 +102,21 @@ def test_the_module_takes_what_the_launchers_do_not():
         e=[torch.empty(g.numel() + 1)[1:].view(g.shape).copy_(g) for g in gradients.e],
     )
     want = [smooth.clone(), unsure.clone()]
-    want.append(importance_kernels.update(Averages(layout, *want, *BETAS), weights, gradients))
-    got = importance_kernels.update(Averages(layout, smooth, unsure, *BETAS), weights, odd)
+    want.append(importance_triton.update(Averages(layout, *want, *BETAS), weights, gradients))
+    got = importance_triton.update(Averages(layout, smooth, unsure, *BETAS), weights, odd)
     for a, b in zip((smooth, unsure, got), want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
-    assert importance_kernels.unsupported(weights) is None
+    assert importance_triton.unsupported(weights) is None
     double = weights._replace(e=[e.double() for e in weights.e])
-    assert "one for all factors, got ['torch.float32', 'torch.float64']" in str(importance_kernels.unsupported(double))
+    assert "one for all factors, got ['torch.float32', 'torch.float64']" in str(importance_triton.unsupported(double))
     turned = weights._replace(q=[q.t().contiguous().t() for q in weights.q])
-    assert "contiguous" in str(importance_kernels.unsupported(turned))
+    assert "contiguous" in str(importance_triton.unsupported(turned))
 
 
-@pytest.mark.parametrize("module", [importance_kernels, importance_torch])
+@pytest.mark.parametrize("module", [importance_triton, importance_aten])
 def test_the_self_check_passes_and_sees_a_wrong_implementation(module, monkeypatch):
     cpu = torch.device("cpu")
-    assert importance_dispatch.self_check(module, cpu, FP32) is None
+    assert importance_op.self_check(module, cpu, FP32) is None
     original = module.update
     monkeypatch.setattr(module, "update", lambda *args: original(*args[:-1], None))
-    assert "sensitivity differs" in str(importance_dispatch.self_check(module, cpu, FP32))
+    assert "sensitivity differs" in str(importance_op.self_check(module, cpu, FP32))

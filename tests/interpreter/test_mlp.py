@@ -4,14 +4,15 @@ import pytest
 import torch
 from numerics import assert_close_to_fp64, assert_surroundings_untouched, poisoned_empty, with_layout
 
-from fastlora import mlp_dispatch
-from fastlora.backends import mlp_kernels, mlp_torch
 from fastlora.kernels import configs, mlp
 from fastlora.kernels.dropout import reference_keep_mask, threshold_and_scale
+from fastlora.ops.mlp import aten as mlp_aten
+from fastlora.ops.mlp import mlp as mlp_op
+from fastlora.ops.mlp import triton as mlp_triton
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SEED = torch.tensor([987654321012345])
-ACTIVATIONS = pytest.mark.parametrize("activation", mlp_dispatch.ACTIVATIONS)
+ACTIVATIONS = pytest.mark.parametrize("activation", mlp_op.ACTIVATIONS)
 GATED = pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
 
 
@@ -38,7 +39,7 @@ class Problem:
         gate, dh, ds, a = (t.to(dtype) for t in (self.gate, self.dh, self.ds, self.lora_A.to(self.dtype)))
         up = None if self.up is None else self.up.to(dtype)
         inputs = [t.clone().requires_grad_() for t in (gate, up) if t is not None]
-        value = mlp_torch.ACTIVATIONS[activation].value(inputs[0])
+        value = mlp_aten.ACTIVATIONS[activation].value(inputs[0])
         h = value if up is None else value * inputs[1]
         dropped = h.detach() * self.keep
         grads = torch.autograd.grad(h, inputs, dh + (ds @ a) * self.scale * self.keep)
@@ -106,7 +107,7 @@ def test_far_from_zero(activation):
     """Where the exponentials under- and overflow, and NaN."""
     values = torch.tensor([[-1e30, -200.0, -90.0, -20.0, -5.0, 0.0, 5.0, 20.0, 90.0, 200.0, 1e30, float("nan")]])
     gate = values.double().requires_grad_()
-    wanted = mlp_torch.ACTIVATIONS[activation].value(gate)
+    wanted = mlp_aten.ACTIVATIONS[activation].value(gate)
     (slope,) = torch.autograd.grad(wanted, gate, torch.ones_like(gate))
     h, dgate = poisoned_empty(1, 12, dtype=FP32), poisoned_empty(1, 12, dtype=FP32)
     with pytest.warns(RuntimeWarning) if activation != "relu" else torch.no_grad():
@@ -133,7 +134,7 @@ def test_same_bits_on_every_run():
 
 @pytest.mark.parametrize("activation, dropout, dtype", [("silu", True, BF16), ("gelu", False, FP32)])
 def test_the_self_check_passes(activation, dropout, dtype):
-    assert mlp_dispatch.self_check(mlp_kernels, torch.device("cpu"), dtype, FP32, dropout, activation) is None
+    assert mlp_op.self_check(mlp_triton, torch.device("cpu"), dtype, FP32, dropout, activation) is None
 
 
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])
@@ -141,7 +142,7 @@ def test_the_self_check_passes(activation, dropout, dtype):
 def test_only_what_is_needed(needs, r):
     p = Problem(18, 40, r)
     dh = p.dh.clone() if needs[0] else None
-    got = mlp_kernels.activate_backward(dh, p.ds, p.gate, p.up, "silu", p.lora_A, None, 0.0, needs)
+    got = mlp_triton.activate_backward(dh, p.ds, p.gate, p.up, "silu", p.lora_A, None, 0.0, needs)
     assert [one is not None for one in got] == [needs[0], needs[0], needs[1]]
     exact, eager = p.wanted("silu", torch.float64), p.wanted("silu", BF16)
     for name, value in zip(("dgate", "dup", "dA"), got, strict=True):
@@ -168,7 +169,7 @@ def test_a_training_step_on_the_kernels_saves_no_mask():
         return tensor
 
     with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        patch.setattr("fastlora.autograd.SMALL", 0)
+        patch.setattr("fastlora.ops.call.SMALL", 0)
         y = lora_mlp(x, *layers, "silu", backend="cublas")
     assert sum(t.dtype == torch.int64 and t.shape == (1,) for t in kept.values()) == 3  # the seeds
     assert not any(t.dtype == torch.bool for t in kept.values())

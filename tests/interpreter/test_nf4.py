@@ -10,8 +10,8 @@ import pytest
 import torch
 from numerics import assert_surroundings_untouched, poisoned_empty
 
-from fastlora import quantized
 from fastlora.kernels.nf4 import DequantiseConfig, dequantise_4bit
+from fastlora.ops.quant import weights
 
 bnb: Any = pytest.importorskip("bitsandbytes", reason="bitsandbytes is the reference")
 
@@ -86,4 +86,4 @@ def test_nothing_to_do():
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_the_check_before_first_use_passes(dtype):
     """What a GPU is asked once: the kernel behind a layer's weight, beside bitsandbytes' function."""
-    assert quantized.compare_kernel(torch.device("cpu"), dtype) is None
+    assert weights.compare_kernel(torch.device("cpu"), dtype) is None

@@ -8,11 +8,14 @@ import pytest
 import torch
 from numerics import assert_close_to_fp64
 
-from fastlora import dispatch, reference, segments_dispatch
-from fastlora.backends import segments_kernels
 from fastlora.functional import Adapter, lora_mixed_batch
+from fastlora.kernels import dropout as kernels_dropout
 from fastlora.kernels.dropout import reference_keep_mask, threshold_and_scale
 from fastlora.kernels.segment_plan import BASE, Segments
+from fastlora.ops import reference
+from fastlora.ops.lora import choice
+from fastlora.ops.mixed import mixed as mixed_op
+from fastlora.ops.mixed import triton as mixed_triton
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
@@ -21,7 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def nothing_remembered():
     yield
-    dispatch.reset()
+    choice.reset()
 
 
 def draw(*shape, dtype=FP32, scale=1.0):
@@ -40,8 +43,8 @@ def test_output_and_gradients(ids, ps, monkeypatch):
         for r, p in zip(ranks, ps, strict=True)
     ]
     seeds = []
-    new_seed = segments_kernels.new_seed
-    monkeypatch.setattr(segments_kernels, "new_seed", lambda device: seeds.append(new_seed(device)) or seeds[-1])
+    new_seed = kernels_dropout.new_seed
+    monkeypatch.setattr(mixed_triton, "new_seed", lambda device: seeds.append(new_seed(device)) or seeds[-1])
     y = lora_mixed_batch(x, weight, adapters, ids, bias, backend="cublas")
     segments = Segments(ids, tokens)
     used = [adapters[i] for i in segments.adapters]
@@ -95,21 +98,21 @@ def test_factors_that_are_views():
 )
 def test_passes_its_self_check(dtype, adapter_dtype, dropout):
     state = torch.get_rng_state()
-    assert segments_dispatch.self_check(segments_kernels, CPU, dtype, adapter_dtype, dropout) is None
+    assert mixed_op.self_check(mixed_triton, CPU, dtype, adapter_dtype, dropout) is None
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("wrong", ["forward", "backward"])
 def test_the_self_check_finds_what_is_wrong(wrong):
     def forward(*args):
-        y, s, states = segments_kernels.forward(*args)
+        y, s, states = mixed_triton.forward(*args)
         return (y + 0.1 * y.abs(), s, states) if wrong == "forward" else (y, s, states)
 
     def backward(*args):
-        dx, grad_as, grad_bs = segments_kernels.backward(*args)
+        dx, grad_as, grad_bs = mixed_triton.backward(*args)
         flipped = [-grad for grad in grad_as if grad is not None]
         return dx, flipped if wrong == "backward" else grad_as, grad_bs
 
-    found = segments_dispatch.self_check(SimpleNamespace(forward=forward, backward=backward), CPU, FP32, FP32, False)
+    found = mixed_op.self_check(SimpleNamespace(forward=forward, backward=backward), CPU, FP32, FP32, False)
     assert found is not None
     assert ("output" if wrong == "forward" else "gradient of lora_A") in found

@@ -24,7 +24,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
-from fastlora import peft_layers
+from fastlora.integrations.peft import adopt as peft_adopt
 
 WORST_FIRST = ("failed", "skipped", "passed")
 
@@ -89,10 +89,10 @@ def _patching(inject: Any) -> Any:
 
 
 def _count_calls() -> None:
-    for peft_class, fused_class in peft_layers.FUSED.items():
+    for peft_class, fused_class in peft_adopt.FUSED.items():
         _count_calls_of(peft_class, fused_class)
     for cls in _subclasses(LoraLayer):
-        if "forward" in vars(cls) and not issubclass(cls, tuple(peft_layers.FUSED)):
+        if "forward" in vars(cls) and not issubclass(cls, tuple(peft_adopt.FUSED)):
             cls.forward = _counted_as_other(cls, cls.forward)
 
 
@@ -118,7 +118,7 @@ def _count_calls_of(peft_class: Any, fused_class: Any) -> None:
     @functools.wraps(peft_forward)
     def not_adopted(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if type(self) is peft_class:
-            reason = peft_layers.unsupported(self) or "no reason"
+            reason = peft_adopt.unsupported(self) or "no reason"
             counts.not_patched[reason] += 1
             if _is_plain(self, x, args, kwargs):
                 counts.plain_not_fused[f"{current_test}: not patched, {reason}"] += 1

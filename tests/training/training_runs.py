@@ -17,7 +17,7 @@ from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import fastlora
-from fastlora.peft_layers import FusedPeftLinear
+from fastlora.integrations.peft.lora import FusedPeftLinear
 
 MODELS = ("llama", "qwen3", "t5", "vit", "minilm")  # minilm: real weights; the others are tiny and random
 WAYS = ("PEFT", "PEFT patched", "patched")

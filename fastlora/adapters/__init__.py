@@ -1,0 +1,1 @@
+"""A model's adapters: patch, switch, merge, combine, save, load, explain."""

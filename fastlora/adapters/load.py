@@ -1,0 +1,303 @@
+"""Adapters on disk, in PEFT's own format: `adapter_config.json` and `adapter_model.safetensors`.
+
+PEFT loads what is saved here, and what PEFT saved loads here. Files are written beside their final place and renamed
+into it; everything read is checked before the model is touched. No pickle, ever. docs/peft.md has the details.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..introspect import names as introspect_names
+from ..introspect import sharding
+from ..introspect import targets as introspect_targets
+from ..introspect.fused import FusedPeftLayer
+from ..introspect.names import some
+from ..layers import starts
+from ..layers.checks import check_adapter_arguments, scale_of
+from ..layers.linear import FusedLoraLinear
+from ..runtime import progress
+from . import format, patch
+from .format import AdapterFile, Spec
+from .save import is_peft_model, modules_outside_adapters, most_common
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Puts an adapter saved by `save_adapter` or by PEFT into a model, under this name.
+
+    A plain model is patched as the adapter's configuration says, and the adapter is active. A patched model gets one
+    more adapter, inactive until `set_adapter`, or has the one of that name overwritten. A `PeftModel` loads it itself.
+    In a model inside DistributedDataParallel, or sharded by `fully_shard`, adapters can be overwritten and not added:
+    every process must call this, and must be able to read the directory.
+    Weights take the dtype of the layer's adapters: float32 on half-precision bases. An adapter that PEFT started with
+    "pissa" or "olora" and did not convert runs on a changed base weight, as in PEFT: the change is computed again from
+    the model's own weight (the one that the adapter was trained on), and `unpatch` takes it back.
+
+    Raises:
+        FileNotFoundError: the directory or one of its two files is not there.
+        ValueError: files that are truncated, foreign or in use of features that are not supported; keys or shapes that
+            do not fit the model; an adapter of that name with other shapes, or merged; a new one for a wrapped model.
+            The model is then as it was.
+
+    Example:
+        >>> fastlora.load_adapter(model, "runs/my-adapter")
+    """
+    model, outermost = introspect_targets.unwrap(model, "load_adapter"), model
+    root = Path(directory)
+    config, tensors = format.read(root)
+    wrapped = sharding.wrapper(outermost)
+    if sharding.has_shards(model):
+        sharding.reshard(model)
+    if is_peft_model(model):
+        _check_wrapped(wrapped, adapter_name, adapter_name not in model.peft_config)  # type: ignore[operator]
+        if sharding.has_shards(model):
+            from ..integrations.peft.state import load_sharded  # which needs peft, and the model brought it
+
+            load_sharded(model, root, format.changes_base(config), tensors, adapter_name)
+            return
+        _load_into_peft(model, root, adapter_name, format.changes_base(config))
+        return
+    file = format.parse(root, config, tensors)
+    layers = dict(modules_outside_adapters(model))
+    _check_against_model(model, layers, file, adapter_name)
+    new = [name for name in file.filled if not _has_adapter(layers[name], adapter_name)]
+    _check_wrapped(wrapped, adapter_name, bool(new))
+    if sharding.has_shards(model):
+        _check_starts_at_zero(file, layers, adapter_name)
+    shifts = _shifts(model, {name: layers[name] for name in file.modules}, file, adapter_name)
+    with _added(model, layers, file, adapter_name, new), torch.no_grad():
+        for name in file.modules:
+            layer = layers[name]
+            if not _has_adapter(layer, adapter_name):  # of rank 0
+                continue
+            assert isinstance(layer, FusedLoraLinear)
+            layer.forget_initial_factors(adapter_name)
+            r = layer.r[adapter_name]
+            _set_scale(layer, adapter_name, file.spec(name, r))
+            if file.is_adalora:
+                layer.allocation[adapter_name] = file.allocation(name)
+            if name in shifts:
+                layer.set_initial_factors(adapter_name, *shifts[name], exact=False)
+            for factor, values in file.tensors(name, r).items():
+                parameter = getattr(layer, factor)[adapter_name]
+                parameter.copy_(sharding.spread(values, parameter))
+
+
+def _has_adapter(module: nn.Module, adapter_name: str) -> bool:
+    return isinstance(module, FusedLoraLinear) and adapter_name in module.lora_A
+
+
+# Reading, and checking before the model is touched.
+def _check_wrapped(wrapped: str | None, adapter_name: str, new: bool) -> None:
+    if wrapped is not None and new:
+        raise ValueError(
+            f"load_adapter: adapter_name: some of the layers have no {adapter_name!r}, and the model is in {wrapped}; "
+            f"want it loaded {sharding.BEFORE}"
+        )
+
+
+def _check_starts_at_zero(file: AdapterFile, layers: dict[str, nn.Module], adapter_name: str) -> None:
+    started = any(adapter_name in cast(FusedLoraLinear, layers[name]).lora_A0 for name in file.modules)
+    if file.shift is not None or started:
+        raise ValueError(
+            f"load_adapter: adapter_name: {adapter_name!r} {'in the file' if file.shift else 'in the model'} did not "
+            f"start at zero, and the model is sharded; want it loaded {sharding.BEFORE}"
+        )
+
+
+def _check_against_model(model: nn.Module, layers: dict[str, nn.Module], file: AdapterFile, adapter_name: str) -> None:
+    """Raises ValueError where the file does not fit the model, naming the module, what it has and what is wanted."""
+    check_adapter_arguments(adapter_name, 1, 1, 0.0, caller="load_adapter")
+    given = set(file.modules)
+    if given - set(layers):
+        linear = [name for name, module in layers.items() if isinstance(module, nn.Linear)]
+        raise ValueError(
+            f"load_adapter: the adapter has weights for {some(given - set(layers))}, which this {type(model).__name__} "
+            f"has not; its linear layers are {some(linear)}"
+        )
+    targets = file.config["target_modules"]
+    all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+    selected = given if all_linear else {name for name in layers if introspect_names.selects(file.config, name)}
+    existing = {name for name, layer in layers.items() if _has_adapter(layer, adapter_name)}
+    if selected - given:
+        raise ValueError(
+            f"load_adapter: the adapter has no weights for {some(selected - given)}, which it targets in this model"
+        )
+    if existing - given:
+        raise ValueError(
+            f"load_adapter: adapter_name: {adapter_name!r} exists already, also in {some(existing - given)}, for which "
+            "there are no weights; want another name"
+        )
+    if given - selected:
+        raise ValueError(
+            f"load_adapter: target_modules: {targets!r} does not select {some(given - selected)}, for which there are "
+            "weights"
+        )
+    for name, layer in layers.items():
+        if not isinstance(layer, FusedLoraLinear):
+            continue
+        if layer.holds(adapter_name):
+            raise ValueError(
+                f"load_adapter: {layer.merged_adapters} merged into {name!r}; call fastlora.unmerge(model) first"
+            )
+    if existing and (missing := set(file.filled) - existing):
+        raise ValueError(
+            f"load_adapter: adapter_name: {adapter_name!r} exists already, and not in {some(missing)}, for "
+            "which there are weights; want another name"
+        )
+    for name in file.modules:
+        _check_shapes(name, layers[name], file, adapter_name)
+
+
+def _check_shapes(name: str, layer: nn.Module, file: AdapterFile, adapter_name: str) -> None:
+    why_not = introspect_targets.why_not_patchable(layer)
+    if why_not is not None:
+        raise ValueError(f"load_adapter: {name!r} cannot carry an adapter: {why_not}")
+    weight_shape = tuple(layer.weight.shape)  # type: ignore[arg-type]
+    n, k = weight_shape[::-1] if _is_stored_in_out(layer) else weight_shape
+    spec = file.spec(name)
+    r = spec.r
+    if isinstance(layer, FusedLoraLinear) and adapter_name in layer.r:
+        r = layer.r[adapter_name]
+        for kind in ("use_dora", "use_adalora"):
+            if (there := getattr(layer, kind)[adapter_name]) != getattr(spec, kind):
+                raise ValueError(
+                    f"load_adapter: adapter_name: {adapter_name!r} of {name!r} has {kind}={there}, the file "
+                    f"{kind}={not there}; want another name"
+                )
+    shapes = {"lora_A": (r, k), "lora_B": (n, r), "lora_E": (r, 1), "lora_magnitude_vector": (n,)}
+    for factor, tensor in file.tensors(name, r).items():
+        if tuple(tensor.shape) != shapes[factor]:
+            raise ValueError(
+                f"load_adapter: {factor} of {name!r}: got shape {tuple(tensor.shape)}, want {shapes[factor]}"
+            )
+
+
+def _is_stored_in_out(layer: nn.Module) -> bool:
+    """True where the weight is (in, out): a Conv1D, patched or not."""
+    return layer.fan_in_fan_out if isinstance(layer, FusedLoraLinear) else not isinstance(layer, nn.Linear)
+
+
+def _shifts(
+    model: nn.Module, layers: dict[str, nn.Module], file: AdapterFile, adapter_name: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A₀, B₀) by module name, where the adapter runs on weights from which s·B₀A₀ was taken; the model is only read.
+
+    PEFT finds them again at each load, by the full decomposition of the weight in float32; so does this.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    if file.shift is None:
+        return found
+    caller = f"load_adapter: init_lora_weights={file.shift!r}"
+    weights = {name: cast(Tensor, layer.weight) for name, layer in layers.items()}
+    starts.check_not_shared(model, weights, caller)
+    for name, layer in progress.bar(layers.items(), "load", len(layers)):
+        spec = file.spec(name)
+        if file.shift == "olora" and _is_stored_in_out(layer):
+            raise ValueError(
+                f"{caller}: {name!r} is a Conv1D, of whose weight PEFT decomposes the transpose, so that the adapter "
+                "does not fit it; load it with PEFT"
+            )
+        if isinstance(layer, FusedLoraLinear):
+            layer.check_initial_factors(adapter_name, exact=False)
+            weight = layer.unshifted_weight(adapter_name)
+        else:
+            weight = cast(Tensor, layer.weight).detach()
+            weight = weight.t() if _is_stored_in_out(layer) else weight
+        scaling = scale_of(spec.lora_alpha, spec.r, spec.use_rslora)
+        where = f"load_adapter: {name!r}"
+        found[name] = starts.from_weight(weight, spec.r, scaling, file.shift, whole=True, caller=where)
+    return found
+
+
+# Loading.
+@contextlib.contextmanager
+def _added(
+    model: nn.Module, layers: dict[str, nn.Module], file: AdapterFile, adapter_name: str, names: list[str]
+) -> Iterator[None]:
+    """Adds the adapter to these modules, patching those that are plain; the body sets its weights. All or nothing."""
+    if not names:
+        yield
+        return
+    was_patched = patch.is_patched(model)
+    fused = [layer for layer in layers.values() if isinstance(layer, FusedLoraLinear)]
+    common = most_common(file.spec(name) for name in names)
+    others: dict[int, list[str]] = {}  # by rank; the other settings are set with the weights
+    for name in names:
+        if (r := file.spec(name).r) != common.r:
+            others.setdefault(r, []).append(re.escape(name))
+    patch.patch(
+        model,
+        **common._asdict(),
+        rank_pattern={f"^(?:{'|'.join(alike)})": r for r, alike in others.items()},
+        target_modules="|".join(re.escape(name) for name in names),
+        adapter_name=adapter_name,
+        backend=fused[0].backend if fused else "auto",
+        strict=True,
+    )
+    try:
+        for name in names:
+            layer = layers[name]
+            assert isinstance(layer, FusedLoraLinear)
+            if was_patched and layer not in fused:
+                layer.set_adapter([])  # the model's active adapters stay the same
+        yield
+    except BaseException:
+        if not was_patched:
+            patch.unpatch(model)
+        for layer in (layers[name] for name in names):
+            if isinstance(layer, FusedLoraLinear) and layer not in fused:
+                layer.forget_initial_factors(adapter_name)
+                patch.restore_layer(layer)
+            elif isinstance(layer, FusedLoraLinear) and adapter_name in layer.lora_A:
+                layer.delete_adapter(adapter_name)
+        raise
+
+
+def _set_scale(layer: FusedLoraLinear, adapter_name: str, spec: Spec) -> None:
+    layer.lora_alpha[adapter_name] = spec.lora_alpha
+    layer.lora_dropout[adapter_name] = spec.lora_dropout
+    layer.use_rslora[adapter_name] = spec.use_rslora
+    layer.scaling[adapter_name] = scale_of(spec.lora_alpha, spec.r, spec.use_rslora)
+
+
+def _load_into_peft(model: Any, root: Path, adapter_name: str, changes_base: bool) -> None:
+    """PEFT's own `load_adapter`. It adds first and checks later: where the file does not fit, it is all taken back, the
+    base weights too where PEFT changes them (they are kept on the host meanwhile)."""
+    bases = [
+        module for module in model.modules() if isinstance(module, nn.Linear) or introspect_targets.is_conv1d(module)
+    ]
+    weights = [(b.weight, b.weight.detach().to("cpu", copy=True)) for b in bases] if changes_base else []
+    existed = adapter_name in model.peft_config
+    marker = f".{adapter_name}."
+    before = {k: v.detach().clone() for k, v in model.state_dict().items() if marker in k} if existed else {}
+    modules_before = set(model.modules())
+    fused = [module for module in modules_before if isinstance(module, FusedPeftLayer)]
+    try:
+        result = model.load_adapter(str(root), adapter_name)
+        wrong = [*result.missing_keys, *result.unexpected_keys]
+        if wrong:
+            raise ValueError(f"keys missing or unexpected: {some(wrong)}")
+    except Exception as error:
+        if existed:
+            model.load_state_dict(before, strict=False)
+        elif adapter_name in model.peft_config:
+            model.delete_adapter(adapter_name)
+        with torch.no_grad():
+            for weight, bits in weights:
+                weight.copy_(bits)
+        for name, module in list(model.named_modules()):
+            if module not in modules_before and getattr(module, "base_layer", None) in modules_before:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, module.base_layer)
+        raise ValueError(f"load_adapter: {str(root)!r} does not fit this PeftModel: {error}") from error
+    if fused:  # the adapter may have brought new layers
+        patch.patch(model, backend=fused[0].backend)  # type: ignore[arg-type]

@@ -1,1 +1,0 @@
-"""One interface (docs/architecture.md), three implementations: `torch`, `cublas`, `triton`."""

@@ -1,0 +1,165 @@
+"""Sketches of several processes as one: c columns of Q and Z travel for each layer, never a matrix of n×m.
+
+One sketch of several tasks: Σ wₖ Gₖ/norm(Gₖ) from the sketches of the Gₖ, which is what to hand to LoRA-GA where one
+adapter is to serve them all.
+
+A sketch is G ≈ QZᵀ, so the sum's is [Q₁ Q₂ …][w₁Z₁ w₂Z₂ …]ᵀ, brought back to c columns by QR and one small SVD: all
+tasks at once, so that what each holds is cut once. Refining sums are linear in G and simply add.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .sketch import GradientSketch, check_alike
+from .streaming import PROBES, StreamingSketch
+
+
+def merge_across_ranks(sketch: GradientSketch) -> None:
+    """Gives every rank the sketch of all ranks' data. All ranks must call it; layers some of them never saw count as 0.
+
+    A first pass merges the ranks' (Q, Z) in the order of ranks, by QR and a small SVD; a refining pass is linear in the
+    gradient, so that it is a sum.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+    _merge_rounds(sketch, device)
+    for name, (n, m) in sketch.sizes.items():
+        mine = sketch.layer(name, n, m)
+        if mine.refining:
+            _sum(mine.refined_y, device)
+            _sum(mine.refined_z, device)
+            updates = torch.tensor([mine.refined_updates])
+            _sum(updates, device)
+            mine.refined_updates = int(updates)
+            continue
+        merged = _merged([_unpack(packed, mine) for packed in _gather(_pack(mine), device)])
+        mine.q, mine.z, mine.probed = merged.q, merged.z, merged.probed
+        counts = torch.tensor([mine.tokens, mine.updates, mine.skipped])
+        _sum(counts, device)
+        mine.tokens, mine.updates, mine.skipped = counts.tolist()
+
+
+def _merge_rounds(sketch: GradientSketch, device: torch.device) -> None:
+    now = sketch._present_round
+    steps = [int(other) for other in _gather(torch.tensor([now.steps]), device)]
+    if len(set(steps)) > 1:
+        raise ValueError(f"GradientSketch: step: the processes made {steps} steps, want the same in all of them")
+    weight = torch.tensor([now.weight], dtype=torch.float64)
+    _sum(weight, device)
+    now.weight = float(weight)
+
+
+def _merged(parts: list[StreamingSketch]) -> StreamingSketch:
+    first, *rest = parts
+    for part in rest:
+        first.merge(part)
+    return first
+
+
+def _sum(tensor: torch.Tensor, device: torch.device) -> None:
+    moved = tensor.to(device)
+    dist.all_reduce(moved)
+    tensor.copy_(moved)
+
+
+def _gather(packed: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
+    moved = packed.to(device)
+    gathered = [torch.empty_like(moved) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, moved)
+    return gathered
+
+
+def _pack(layer: StreamingSketch) -> torch.Tensor:
+    return torch.cat((layer.q.flatten(), layer.z.flatten(), layer.probed.flatten()))
+
+
+def _unpack(packed: torch.Tensor, like: StreamingSketch) -> StreamingSketch:
+    part = StreamingSketch(like.n, like.m, like.width, like.seed, like.device)
+    q, z, probed = packed.to(like.device).split([like.n * like.width, like.m * like.width, like.n * PROBES])
+    part.q, part.z, part.probed = q.view_as(like.q), z.view_as(like.z), probed.view_as(like.probed)
+    return part
+
+
+NORMALIZATIONS = ("mean", "norm", "sum")
+
+
+_WHERE = "GradientSketch.combine"
+
+
+def combine(sketches: Sequence[GradientSketch], weights: Sequence[float] | None, normalize: str) -> GradientSketch:
+    """See `GradientSketch.combine`."""
+    sketches = list(sketches)
+    if not sketches or not all(isinstance(sketch, GradientSketch) for sketch in sketches):
+        kinds = ", ".join(type(sketch).__name__ for sketch in sketches)
+        raise ValueError(f"{_WHERE}: sketches: got [{kinds}], want one GradientSketch or more")
+    check_alike(f"{_WHERE}: sketches", sketches)
+    weights = [1.0] * len(sketches) if weights is None else list(weights)
+    if len(weights) != len(sketches) or not all(_is_positive(weight) for weight in weights):
+        raise ValueError(f"{_WHERE}: weights: got {weights}, want {len(sketches)} positive numbers")
+    if normalize not in NORMALIZATIONS:
+        raise ValueError(f"{_WHERE}: normalize: got {normalize!r}, want one of {', '.join(NORMALIZATIONS)}")
+    scales = [weight / _size(sketch, normalize) for sketch, weight in zip(sketches, weights)]
+    first = sketches[0]
+    joint = GradientSketch.like(first, width=max(sketch.width for sketch in sketches))
+    for name, (n, m) in first.sizes.items():
+        parts = [sketch.layer(name, n, m) for sketch in sketches]
+        joint.layers[name] = _joined(parts, scales, joint.layer(name, n, m))
+    joint.joint = True
+    joint._round.weight = sum(scale * sketch.total_weight for scale, sketch in zip(scales, sketches))
+    return joint
+
+
+def _size(sketch: GradientSketch, normalize: str) -> float:
+    """What a task's gradient is divided by."""
+    if normalize == "sum":
+        return 1.0
+    if normalize == "norm":
+        size = math.sqrt(sum(layer.squared_norm() for layer in sketch.layers.values() if layer.has_gradient))
+    else:
+        size = sketch.total_weight
+    if size <= 0:
+        raise ValueError(f"{_WHERE}: sketches: got one without a gradient; run backward passes inside it first")
+    return size
+
+
+def _joined(parts: list[StreamingSketch], scales: list[float], into: StreamingSketch) -> StreamingSketch:
+    device = into.device
+    into.probed = _total([part.probed for part in parts], scales, device)
+    into.tokens, into.updates, into.skipped = (
+        sum(getattr(part, count) for part in parts) for count in ("tokens", "updates", "skipped")
+    )
+    first = parts[0]
+    if all(_has_bases_of(first, part) for part in parts):
+        into.q, into.row_basis = first.q.to(device, copy=True), first.row_basis.to(device, copy=True)  # type: ignore[union-attr]
+        for summed in ("z", "refined_y", "refined_z"):
+            setattr(into, summed, _total([getattr(part, summed) for part in parts], scales, device))
+        into.refined_updates = sum(part.refined_updates for part in parts)
+        return into
+    factors = [part.factors() for part in parts]
+    into.set_product(
+        torch.cat([q.to(device) for q, _ in factors], dim=1),
+        torch.cat([scale * z.to(device) for scale, (_, z) in zip(scales, factors)], dim=1),
+    )
+    return into
+
+
+def _has_bases_of(first: StreamingSketch, part: StreamingSketch) -> bool:
+    """Whether both were refined with the same Q and P, so that their sums add."""
+    if not (first.refined_updates and part.refined_updates) or first.q.shape != part.q.shape:
+        return False
+    mine, theirs = first.row_basis, part.row_basis
+    assert mine is not None and theirs is not None
+    return torch.equal(first.q, part.q.to(first.device)) and torch.equal(mine, theirs.to(first.device))
+
+
+def _total(tensors: list[torch.Tensor], scales: list[float], device: torch.device) -> torch.Tensor:
+    return torch.stack([scale * tensor.to(device) for scale, tensor in zip(scales, tensors)]).sum(0)
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf

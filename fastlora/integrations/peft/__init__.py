@@ -1,0 +1,1 @@
+"""PEFT's layers, tuner and files: the one place that imports peft."""

@@ -1,0 +1,353 @@
+"""What PEFT's layers that run fused have in common: LoRA's (peft_layers.py) and AdaLoRA's (peft_adalora.py).
+
+A class of theirs is a `FusedForward` before PEFT's own class, and says how its adapters are read off PEFT's attributes,
+at every call: PEFT changes them at run time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from transformers.pytorch_utils import Conv1D
+
+from ...introspect.fused import FusedPeftLayer
+from ...layers import batch as layers_batch
+from ...layers import group as grouping
+from ...layers.checks import is_overridden
+from ...ops import call
+from ...ops import layer as ops_layer
+from ...ops.dora import dora as dora_op
+from ...ops.dora.norms import KeptNorms
+from ...ops.mixed import mixed as mixed_op
+from .merge import DTYPES, PLAIN_TENSORS, ExactMergeLinear, parameters, why_not_base
+from .starts import StartedLinear
+
+AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class CallCounts:
+    """What became of a layer's calls: fused, left to PEFT's forward (by reason), or the base layer alone.
+
+    The base layer alone runs where adapters are merged or disabled, or where none of the active ones is here.
+    """
+
+    fused: int = 0
+    base: int = 0
+    fallback: dict[str, int] = field(default_factory=dict)
+    last_reason: str | None = None  # of the latest fallback
+
+
+@dataclass
+class Plan:
+    """What a call runs."""
+
+    weight: Tensor
+    bias: Tensor | None
+    adapters: list[call.Adapter]
+
+
+class FusedLayer(FusedPeftLayer):
+    """What every swapped layer has beside PEFT's own, those of peft_quantized.py too."""
+
+    backend: str
+    calls: CallCounts
+
+    def _get_name(self) -> str:
+        """PEFT's class in `repr`, where scripts look for it."""
+        return next(cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith("peft."))
+
+    def extra_repr(self) -> str:
+        return "fused by fastlora"
+
+
+class FusedForward(layers_batch.BlockState, FusedLayer):
+    """A PEFT layer whose forward runs `functional.multi_lora_linear` wherever that computes the same thing."""
+
+    shares_input = True
+
+    # Set by `peft_layers.adopt`, taken away by `release`.
+    STATE = ("backend", "calls", "undos", "group")
+    group: tuple[grouping.LayerGroup, str] | None  # the group that it belongs to, and its name there
+
+    @staticmethod
+    def read_adapters(layer: Any, plan: Plan, x: Tensor | None, mixed: Sequence[str] | None) -> str | None:
+        """Adds a layer's active adapters (or these) to the plan, or says why the call is left to PEFT."""
+        raise NotImplementedError
+
+    def group_sources(self) -> tuple[list[Tensor], tuple]:
+        """The tensors that the running adapters' A are, or are put together from, the same objects at every call; and
+        what else they depend on."""
+        raise NotImplementedError
+
+    def read_plan(self, x: Tensor | None, mixed: Sequence[str] | None = None) -> Plan | str:
+        """What to run: `plan_of`."""
+        return self.plan_of(self, x, mixed)
+
+    @classmethod
+    def plan_of(cls, layer: Any, x: Tensor | None, mixed: Sequence[str] | None = None) -> Plan | str:
+        """What a layer, fused or still PEFT's, would run, read off PEFT's attributes now, or why the call is left to
+        PEFT. Without x: as far as is known. `mixed`: the adapters of a batch that mixes them, rather than the active
+        ones."""
+        plan = read_base(layer, x)
+        if isinstance(plan, str):
+            return plan
+        reason = cls.read_adapters(layer, plan, x, mixed)
+        if reason is not None:
+            return reason
+        if plan.bias is not None and plan.bias.dtype != plan.weight.dtype:
+            plan.bias = plan.bias.to(plan.weight.dtype)
+        return plan
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        if not layer._disable_adapters:
+            names = kwargs.get("adapter_names")
+            batch = layers_batch.current(layer) if names is None else layers_batch.of_names(tuple(names))
+            if batch is not None:
+                return self._mixed_forward(x, batch, args, kwargs)
+        plan: Plan | str | None = why_not_arguments(args, kwargs) if args or kwargs else None
+        if plan is None:
+            if layer._disable_adapters or layer.merged_adapters:
+                return self._base_forward(x, **kwargs)
+            plan = self.read_plan(x)
+        if isinstance(plan, str):
+            self._count_fallback(plan)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if not plan.adapters:
+            return self._base_forward(x, **kwargs)
+        if not torch.compiler.is_compiling():
+            self.calls.fused += 1
+            if self.group is not None:
+                y = self.group[0].run(self, x, self._reading(plan))
+                if y is not None:
+                    return y
+        return ops_layer.multi_lora_linear(
+            x, plan.weight, plan.adapters, plan.bias, training=True, backend=self.backend
+        )
+
+    def read_for_group(self, x: Tensor) -> grouping.Reading | None:
+        """The layer as it is now, for a group of which another member is called with x; None where it runs alone."""
+        layer: Any = self
+        if layer._disable_adapters or layer.merged_adapters:
+            return None
+        plan = self.read_plan(x)
+        return None if isinstance(plan, str) else self._reading(plan)
+
+    def _reading(self, plan: Plan) -> grouping.Reading:
+        sources, settings = self.group_sources()
+        settings += tuple(adapter.dropout_p for adapter in plan.adapters)
+        return grouping.Reading(plan.weight, plan.bias, plan.adapters, sources, settings)
+
+    def _mixed_forward(self, x: Tensor, batch: layers_batch.MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """PEFT's `adapter_names`: every sequence with its own adapter."""
+        layer: Any = self
+        given = {"adapter_names": batch.repeated(len(x)), **kwargs} if "adapter_names" not in kwargs else kwargs
+        layer._check_forward_args(x, *args, **given)  # PEFT's errors: lengths, merged adapters, DoRA
+        names, segments = batch.segments(x, layer.lora_A)
+        others = {name: value for name, value in kwargs.items() if name != "adapter_names"}
+        plan = why_not_arguments(args, others) or self.read_plan(x, names)
+        if isinstance(plan, str):
+            self._count_fallback(plan)
+            return super().forward(x, *args, **given)  # type: ignore[misc]
+        if not torch.compiler.is_compiling():
+            self.calls.fused += 1
+        return mixed_op.run_segments(x, plan.weight, plan.adapters, segments, plan.bias, self.backend)
+
+    def _count_fallback(self, reason: str) -> None:
+        if not torch.compiler.is_compiling():  # a changing count would be a new graph for every call
+            counts = self.calls
+            counts.fallback[reason] = counts.fallback.get(reason, 0) + 1
+            counts.last_reason = reason
+
+    def _base_forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """PEFT's own forward where it comes down to the base layer; it unmerges first where adapters are disabled."""
+        if not torch.compiler.is_compiling():
+            self.calls.base += 1
+        return super().forward(x, **kwargs)  # type: ignore[misc]
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__({"group": None, **state})  # type: ignore[misc]  # one pickled by an earlier version has none
+        if self.group is not None:
+            self.group[0].add(self.group[1], self)
+
+
+def why_not_arguments(args: tuple, kwargs: dict[str, Any]) -> str | None:
+    if args:
+        return "positional arguments beside the input"
+    for name, value in kwargs.items():
+        if value is not None:
+            return f"keyword argument {name}"
+    return None
+
+
+def read_base(layer: Any, x: Tensor | None) -> Plan | str:
+    """A plan without adapters, or why the call is left to PEFT."""
+    base = layer._modules["base_layer"]
+    assert base is not None
+    reason = why_not_base(base)
+    if reason is not None:
+        return f"nested in another PEFT layer ({type(base).__name__})" if isinstance(base, BaseTunerLayer) else reason
+    if is_overridden(base):
+        return "hooks on the base layer, or its forward replaced"
+    if nn_module._has_any_global_hook():
+        return "global module hooks"
+    weight, bias = parameters(base)
+    if weight.dim() != 2:
+        return "base weight is sharded or offloaded"
+    if x is not None:
+        reason = _why_not_input(x, weight)
+        if reason is not None:
+            return reason
+    return Plan(weight.t() if type(base) is Conv1D else weight, bias, [])
+
+
+def _why_not_input(x: Tensor, weight: Tensor) -> str | None:
+    if type(x) not in PLAIN_TENSORS:
+        return f"input of class {type(x).__name__}"
+    if torch.is_autocast_enabled(x.device.type):
+        if x.dtype not in AUTOCAST_DTYPES or weight.dtype not in AUTOCAST_DTYPES:
+            return f"{x.dtype} input and {weight.dtype} base weight under autocast"
+    elif x.dtype != weight.dtype:
+        return f"{x.dtype} input into a {weight.dtype} base layer"
+    return None
+
+
+def read_dropout(dropout: nn.Module) -> float | str:
+    """The probability that is in force, or why the call is left to PEFT."""
+    if type(dropout) is nn.Identity:
+        return 0.0
+    if type(dropout) is nn.Dropout:
+        return dropout.p if dropout.training else 0.0
+    return f"lora_dropout is a {type(dropout).__name__}"
+
+
+def why_not_dtype(layer: Any, x: Tensor | None, dtype: torch.dtype) -> str | None:
+    """Why an adapter of this dtype is left to PEFT, or None."""
+    if x is not None and dtype != x.dtype and not layer.cast_input_dtype_enabled:
+        return f"casting the input is disabled, and the adapter is {dtype} for a {x.dtype} input"
+    return None
+
+
+FACTORS = (nn.Linear, StartedLinear)
+
+
+# PEFT's layers on quantised bases -> where their fused forms are.
+QUANTISED_LAYERS = {
+    "peft.tuners.lora.bnb.Linear4bit": ("bnb", "FusedLinear4bit"),
+    "peft.tuners.lora.bnb.Linear8bitLt": ("bnb", "FusedLinear8bitLt"),
+    "peft.tuners.lora.torchao.TorchaoLoraLinear": ("quantised", "FusedTorchaoLinear"),
+}
+
+
+class FusedPeftLinear(FusedForward, ExactMergeLinear):
+    """PEFT's LoRA `Linear` whose forward runs `functional.multi_lora_linear` wherever that computes the same thing.
+
+    Never constructed: `adopt(layer)` turns a PEFT layer into one, `release(layer)` turns it back. Everything PEFT does
+    to its layers goes on working. `calls` counts what happened; `prediction(layer)` says what would happen now.
+    """
+
+    kept_norms: KeptNorms | None = None  # set on the instance within `fastlora.variants.kept_norms`
+
+    @staticmethod
+    def read_adapters(layer: Any, plan: Plan, x: Tensor | None, mixed: Sequence[str] | None) -> str | None:
+        return add_adapters(plan, layer, x, mixed, dora=True)
+
+    def group_sources(self) -> tuple[list[Tensor], tuple]:
+        downs: Any = self.lora_A._modules
+        running = [downs[name] for name in self.active_adapters if name in downs]
+        sources = [
+            tensor
+            for down in running
+            for tensor in (*down._parameters.values(), *down._buffers.values())
+            if tensor is not None
+        ]
+        return sources, tuple(down.__dict__.get("beside") for down in running)
+
+
+def class_name(thing: Any) -> str:
+    """The full name of an object's class."""
+    return f"{type(thing).__module__}.{type(thing).__name__}"
+
+
+def add_adapters(
+    plan: Plan, layer: Any, x: Tensor | None, mixed: Sequence[str] | None = None, dora: bool = False
+) -> str | None:
+    """Adds a layer's active adapters (or these) to the plan, or says why the call is left to PEFT, as it is for DoRA
+    unless `dora`."""
+    modules = layer._modules
+    lora_a, lora_b = modules["lora_A"]._modules, modules["lora_B"]._modules  # type: ignore[union-attr]
+    dropouts = modules["lora_dropout"]._modules  # type: ignore[union-attr]
+    for name in layer.active_adapters if mixed is None else mixed:
+        if name in lora_a:
+            if mixed is not None and parameters(lora_b[name])[1] is not None:  # type: ignore[arg-type]
+                return "lora_bias in a batch that mixes adapters"
+            variant = layer.lora_variant.get(name)
+            if variant is not None and not (dora and type(variant) is DoraLinearVariant):
+                return f"variant {type(variant).__name__}"
+            reason = _add_adapter(plan, layer, lora_a[name], lora_b[name], dropouts[name], layer.scaling[name], x)
+            if reason is None and variant is not None:
+                reason = _add_magnitude(plan, layer, name)
+            if reason is not None:
+                return reason
+    if len(plan.adapters) > 1 and any(adapter.magnitude is not None for adapter in plan.adapters):
+        return "DoRA beside other adapters"  # PEFT scales what the adapters before it have added
+    return None
+
+
+def _add_magnitude(plan: Plan, layer: Any, name: str) -> str | None:
+    """Makes the plan's last adapter DoRA's, or says why the call is left to PEFT."""
+    holder = layer.lora_magnitude_vector[name]
+    if type(holder) is not DoraLinearLayer or is_overridden(holder):
+        return f"the magnitudes are in a {type(holder).__name__}, or there are hooks on it"
+    magnitude, weight = holder.weight, plan.weight
+    wanted = ((layer.out_features,), weight.device)
+    if type(magnitude) not in PLAIN_TENSORS or (tuple(magnitude.shape), magnitude.device) != wanted:
+        return "magnitudes that are sharded or offloaded"
+    adapter, norm = plan.adapters[-1], None
+    if isinstance(layer, FusedPeftLinear) and layer.kept_norms is not None:
+        sources = [weight, adapter.lora_A, adapter.lora_B]
+        arguments = (weight, adapter.lora_A, adapter.lora_B, adapter.scaling, layer.backend)
+        make = functools.partial(dora_op.weight_norm, *arguments)
+        norm = layer.kept_norms.of(name, sources, adapter.scaling, make)
+    plan.adapters[-1] = adapter._replace(magnitude=magnitude, norm=norm)
+    return None
+
+
+def _add_adapter(
+    plan: Plan, layer: Any, down: Any, up: Any, dropout: Any, scaling: Any, x: Tensor | None
+) -> str | None:
+    if type(down) not in FACTORS or type(up) not in FACTORS:
+        return f"lora_A or lora_B is a {type(down).__name__}, {type(up).__name__}"
+    dropout_p = read_dropout(dropout)
+    if isinstance(dropout_p, str):
+        return dropout_p
+    if is_overridden(down) or is_overridden(up) or is_overridden(dropout):
+        return "hooks on lora_A, lora_B or lora_dropout, or their forward replaced"
+    (lora_a, lora_a_bias), (lora_b, lora_b_bias) = parameters(down), parameters(up)
+    if type(lora_a) not in PLAIN_TENSORS or type(lora_b) not in PLAIN_TENSORS:
+        return f"adapter weights of class {type(lora_a).__name__}, {type(lora_b).__name__}"
+    if lora_a.dim() != 2 or lora_b.dim() != 2:
+        return "adapter weights are sharded or offloaded"
+    if lora_a_bias is not None:
+        return "lora_A has a bias"
+    if not isinstance(scaling, (int, float)):
+        return f"scaling is a {type(scaling).__name__}"
+    if lora_a.dtype != lora_b.dtype or lora_a.dtype not in DTYPES:
+        return f"adapter dtypes {lora_a.dtype}, {lora_b.dtype}"
+    if (reason := why_not_dtype(layer, x, lora_a.dtype)) is not None:
+        return reason
+    plan.adapters.append(call.Adapter(lora_a, lora_b, float(scaling), dropout_p))
+    if lora_b_bias is not None and x is not None:  # lora_bias=True: s·(S Bᵀ + c) + b = s·S Bᵀ + (b + s·c)
+        addition = lora_b_bias * scaling
+        plan.bias = addition if plan.bias is None else plan.bias + addition
+    return None

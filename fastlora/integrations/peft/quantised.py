@@ -1,0 +1,191 @@
+"""PEFT's LoRA layers on quantised bases (QLoRA), in place: bitsandbytes' 4-bit and 8-bit layers, torchao's weights.
+
+As in peft_layers.py the class of an instance is swapped, and every call reads PEFT's attributes as they are then. What
+differs: the frozen weight is written out once a pass into a buffer that all layers use in turn, and only its packed
+form is kept for the backward pass (quant_autograd.py). Merging is PEFT's own, as is inference: without gradients, in
+evaluation mode, the libraries' kernels multiply with the packed weight.
+
+The layers of bitsandbytes are in peft_bnb.py, which is imported only where a model has them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora.torchao import TorchaoLoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from ...layers.checks import is_overridden
+from ...ops import call
+from ...ops.quant import weights
+from ...ops.quant.linear import quantised_dora_linear, quantised_lora_linear
+from . import lora, merge
+from .lora import CallCounts, FusedLayer
+
+INFERENCE = "evaluation mode without gradients: the packed weight is multiplied with"
+
+
+class FusedQuantisedLayer(FusedLayer):
+    """A PEFT layer on a quantised base whose forward runs `quantised_lora_linear` wherever that computes the same.
+
+    Never constructed: `adopt(layer)` turns a PEFT layer into one, `release(layer)` turns it back.
+    """
+
+    STATE = ("backend", "calls")
+    PLAIN: type[nn.Module]  # PEFT's own class
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = cast(Any, self)
+        peft_forward = super().forward  # type: ignore[misc]
+        if torch.compiler.is_compiling():  # a graph has no place for a buffer that layers share
+            return peft_forward(x, *args, **kwargs)
+        plan: Plan | str | None = lora.why_not_arguments(args, kwargs) if args or kwargs else None
+        if plan is None:
+            if layer._disable_adapters or layer.merged_adapters:
+                self.calls.base += 1
+                return peft_forward(x, **kwargs)
+            plan = read_plan(layer, x)
+        if isinstance(plan, str):
+            self.calls.fallback[plan] = self.calls.fallback.get(plan, 0) + 1
+            self.calls.last_reason = plan
+            return peft_forward(x, *args, **kwargs)
+        if not plan.adapters:
+            self.calls.base += 1
+            return peft_forward(x, **kwargs)
+        self.calls.fused += 1
+        weight, (adapter,) = weights.snapshot(layer.base_layer, plan.dtype), plan.adapters
+        if adapter.magnitude is not None:
+            magnitude, factors = adapter.magnitude, adapter[:3]
+            return quantised_dora_linear(x, weight, plan.bias, *factors, magnitude, self.backend, plan.out_dtype)
+        return quantised_lora_linear(x, weight, plan.bias, *adapter[:4], self.backend, plan.out_dtype)
+
+
+class FusedTorchaoLinear(FusedQuantisedLayer, TorchaoLoraLinear):  # type: ignore[misc]
+    """PEFT's layer on a torchao weight."""
+
+    PLAIN = TorchaoLoraLinear
+
+
+@dataclass
+class Plan:
+    """What a call runs: the dtype it is computed in and that of its output, the bias in the former, and the adapters,
+    as one (or none)."""
+
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    bias: Tensor | None
+    adapters: list[call.Adapter]
+
+
+def unsupported(layer: nn.Module) -> str | None:
+    """None where `adopt` takes this layer, or why it is left to PEFT as it is (docs/qlora.md)."""
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the instance"
+    base = cast(Any, layer).base_layer
+    if isinstance(base, BaseTunerLayer):
+        return f"nested in another PEFT layer ({type(base).__name__})"
+    return weights.why_not(base)
+
+
+def prediction(layer: nn.Module) -> str | None:
+    """None where a call with gradients would be fused now, or why it would be left to PEFT's forward."""
+    reason = unsupported(layer)
+    peft_layer = cast(Any, layer)
+    if reason is not None or peft_layer._disable_adapters or peft_layer.merged_adapters:
+        return reason
+    plan = read_plan(peft_layer, None)
+    return plan if isinstance(plan, str) else None
+
+
+def adopt(layer: nn.Module, backend: str = "auto") -> Any:
+    """Makes a PEFT LoRA layer its fused form, in place. Raises ValueError with `unsupported`'s reason."""
+    reason = unsupported(layer)
+    if reason is not None:
+        raise ValueError(f"fastlora: adopt: layer: {reason}")
+    fused = cast(Any, layer)
+    if not isinstance(layer, FusedQuantisedLayer):
+        module, name = lora.QUANTISED_LAYERS[lora.class_name(layer)]
+        fused.__class__ = getattr(importlib.import_module(f"fastlora.integrations.peft.{module}"), name)
+        fused.calls = CallCounts()
+    fused.backend = backend
+    return fused
+
+
+def release(layer: FusedQuantisedLayer) -> None:
+    """Makes it PEFT's own layer again. Merged weights stay as they are: PEFT merged them."""
+    for name in FusedQuantisedLayer.STATE:
+        delattr(layer, name)
+    cast(Any, layer).__class__ = layer.PLAIN
+
+
+def read_plan(layer: Any, x: Tensor | None) -> Plan | str:
+    """What to run, read off PEFT's attributes now, or why the call is left to PEFT. Without x: as far as is known."""
+    base = layer.base_layer
+    if isinstance(base, BaseTunerLayer):
+        return f"nested in another PEFT layer ({type(base).__name__})"
+    reason = weights.why_not(base)
+    if reason is not None:
+        return reason
+    if is_overridden(base):
+        return "hooks on the base layer, or its forward replaced"
+    if nn_module._has_any_global_hook():
+        return "global module hooks"
+    dtype = out_dtype = torch.float32
+    if x is not None:
+        if not (torch.is_grad_enabled() or layer.training):
+            return INFERENCE
+        dtypes = _dtypes(base, x)
+        if isinstance(dtypes, str):
+            return dtypes
+        dtype, out_dtype = dtypes
+    bias = base._parameters.get("bias")
+    read = lora.Plan(base._parameters["weight"], bias if bias is None else bias.to(dtype), [])
+    reason = lora.add_adapters(read, layer, x, dora=True)
+    if reason is not None:
+        return reason
+    if any(adapter.magnitude is not None for adapter in read.adapters):
+        (adapter,) = read.adapters
+        if adapter.dropout_p > 0.0:
+            return "DoRA with dropout, whose second product needs the weight twice"
+    else:
+        adapter = call.as_one_adapter(read.adapters)
+    if adapter is None and read.adapters:
+        return "several adapters, of which one drops something"
+    if adapter is not None and x is not None and adapter.lora_A.device != x.device:
+        return f"adapters on {adapter.lora_A.device}, input on {x.device}"
+    adapters = [] if adapter is None else [adapter]
+    return Plan(dtype, out_dtype, read.bias if read.bias is None else read.bias.to(dtype), adapters)
+
+
+def _dtypes(base: Any, x: Tensor) -> tuple[torch.dtype, torch.dtype] | str:
+    """The dtypes that the call is computed in and returned in, as the library would; or why it is left to PEFT."""
+    if type(x) not in merge.PLAIN_TENSORS or x.is_nested:
+        return f"input of class {type(x).__name__}"
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+        return "torch.func transforms or torch.jit.trace"
+    if x.dim() < 1 or x.shape[-1] != base.in_features or x.device != base.weight.device:
+        return f"input of shape {tuple(x.shape)} on {x.device}"
+    kind, dtype, out_dtype = weights.kind_of(base), x.dtype, x.dtype
+    autocast = torch.is_autocast_enabled(x.device.type)
+    low_rank_dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    if kind == weights.FOUR_BIT:
+        if not base.compute_type_is_set:  # the first input decides, in bitsandbytes' words
+            base.set_compute_type(x)
+            base.compute_type_is_set = True
+        dtype = base.compute_dtype or x.dtype
+    elif kind == weights.EIGHT_BIT and autocast:
+        # Autocast reaches into bitsandbytes' product on a CPU, and not on a GPU, whose output has its input's dtype.
+        dtype = low_rank_dtype
+        out_dtype = x.dtype if x.is_cuda else dtype
+    elif kind != weights.EIGHT_BIT and base.weight.dtype != x.dtype:
+        return f"{x.dtype} input into a {base.weight.dtype} base layer"
+    if dtype not in weights.DTYPES or x.dtype not in weights.DTYPES:
+        return f"{x.dtype} input"
+    if low_rank_dtype != dtype:
+        return f"{x.dtype} input, computed in {dtype}" + (f" under autocast to {low_rank_dtype}" if autocast else "")
+    return dtype, out_dtype

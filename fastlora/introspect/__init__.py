@@ -1,0 +1,1 @@
+"""What must be known of somebody else's model: targets, names, taps, sharding."""

@@ -1,0 +1,207 @@
+"""Which modules of a model are meant, in PEFT's words, and which of those can be patched."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .fused import OwnLayer
+
+
+class Selection:
+    """`target_modules` and `exclude_modules` in PEFT's meaning."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: str | Sequence[str],
+        exclude: str | Sequence[str] | None,
+        caller: str = "patch",
+    ) -> None:
+        self.targets = _check_names(targets, f"{caller}: target_modules")
+        self.exclude = _check_names(exclude if exclude is not None else [], f"{caller}: exclude_modules")
+        self.all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
+        self.heads = _output_heads(model) if self.all_linear else {}
+        self.unused = set() if isinstance(self.targets, str) else set(self.targets)
+
+    def why_not(self, name: str, module: nn.Module) -> str | None:
+        """None for a target; else why the module is not one."""
+        if not self.all_linear and not self.names(name):
+            return "not among target_modules"
+        if self.excludes(name):
+            return "in exclude_modules"
+        if id(module) in self.heads:
+            return self.heads[id(module)]
+        return None
+
+    def excludes(self, name: str) -> bool:
+        """True where exclude_modules names this module."""
+        return self._matches(name, self.exclude)
+
+    def names(self, name: str) -> bool:
+        """True where target_modules names this module."""
+        return self._matches(name, self.targets)
+
+    def _matches(self, name: str, names: str | Sequence[str]) -> bool:
+        if isinstance(names, str):
+            return re.fullmatch(names, name) is not None
+        found = [target for target in names if name == target or name.endswith(f".{target}")]
+        self.unused.difference_update(found)
+        return bool(found)
+
+
+def _check_names(names: str | Sequence[str], argument: str) -> str | list[str]:
+    if isinstance(names, str):
+        try:
+            re.compile(names)
+        except re.error as error:
+            raise ValueError(f"{argument}: got {names!r}, want a regular expression: {error}") from None
+        return names
+    listed: list[Any] = list(names) if isinstance(names, Iterable) else [names]
+    if not all(isinstance(name, str) for name in listed):
+        raise ValueError(f"{argument}: got {names!r}, want a string or a list of strings")
+    return listed
+
+
+def _output_heads(model: nn.Module) -> dict[int, str]:
+    """The heads that "all-linear" leaves alone, as PEFT does: a transformers model's output embeddings and
+    classifiers."""
+    heads: dict[int, str] = {}
+    for module in model.modules():
+        output = getattr(module, "get_output_embeddings", None)
+        if not callable(output):
+            continue
+        head = output()
+        if isinstance(head, nn.Module):
+            heads[id(head)] = 'the output head: "all-linear" leaves it alone'
+        if type(module).__name__.endswith(("ForSequenceClassification", "ForTokenClassification")):
+            for attribute in ("score", "classifier"):
+                head = getattr(module, attribute, None)
+                for part in head.modules() if isinstance(head, nn.Module) else ():
+                    heads[id(part)] = 'the classification head: "all-linear" leaves it alone'
+    return heads
+
+
+def unwrap(model: nn.Module, caller: str) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel or torch.compile's wrapper: names on disk are its own."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{caller}: model: got {type(model).__name__}, want a torch.nn.Module")
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def candidates(model: nn.Module, selection: Selection) -> Iterator[tuple[str, nn.Module]]:
+    """Every linear layer, and whatever else was named as a target, once each."""
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
+        leaf = not any(True for _ in module.children()) and not isinstance(module, nn.ParameterDict)
+        if linear or (leaf and not selection.all_linear and selection.names(name)):
+            yield name, module
+
+
+def sketchable(
+    model: nn.Module, target_modules: str | Sequence[str], exclude_modules: str | Sequence[str] | None
+) -> Iterator[tuple[str, nn.Module]]:
+    """The layers whose weight gradients `GradientSketch` looks at: a model's LoRA layers where it has any, else its
+    linear layers, quantised ones too (only inputs and output gradients are needed)."""
+    selection = Selection(model, target_modules, exclude_modules, caller="GradientSketch")
+    layers = dict(lora_layers(model))
+    if layers:
+        for name, layer in layers.items():
+            base = getattr(layer, "base_layer", layer)  # PEFT adapts embeddings and convolutions too
+            linear = isinstance(base, nn.Linear) or is_conv1d(base)
+            if linear and (selection.all_linear or selection.names(name)) and not selection.excludes(name):
+                yield name, layer
+        return
+    for name, module in candidates(model, selection):
+        unreachable = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        linear = isinstance(module, nn.Linear) or is_conv1d(module)
+        if linear and not unreachable and selection.why_not(name, module) is None:
+            yield name, module
+
+
+def layer_sizes(layer: Any) -> tuple[int, int]:
+    """(out_features, in_features) of a linear layer of any kind."""
+    if is_conv1d(layer):
+        return layer.weight.shape[1], layer.weight.shape[0]
+    return layer.out_features, layer.in_features
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """True for transformers' Conv1D, a linear layer whose weight is (in, out)."""
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    return pytorch_utils is not None and type(module) is pytorch_utils.Conv1D
+
+
+def why_not_patchable(module: nn.Module) -> str | None:
+    """None where `patch` can swap this module, else why not."""
+    if isinstance(module, OwnLayer):
+        return None
+    kind = type(module).__name__
+    if type(module) is not nn.Linear and not is_conv1d(module):
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            return "nn.MultiheadAttention reads this layer's weight itself and never calls its forward"
+        if type(module).__module__.startswith("bitsandbytes.") and isinstance(module, nn.Linear):
+            return f"{kind} is quantised: put PEFT's LoRA on it (peft.get_peft_model), and patch that model"
+        if isinstance(module, nn.Linear):
+            return f"{kind} is a subclass of nn.Linear with behaviour of its own (quantised, parametrised or custom)"
+        return f"{kind} is not a linear layer"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance (an accelerate hook, say), so a swapped layer would not run"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed by a hook (weight_norm, pruning), not a plain parameter"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}, not a plain tensor: patch before sharding or quantising"
+    if weight.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return f"its weight has dtype {weight.dtype}"
+    if weight.numel() == 0:
+        return "its weight is empty (partitioned by ZeRO-3?): patch before partitioning"
+    return None
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, layer) of every `FusedLoraLinear` and every PEFT LoRA layer, once each, as `named_modules` orders them."""
+    peft_layer = sys.modules.get("peft.tuners.lora.layer")
+    kinds = (OwnLayer,) if peft_layer is None else (OwnLayer, peft_layer.LoraLayer)
+    return iter(modules_of(model, kinds))
+
+
+def modules_of(model: nn.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
+    """(name, module) of these kinds, all of which have children, once each, as `named_modules` orders them.
+
+    Of what has no children, and within our own layers, nothing is asked: a twentieth of `named_modules`' time on a
+    patched Llama, which switching adapters waits for.
+    """
+    found: list[tuple[str, Any]] = []
+    seen: set[int] = set()
+
+    def walk(name: str, module: nn.Module) -> None:
+        seen.add(id(module))
+        if isinstance(module, kinds):
+            found.append((name, module))
+        if isinstance(module, OwnLayer):
+            return
+        for child_name, child in module._modules.items():
+            if child is not None and child._modules and id(child) not in seen:
+                walk(f"{name}.{child_name}" if name else child_name, child)
+
+    walk("", model)
+    return found
+
+
+def peft_lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, layer) of every PEFT LoRA layer."""
+    for name, layer in lora_layers(model):
+        if not isinstance(layer, OwnLayer):
+            yield name, layer

@@ -1,0 +1,1 @@
+"""One patched layer, and layers that run together."""

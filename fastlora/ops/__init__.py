@@ -1,0 +1,1 @@
+"""A folder an op: `<op>.py` (checks, autograd, the choice of kernels), `aten.py` and `triton.py`."""

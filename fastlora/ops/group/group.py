@@ -1,0 +1,413 @@
+"""A group of LoRA layers in autograd: layers that are fed the same x share S, dA and the accumulation of dX.
+
+    S₁ … Sₙ = drop₁(x) A₁ᵀ … dropₙ(x) Aₙᵀ     one pass over x (`SharedShrink`)
+    yᵢ      = x Wᵢᵀ + bᵢ + sᵢ·Sᵢ Bᵢᵀ          each member when it is called (`GroupMember`)
+
+x travels through the members: each hands it on, as an alias, to the one that is called next. So dX comes back through
+them in turn, and each adds its dYᵢ Wᵢ in place onto what the later ones have left (cuBLAS with beta = 1); the last stop
+is `SharedShrink`, which adds Σ dropᵢ′(dSᵢ Aᵢ) in one pass and makes every dAᵢ from one reading of x. Autograd sees
+ordinary functions with ordinary inputs: a member that is never called, or whose output is not used, gets None and costs
+nothing, and members can be differentiated apart.
+
+Saved: x once, each S, the dropout states, and references to the weights.
+
+Which implementation runs a group of layers: the one that belongs to the backends its members would take alone.
+
+On a GPU the group's own kernels are compared with the reference on a small problem before they are first trusted, as
+the backends are (dispatch.py); where they fail, or where the members would take different roads, the layers run one by
+one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import weakref
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ...runtime.trust import first_difference, first_use, seeded
+from .. import call
+from ..call import GroupLayer, as_one_adapter, autocast_enabled, check_call, takes_fused_path
+from ..layer import multi_lora_linear
+from ..lora import choice as lora_choice
+from . import aten
+
+KERNEL_BACKENDS = ("cublas", "triton")
+
+
+_failures: dict[tuple[str, torch.dtype, torch.dtype, bool], str | None] = {}  # None: agrees with the reference
+
+
+class Member(NamedTuple):
+    """One layer of a group: weight (N, K), lora_A (r, K), lora_B (N, r), the dropout probability in force."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    dropout_p: float
+    backend: str = "auto"
+
+
+class Choice(NamedTuple):
+    """The group's implementation, and the backend by which each member multiplies by its weight."""
+
+    module: ModuleType
+    names: tuple[str, ...]
+
+
+def select(x: Tensor, members: Sequence[Member]) -> Choice | str:
+    """What runs the group on x (M, K), or why the layers run one by one. Weights and biases are cast to x's dtype by
+    whoever multiplies by them."""
+    names = tuple(_backend(x, member) for member in members)
+    if all(name == "torch" for name in names):
+        return Choice(aten, names)
+    if not all(name in KERNEL_BACKENDS for name in names):
+        return f"the members run on different backends: {', '.join(names)}"
+    module = importlib.import_module("fastlora.ops.group.triton")
+    if x.device.type == "cuda":
+        for dtype in {member.lora_A.dtype for member in members}:
+            failure = _failure(module, x.device, x.dtype, dtype, any(m.dropout_p > 0.0 for m in members))
+            if failure is not None:
+                return failure
+    return Choice(module, names)
+
+
+def _backend(x: Tensor, member: Member) -> str:
+    weight, bias = member.weight, member.bias
+    if weight.dtype != x.dtype:  # under autocast: what matters to the choice is the dtype that it will have
+        weight = weight.new_empty(weight.shape, dtype=x.dtype) if x.is_cuda else weight
+        bias = bias.to(x.dtype) if bias is not None else None
+    name = lora_choice.select(x, weight, bias, member.lora_A, member.lora_B, member.dropout_p, member.backend).name
+    return lora_choice.FAMILY.get(name, name)
+
+
+def _failure(
+    module: ModuleType, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout: bool
+) -> str | None:
+    """None where the kernels have been compared with the reference on this device and agree; else why they are not
+    used."""
+    key = (str(device), dtype, adapter_dtype, dropout)
+    return first_use(
+        _failures,
+        key,
+        lambda: self_check(module, device, dtype, adapter_dtype, dropout),
+        "the backend for groups of layers",
+        f"{device} for {dtype}",
+        "layers run one by one",
+    )
+
+
+def self_check(
+    module: ModuleType, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout: bool
+) -> str | None:
+    """Compares S, dX and dA of a group of two with fp64 on a small problem that divides nothing; None where they agree,
+    else what differs.
+
+    With dropout the masks are read off the implementation itself: with A = I, S is drop(x). The generators' states are
+    left as they were.
+    """
+    with seeded(device), torch.no_grad():
+        m, k = 203, 72
+        ranks = (k, k) if dropout else (10, 24)
+        p = 0.25 if dropout else 0.0
+        x = torch.randn(m, k, device=device).to(dtype)
+        lora_As = [
+            (torch.eye(k, device=device) if dropout else torch.randn(r, k, device=device) * k**-0.5).to(adapter_dtype)
+            for r in ranks
+        ]
+        dss = [torch.randn(m, r, device=device).to(dtype) for r in ranks]
+        dx = torch.randn(m, k, device=device).to(dtype)
+        expected_dx = dx.double()
+        s, states = module.shrink(x, lora_As, (p, p), False)
+        dx, grads = module.shared_gradients(dx, x, dss, lora_As, states, (p, p), False, True, (True, True))
+        results = []
+        for i in range(2):
+            keep = (s[i] != 0).double() / (1 - p) if dropout else torch.ones_like(x, dtype=torch.float64)
+            if dropout and not 0.6 < (s[i] != 0).double().mean().item() < 0.9:
+                return f"the kept fraction is {(s[i] != 0).double().mean().item():.2f}, expected about {1 - p}"
+            a, ds, dropped = lora_As[i].double(), dss[i].double(), x.double() * keep
+            expected_dx += (ds @ a) * keep
+            results += [(f"S of member {i}", s[i], dropped @ a.t()), (f"dA of member {i}", grads[i], ds.t() @ dropped)]
+        results.append(("dX", dx, expected_dx))
+    return first_difference(results, dtype)
+
+
+SMALL = 4  # times autograd.SMALL elements of x; below, on a CPU, a group's additional step costs what it saves
+
+
+class SharedShrink(torch.autograd.Function):
+    """(x, S₁, …, Sₙ) of x (M, K) and A₁ … Aₙ; x comes out as an alias, or None where it needs no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        module: ModuleType,
+        dropout_ps: tuple[float, ...],
+        shared_mask: bool,
+        owner: Any,
+        *lora_As: Tensor,
+    ):
+        ctx.set_materialize_grads(False)
+        outputs, states = module.shrink(x, lora_As, dropout_ps, shared_mask)
+        need_x, need_as = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        ctx.save_for_backward(x if any(need_as) else None, *states)
+        # Apart from the rest, so that only those that the backward pass uses have to be as they were: a member whose A
+        # was changed before its call has run without this S.
+        ctx.lora_As, ctx.versions = lora_As, [_version(a) for a in lora_As]
+        ctx.arguments = (module, dropout_ps, shared_mask, owner)
+        return (x if need_x else None, *outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor | None, *dss: Tensor | None):  # type: ignore[override]
+        module, dropout_ps, shared_mask, owner = ctx.arguments
+        need_x, need_as = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        forget = owner() if owner is not None else None
+        if forget is not None:
+            forget.clear()
+        if all(ds is None for ds in dss):  # nothing of what was saved is needed, and it may be gone
+            return (dx, *[None] * (4 + len(dss)))
+        x, *states = ctx.saved_tensors
+        for a, version, ds in zip(ctx.lora_As, ctx.versions, dss, strict=True):
+            if ds is not None and _version(a) != version:
+                raise RuntimeError(
+                    "fastlora: a lora_A needed for gradient computation has been modified by an inplace operation: "
+                    f"{tuple(a.shape)} is at version {_version(a)}; expected version {version} instead"
+                )
+        with _without_autocast(next(ds for ds in dss if ds is not None)):
+            dx, grads = module.shared_gradients(
+                _writable(dx), x, dss, ctx.lora_As, states, dropout_ps, shared_mask, need_x, need_as
+            )
+        return (dx, None, None, None, None, *grads)
+
+
+class GroupMember(torch.autograd.Function):
+    """(y, x) of x (M, K) and S (M, r); x comes out as an alias, or None where it needs no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        s: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_B: Tensor,
+        scaling: float,
+        module: ModuleType,
+        name: str,
+        shape: torch.Size,
+    ):
+        ctx.set_materialize_grads(False)
+        y = module.forward(x, weight, bias, s, lora_B, scaling, name)
+        need_x, need_s, need_w, _, need_b = ctx.needs_input_grad[:5]
+        ctx.save_for_backward(
+            x if need_w else None,
+            weight if need_x else None,
+            s if need_b else None,
+            lora_B if need_s or need_b else None,
+        )
+        ctx.arguments = (module, scaling)
+        return _shaped(y, shape), (x if need_x else None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dx: Tensor | None):  # type: ignore[override]
+        if dy is None:
+            return dx, *[None] * 8
+        x, weight, s, lora_B = ctx.saved_tensors
+        module, scaling = ctx.arguments
+        need_x, need_s, need_w, need_bias, need_b = ctx.needs_input_grad[:5]
+        dy2 = dy.reshape(-1, dy.shape[-1])
+        with _without_autocast(dy):
+            dx, ds, grad_b = module.backward(dy2, weight, s, lora_B, scaling, _writable(dx), (need_x, need_s, need_b))
+            grad_w = dy2.t().mm(x) if need_w else None
+            grad_bias = dy2.sum(0) if need_bias else None
+        return dx, ds, grad_w, grad_bias, grad_b, None, None, None, None
+
+
+class Term(NamedTuple):
+    """What a member adds to the shared part: lora_A (r, K) and the dropout probability in force."""
+
+    lora_A: Tensor
+    dropout_p: float
+
+
+class SharedInput:
+    """x on its way through a group: `call` runs a member; each may be called once, in any order, or never."""
+
+    def __init__(self, x: Tensor, terms: Sequence[Term], choice: Choice, shared_mask: bool = False) -> None:
+        """x (..., K) of the weights' dtype. S of every member is computed here."""
+        self.shape = x.shape
+        self.module, self.names = choice
+        x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        dropout_ps = tuple(term.dropout_p for term in terms)
+        lora_As = [term.lora_A for term in terms]
+        self.grad = torch.is_grad_enabled()
+        s: Sequence[Tensor]
+        if self.grad:
+            weak = weakref.ref(self)
+            passed, *s = SharedShrink.apply(x2, self.module, dropout_ps, shared_mask, weak, *lora_As)  # type: ignore[misc]
+            x2 = x2 if passed is None else passed
+        else:
+            s, _ = self.module.shrink(x2, lora_As, dropout_ps, shared_mask)
+        self.x: Tensor | None = x2
+        self.s: list[Tensor | None] = list(s)
+
+    def call(self, index: int, weight: Tensor, bias: Tensor | None, lora_B: Tensor, scaling: float) -> Tensor:
+        """The member's y (..., N)."""
+        x, s = self.x, self.s[index]
+        assert x is not None and s is not None, "each member once"
+        name = self.names[index]
+        self.s[index] = None
+        if weight.dtype != x.dtype:  # under autocast
+            weight = weight.to(x.dtype)
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        if not self.grad:
+            return _shaped(self.module.forward(x, weight, bias, s, lora_B, scaling, name), self.shape)
+        y, passed = GroupMember.apply(x, s, weight, bias, lora_B, scaling, self.module, name, self.shape)  # type: ignore[misc]
+        if passed is not None:
+            self.x = passed
+        return y
+
+    def clear(self) -> None:
+        """Lets go of every tensor: nothing can be called any more."""
+        self.x = None
+        self.s = [None] * len(self.s)
+
+
+def _shaped(y: Tensor, shape: torch.Size) -> Tensor:
+    """y (M, N) as (..., N), not as a view: autograd would let nobody write into one that a Function made."""
+    return y if len(shape) == 2 else torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _writable(dx: Tensor | None) -> Tensor | None:
+    """The gradient that later members have left: made by one of them and seen by nobody else, unless it is to be
+    differentiated again (which then raises)."""
+    return dx.clone() if dx is not None and dx.requires_grad else dx
+
+
+def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Within autocast, ATen would cast some operands of a backward pass and not others."""
+    if autocast_enabled(tensor):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def lora_group(
+    x: Tensor,
+    layers: Sequence[GroupLayer],
+    training: bool = True,
+    backend: str = "auto",
+    shared_mask: bool = False,
+) -> tuple[Tensor, ...]:
+    """Several LoRA layers on the same x, as q, k and v or gate and up are: x is read once for the S of all of them and
+    once for every dA, and dX is accumulated instead of made once a layer and added.
+
+    Equivalent to:
+
+        tuple(multi_lora_linear(x, layer.weight, layer.adapters, layer.bias, training) for layer in layers)
+
+    Args:
+        x: (..., K). layers: `GroupLayer`s with weight (Nᵢ, K) and adapters as in `lora_linear`; ranks, scales, dropout
+            probabilities and the adapters' dtypes may differ.
+        training, backend: as in `lora_linear`.
+        shared_mask: one dropout mask for all adapters, which then need one probability; otherwise each has its own, as
+            in PEFT.
+
+    Returns:
+        A tuple of (..., Nᵢ). One whose gradient is not asked for costs nothing in the backward pass.
+
+    Layers without adapters, or with several that drop something, run alone; so do all of them where sharing cannot help
+    or be right: small x on a CPU, inside torch.compile and torch.func, tensor subclasses, layers that run on different
+    backends.
+
+    Raises:
+        ValueError: as `lora_linear`; with `shared_mask`, probabilities that differ, or an adapter with a magnitude.
+    """
+    layers = [
+        layer if training else layer._replace(adapters=[a._replace(dropout_p=0.0) for a in layer.adapters])
+        for layer in layers
+    ]
+    for layer in layers:
+        for adapter in layer.adapters:
+            check_call(x, layer.weight, adapter, layer.bias)
+            if shared_mask and adapter.magnitude is not None:
+                raise ValueError("lora_group: shared_mask: got True and an adapter with a magnitude (DoRA), want False")
+    probabilities = {adapter.dropout_p for layer in layers for adapter in layer.adapters}
+    if shared_mask and len(probabilities) > 1:
+        raise ValueError(
+            f"lora_group: shared_mask: got dropout probabilities {sorted(probabilities)}, want one for all"
+        )
+    shared_mask = shared_mask and probabilities != {0.0}
+    merged = [as_one_adapter(layer.adapters) for layer in layers]
+    members = {
+        i: Member(layer.weight, layer.bias, *adapter[:2], adapter.dropout_p, backend)
+        for i, (layer, adapter) in enumerate(zip(layers, merged, strict=True))
+        if adapter is not None
+    }
+    whole = len(members) == len(layers) or not shared_mask
+    shared = open_group(x, list(members.values()), shared_mask) if whole else None
+    if shared is None and shared_mask:
+        return tuple(_with_one_mask(x, layers, probabilities.pop()))
+    outputs = []
+    seats = {i: seat for seat, i in enumerate(members)}
+    for i, (layer, adapter) in enumerate(zip(layers, merged, strict=True)):
+        if shared is None or adapter is None:
+            outputs.append(multi_lora_linear(x, layer.weight, layer.adapters, layer.bias, backend=backend))
+        else:
+            outputs.append(shared.call(seats[i], layer.weight, layer.bias, adapter.lora_B, adapter.scaling))
+    return tuple(outputs)
+
+
+def open_group(x: Tensor, members: Sequence[Member], shared_mask: bool = False) -> SharedInput | None:
+    """The shared part of a group, ready for its members to be called; None where they should run one by one (or where
+    running one of them will say what is wrong)."""
+    if len(members) < 2 or torch.compiler.is_compiling() or x.is_nested or x.dim() < 1:
+        return None
+    if x.device.type == "cpu" and x.numel() < SMALL * call.SMALL:
+        return None
+    tensors = [tensor for member in members for tensor in member[:4]]
+    if not takes_fused_path(x, *tensors):
+        return None
+    dtypes = {tensor.dtype for member in members for tensor in member[:2] if tensor is not None}
+    dtype = x.dtype
+    if call.autocast_enabled(x):
+        if torch.float64 in dtypes or dtype == torch.float64:
+            return None
+        dtype = torch.get_autocast_dtype(x.device.type)
+    elif dtypes != {dtype}:
+        return None
+    if any(member.weight.numel() == 0 or member.weight.shape[1] != x.shape[-1] for member in members):
+        return None
+    if any(tensor is not None and tensor.device != x.device for tensor in tensors):
+        return None
+    cast = x.to(dtype)
+    choice = select(cast.reshape(-1, cast.shape[-1]), members)
+    if isinstance(choice, str):
+        return None
+    terms = [Term(member.lora_A, member.dropout_p) for member in members]
+    return SharedInput(cast, terms, choice, shared_mask)
+
+
+def _with_one_mask(x: Tensor, layers: Sequence[GroupLayer], dropout_p: float) -> Iterator[Tensor]:
+    dropped = F.dropout(x, dropout_p)
+    for layer in layers:
+        y = F.linear(x, layer.weight, layer.bias)
+        for adapter in layer.adapters:
+            s = F.linear(dropped.to(y.dtype), adapter.lora_A.to(y.dtype))
+            y = y + F.linear(s, adapter.lora_B.to(y.dtype)) * adapter.scaling
+        yield y

@@ -1,0 +1,125 @@
+"""A group of LoRA layers on one x with the group's Triton kernels: x read once for every S and once for every dA, the
+low-rank part of dX written once; each member's frozen product by cuBLAS, or in the forward pass by the Triton GEMM
+where its backend is `triton`. dX is accumulated by cuBLAS (beta = 1).
+
+What is kept for dropout is a seed for each member: the kernels make the masks again wherever they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...kernels import group
+from ...kernels.dropout import new_seed
+from ...kernels.expand import expand
+from ...kernels.launch import device_of, new_workspace
+from ..lora.cublas import low_rank_gradients
+
+Tensors = list[Tensor | None]
+
+
+def shrink(
+    x: Tensor, lora_As: Sequence[Tensor], dropout_ps: Sequence[float], shared_mask: bool
+) -> tuple[list[Tensor], Tensors]:
+    """(S, seeds): Sᵢ = dropᵢ(x) Aᵢᵀ (M, rᵢ); a seed is (1,) int64, None where nothing is dropped."""
+    with device_of(x):
+        seeds: Tensors = []
+        for p in dropout_ps:
+            again = seeds[0] if shared_mask and seeds else None
+            seeds.append(again if again is not None else new_seed(x.device) if p > 0.0 else None)
+        out = [x.new_empty(x.shape[0], a.shape[0]) for a in lora_As]
+        workspace = new_workspace(x, group.shrink_workspace(x, lora_As))
+        group.group_shrink(x, lora_As, out, workspace, seeds=seeds, dropout_ps=dropout_ps, shared_mask=shared_mask)
+        return out, seeds
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_B: Tensor, scaling: float, name: str
+) -> Tensor:
+    """One member's y (M, N) = x W0ᵀ + b + s·S Bᵀ, as the backend `name` makes it."""
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    with device_of(x):
+        if name == "triton":
+            from ...kernels.gemm import forward_gemm
+
+            forward_gemm(x, weight, bias, s, lora_B, y, scaling)
+            return y
+        expand(s, lora_B, y, alpha=scaling, bias=bias)
+        return y.addmm_(x, weight.t())
+
+
+def backward(
+    dy: Tensor,
+    weight: Tensor | None,
+    s: Tensor | None,
+    lora_B: Tensor | None,
+    scaling: float,
+    dx: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """One member's (dX, dS, dB), None where `needs` (x, S, lora_B) is False: dX = dx + dY W0, in place where dx is
+    given; dS = s·dY B and dB = s·dYᵀ S in one pass over dY."""
+    needs_x, needs_s, needs_b = needs
+    with device_of(dy):
+        ds, _, grad_b = _low_rank(dy, lora_B, s, scaling, needs_s, needs_b)
+        if needs_x:
+            assert weight is not None
+            dx = dy.mm(weight) if dx is None else dx.addmm_(dy, weight)
+        return dx if needs_x else None, ds, grad_b
+
+
+def _low_rank(dy, lora_B, s, scaling, needs_s, needs_b):
+    # dS is asked for as dX would ask for it; without its lora_A, dA is not made here.
+    return low_rank_gradients(dy, None, None, lora_B, s, None, scaling, 0.0, (needs_s, False, needs_b))
+
+
+def shared_gradients(
+    dx: Tensor | None,
+    x: Tensor | None,
+    dss: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor | None],
+    states: Sequence[Tensor | None],
+    dropout_ps: Sequence[float],
+    shared_mask: bool,
+    needs_x: bool,
+    needs_as: Sequence[bool],
+) -> tuple[Tensor | None, Tensors]:
+    """(dX, dAs): dX = dx + Σ dropᵢ′(dSᵢ Aᵢ), in place where dx is given, and dAᵢ = dSᵢᵀ dropᵢ(x).
+
+    A member whose dS is None (its output was not used) costs nothing and gets None.
+    """
+    grads: Tensors = [None] * len(dss)
+    used = [i for i, ds in enumerate(dss) if ds is not None]
+    first: Tensor = dss[used[0]]  # type: ignore[assignment]
+    with device_of(first):
+        if needs_x:
+            accumulate = dx is not None
+            if dx is None:
+                dx = first.new_empty(first.shape[0], lora_As[used[0]].shape[1])  # type: ignore[union-attr]
+            group.group_expand(
+                [dss[i] for i in used],  # type: ignore[misc]
+                [lora_As[i].t() for i in used],  # type: ignore[union-attr]
+                dx,
+                accumulate=accumulate,
+                seeds=[states[i] for i in used],
+                dropout_ps=[dropout_ps[i] for i in used],
+            )
+        trained = [i for i in used if needs_as[i]]
+        if trained:
+            assert x is not None
+            for i in trained:
+                grads[i] = torch.empty_like(lora_As[i], memory_format=torch.contiguous_format)  # type: ignore[arg-type]
+            workspace = new_workspace(x, group.weight_grad_workspace(x, [dss[i].shape[1] for i in trained]))  # type: ignore[union-attr]
+            group.group_weight_grad(
+                x,
+                [dss[i] for i in trained],  # type: ignore[misc]
+                [grads[i].t() for i in trained],  # type: ignore[union-attr]
+                workspace,
+                seeds=[states[i] for i in trained],
+                dropout_ps=[dropout_ps[i] for i in trained],
+                shared_mask=shared_mask,
+            )
+    return dx if needs_x else None, grads

@@ -1,0 +1,235 @@
+"""The LoRA linear layer's place in autograd: what is saved, which gradients are computed, and its twin for
+`torch.compile`.
+
+Eager calls go through an `autograd.Function`, the cheapest way in; under `torch.compile` and `torch.export`, which
+cannot look into the backends, the same two passes are the ops `fastlora::lora_linear` and
+`fastlora::lora_linear_backward`, whose dispatch would cost an eager call more.
+
+Saved for backward: x (for dA), S (for dB), the dropout state, and references to W0, A and B: no copy of x, no drop(x),
+nothing of size N×K.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import call
+from ..call import as_2d, as_shaped, backward_pass
+from . import aten, choice
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """y = x W0ᵀ + b + s·(drop(x) Aᵀ) Bᵀ for x (..., K), differentiable in x, W0, b, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dropout_p: float,
+        module: ModuleType,
+    ) -> Tensor:
+        x2 = as_2d(x)
+        y, s, state = module.forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p)
+        need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
+        ctx.save_for_backward(
+            x if need_a or need_w else None,
+            weight if need_x else None,
+            lora_A if need_x or need_a else None,
+            lora_B if need_x or need_a or need_b else None,
+            s if need_b else None,
+            state if need_x or need_a else None,
+        )
+        ctx.arguments = (module, scaling, dropout_p, x.shape)
+        return as_shaped(y, x)
+
+    @staticmethod
+    @backward_pass
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, s, state = ctx.saved_tensors
+        module, scaling, dropout_p, shape = ctx.arguments
+        need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        x2 = as_2d(x) if x is not None else None
+        dy2 = as_2d(dy)
+        dx, grad_a, grad_b = module.backward(
+            dy2, x2, weight, lora_A, lora_B, s, state, scaling, dropout_p, (need_x, need_a, need_b)
+        )
+        return (
+            dx if dx is None or len(shape) == 2 else dx.view(shape),
+            dy2.t().mm(x2) if need_w and x2 is not None else None,
+            dy2.sum(0) if need_bias else None,
+            grad_a,
+            grad_b,
+            None,
+            None,
+            None,
+        )
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+) -> Tensor:
+    """Runs the chosen backend under autograd. Arguments are checked already (functional.py); dropout_p is 0 outside
+    training."""
+    if torch.compiler.is_compiling():
+        return _compiled_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
+    x2 = as_2d(x)
+    module = choice.select(x2, weight, bias, lora_A, lora_B, dropout_p, backend).module
+    if module is aten and x.device.type == "cpu" and x.numel() < call.SMALL:
+        # Without gradients too: reentrant checkpointing expects the same bits of both.
+        return as_shaped(aten.composed(x2, weight, bias, lora_A, lora_B, scaling, dropout_p), x)
+    if not torch.is_grad_enabled():
+        return as_shaped(module.forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p)[0], x)
+    if x.dim() != 2 and not x2._is_view():  # reshape had to copy x: once is enough
+        x = x2.view(x.shape)
+    return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, module)  # type: ignore[return-value]
+
+
+# The torch.library twin. Randomness stays outside the ops, in the graph, where the compiler may move or repeat it: they
+# are given the dropout state, a Philox seed for the hand-written kernels and a mask for ATen, and are functions of
+# their arguments.
+_library = torch.library.Library("fastlora", "FRAGMENT")
+
+
+_library.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? dropout_state, "
+    "float scaling, float dropout_p, str backend) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+_library.define(
+    "lora_linear_any_scale(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? dropout_state, "
+    "Scalar scaling, float dropout_p, str backend) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+_library.define(
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? s, "
+    "Tensor? dropout_state, float scaling, float dropout_p, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _compiled_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+) -> Tensor:
+    x2 = x.reshape(-1, x.shape[-1])
+    state = None
+    if dropout_p > 0.0 and (x.device.type == "cpu" or backend == "torch"):
+        state = aten.draw_keep_mask(x2, dropout_p)
+    elif dropout_p > 0.0:
+        state = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
+    y = torch.ops.fastlora.lora_linear_any_scale(x2, weight, bias, lora_A, lora_B, state, scaling, dropout_p, backend)
+    return y.view(*x.shape[:-1], lora_B.shape[0])
+
+
+def _op_any_scale(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend):
+    """`lora_linear`'s y. A scale that has become a symbol (the compiler has seen it change) goes into B, r·N numbers:
+    the compiler can keep a product's factor in a tensor, but makes any other op's argument a constant again, and would
+    compile anew for every value."""
+    if isinstance(scaling, torch.SymFloat):
+        lora_B, scaling = lora_B * scaling, 1.0
+    y, _ = torch.ops.fastlora.lora_linear(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend)
+    return y
+
+
+def _op_forward(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend):
+    module = choice.select(x, weight, bias, lora_A, lora_B, dropout_p, backend).module
+    y, s, _ = module.forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state)
+    return y, s
+
+
+def _op_forward_fake(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
+
+
+def _op_backward(dy, x, weight, lora_A, lora_B, s, dropout_state, scaling, dropout_p, needs, backend):
+    module = choice.select(dy, weight, None, lora_A, lora_B, dropout_p, backend).module
+    grads = module.backward(dy, x, weight, lora_A, lora_B, s, dropout_state, scaling, dropout_p, tuple(needs))
+    # An op's outputs are not optional, and have the strides that the fake ones promise.
+    return tuple(dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
+
+
+def _op_backward_fake(dy, x, weight, lora_A, lora_B, s, dropout_state, scaling, dropout_p, needs, backend):
+    shapes = ((dy.shape[0], weight.shape[1]), lora_A.shape, lora_B.shape)
+    dtypes = (dy.dtype, lora_A.dtype, lora_B.dtype)
+    return tuple(
+        dy.new_empty(shape, dtype=dtype) if need else dy.new_empty(0)
+        for need, shape, dtype in zip(needs, shapes, dtypes, strict=True)
+    )
+
+
+def _op_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, weight, _, lora_A, lora_B, state, scaling, dropout_p, backend = inputs
+    ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], state)
+    ctx.arguments = (scaling, dropout_p, backend)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _op_autograd_backward(ctx: Any, dy: Tensor, _: Any):
+    x, weight, lora_A, lora_B, s, state = ctx.saved_tensors
+    scaling, dropout_p, backend = ctx.arguments
+    need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+    needs = [need_x, need_a, need_b]
+    grads = torch.ops.fastlora.lora_linear_backward(
+        dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs, backend
+    )
+    dx, grad_a, grad_b = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    grad_w = dy.t().mm(x) if need_w else None
+    return dx, grad_w, dy.sum(0) if need_bias else None, grad_a, grad_b, None, None, None, None
+
+
+def _op_backward_twice(ctx: Any, *_: Any):
+    raise RuntimeError(
+        "fastlora: lora_linear is differentiable once, and a gradient of its gradient was asked for "
+        "(create_graph=True); torch.func.grad within torch.func.grad takes the eager path, which has one"
+    )
+
+
+# Composite: traced through, so that what it decides is decided while compiling.
+_library.impl("lora_linear_any_scale", _op_any_scale, "CompositeImplicitAutograd")
+
+
+_library.impl("lora_linear", _op_forward, "CompositeExplicitAutograd")
+
+
+_library.impl("lora_linear_backward", _op_backward, "CompositeExplicitAutograd")
+
+
+torch.library.register_fake("fastlora::lora_linear", _op_forward_fake, lib=_library)
+
+
+torch.library.register_fake("fastlora::lora_linear_backward", _op_backward_fake, lib=_library)
+
+
+torch.library.register_autograd(
+    "fastlora::lora_linear", _op_autograd_backward, setup_context=_op_setup_context, lib=_library
+)
+
+
+torch.library.register_autograd("fastlora::lora_linear_backward", _op_backward_twice, lib=_library)

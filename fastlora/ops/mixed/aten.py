@@ -1,0 +1,163 @@
+"""Several adapters in one batch, in plain ATen: the CPU's path and everyone's fallback.
+
+The frozen layer runs once for the whole batch; each adapter's term is added to its own rows. Long runs of neighbouring
+rows are views, which nothing is copied for; short ones (a token each, say) are gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels.segment_plan import Segments
+from ..lora.aten import draw_keep_mask, dropout_scale
+
+Rows = slice | Tensor
+Tensors = list[Tensor | None]
+
+MIN_RUN = 64  # rows; products of fewer cost more by themselves than gathering the rows does
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+    segments: Segments,
+) -> tuple[Tensor, list[Tensor], Tensors]:
+    """(y, each segment's S, each segment's keep mask or None): y = x W0ᵀ + b, and s·S Bᵀ in the segments' rows.
+
+    x (M, K), weight (N, K), one adapter per segment. S (without the dropout's scale: a rounding less) and the masks
+    have the segment's rows in the segment's order.
+    """
+    y = F.linear(x, weight, bias)
+    s: list[Tensor] = []
+    states: Tensors = []
+    for i, (a, b, scaling, p) in enumerate(zip(lora_As, lora_Bs, scalings, dropout_ps, strict=True)):
+        start, end = segments.starts[i : i + 2]
+        keep = draw_keep_mask(x.new_empty(end - start, x.shape[1]), p) if p > 0.0 else None
+        down, up = a.to(x.dtype).t(), b.to(x.dtype).t()
+        parts = []
+        for rows, span in _pieces(segments, i, x.device):
+            part = _dropped(_take(x, rows), keep, span).mm(down)
+            _add_product(y, rows, part, up, scaling * _scale_of(keep, p))
+            parts.append(part)
+        s.append(parts[0] if len(parts) == 1 else torch.cat(parts))
+        states.append(keep)
+    return y, s, states
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    s: Sequence[Tensor],
+    states: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+    segments: Segments,
+    needs: tuple[bool, Sequence[bool], Sequence[bool]],
+) -> tuple[Tensor | None, Tensors, Tensors]:
+    """(dX, dAs, dBs), None where `needs` (x, each lora_A, each lora_B) is False."""
+    needs_x, needs_as, needs_bs = needs
+    dx = dy.mm(weight) if needs_x and weight is not None else None
+    grad_as: Tensors = [None] * len(lora_As)
+    grad_bs: Tensors = [None] * len(lora_Bs)
+    for i, (a, b, keep) in enumerate(zip(lora_As, lora_Bs, states, strict=True)):
+        down, up = a.to(dy.dtype), b.to(dy.dtype)
+        scale = scalings[i] * _scale_of(keep, dropout_ps[i])
+        pieces = _pieces(segments, i, dy.device)
+        for rows, span in pieces:
+            dy_rows = _take(dy, rows)
+            if needs_bs[i]:
+                grad_bs[i] = _plus(grad_bs[i], s[i][span].t().mm(dy_rows), len(pieces))
+            if not (needs_x or needs_as[i]):
+                continue
+            ds = dy_rows.mm(up).mul_(scale)
+            if dx is not None:
+                _add_product(dx, rows, ds, down, 1.0, None if keep is None else keep[span])
+            if needs_as[i]:
+                assert x is not None
+                grad_as[i] = _plus(grad_as[i], ds.t().mm(_dropped(_take(x, rows), keep, span)), len(pieces))
+        grad_a, grad_b = grad_as[i], grad_bs[i]
+        if grad_a is not None:
+            grad_as[i] = grad_a.to(a.dtype)
+        if grad_b is not None:
+            grad_bs[i] = grad_b.to(torch.promote_types(grad_b.dtype, b.dtype)).mul_(scale).t().to(b.dtype)
+    return dx, grad_as, grad_bs
+
+
+def composed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    dropout_ps: Sequence[float],
+    segments: Segments,
+) -> Tensor:
+    """The same y, differentiated by ATen's own autograd: the faster one for small problems on a CPU."""
+    y = F.linear(x, weight, bias)
+    for i, (a, b, scaling, p) in enumerate(zip(lora_As, lora_Bs, scalings, dropout_ps, strict=True)):
+        index = segments.index(i, x.device)
+        # Whichever is smaller is cast: the factors down, or the few rows up.
+        dtype = torch.promote_types(x.dtype, a.dtype) if len(index) < len(a) else x.dtype
+        rows = x.index_select(0, index).to(dtype)
+        s = F.linear(F.dropout(rows, p) if p > 0.0 else rows, a.to(dtype))
+        y = y.index_add_(0, index, F.linear(s, b.to(dtype)).to(y.dtype), alpha=scaling)
+    return y
+
+
+def _pieces(segments: Segments, segment: int, device: torch.device) -> list[tuple[Rows, slice]]:
+    """(rows, which of the segment's positions they are): runs as slices, or one tensor of row numbers."""
+    runs = segments.runs(segment)
+    start, end = segments.starts[segment : segment + 2]
+    if len(runs) > 1 and end - start < MIN_RUN * len(runs):
+        return [(segments.index(segment, device), slice(0, end - start))]
+    pieces: list[tuple[Rows, slice]] = []
+    at = 0
+    for run in runs:
+        pieces.append((run, slice(at, at + run.stop - run.start)))
+        at += run.stop - run.start
+    return pieces
+
+
+def _take(matrix: Tensor, rows: Rows) -> Tensor:
+    return matrix[rows] if isinstance(rows, slice) else matrix.index_select(0, rows)
+
+
+def _scale_of(keep: Tensor | None, dropout_p: float) -> float:
+    return 1.0 if keep is None else dropout_scale(dropout_p)
+
+
+def _dropped(rows: Tensor, keep: Tensor | None, span: slice) -> Tensor:
+    return rows if keep is None else rows * keep[span]
+
+
+def _add_product(
+    out: Tensor, rows: Rows, left: Tensor, right: Tensor, alpha: float, keep: Tensor | None = None
+) -> None:
+    """out[rows] += keep ∘ (alpha · left right), rounded once but for the mask."""
+    there = _take(out, rows)
+    if keep is None:
+        there.addmm_(left, right, alpha=alpha)
+    else:
+        there.addcmul_(left.mm(right), keep, value=alpha)
+    if not isinstance(rows, slice):
+        out.index_copy_(0, rows, there)
+
+
+def _plus(total: Tensor | None, part: Tensor, pieces: int) -> Tensor:
+    """The sum so far, in fp32 at least where there is more than one part: a rounding for each would add up."""
+    if total is not None:
+        return total.add_(part)
+    return part.to(torch.promote_types(part.dtype, torch.float32)) if pieces > 1 else part

@@ -1,0 +1,272 @@
+"""Several adapters in one batch in autograd: what is saved, and which gradients are computed.
+
+Saved: x (for dA), S (for dB), the dropout states, and references to W0 and the factors, as in autograd.py. Adapters
+without a row in the batch take no part: their gradients are None, as when a module is not called.
+
+Which implementation runs a batch of several adapters: ATen where each adapter alone would take it, otherwise the
+segment kernels, once they have agreed with the reference on this device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels.segment_plan import BASE, Segments
+from ...runtime.trust import first_difference, first_use, seeded
+from .. import call, reference
+from ..call import Adapter, as_shaped, backward_pass, cast_for_autocast, check_call, check_one_dtype, takes_fused_path
+from ..lora import choice
+from . import aten
+
+_failures: dict[tuple[str, torch.dtype, torch.dtype, bool], str | None] = {}  # None: agrees with the reference
+
+
+def select(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    dropout_ps: Sequence[float],
+    backend: str,
+) -> ModuleType:
+    """What runs x (M, K) with these adapters, all of one dtype. Falls down to ATen, with a warning where the kernels
+    are wrong here."""
+    widest = max(range(len(lora_As)), key=lambda i: lora_As[i].shape[0])
+    dropout_p = max(dropout_ps)
+    name = choice.select(x, weight, bias, lora_As[widest], lora_Bs[widest], dropout_p, backend).name
+    if name == "torch":
+        return aten
+    module = importlib.import_module("fastlora.ops.mixed.triton")
+    if x.is_cuda and _failure(module, x, lora_As[0].dtype, dropout_p > 0.0) is not None:
+        return aten
+    return module
+
+
+def _failure(module: ModuleType, x: Tensor, adapter_dtype: torch.dtype, dropout: bool) -> str | None:
+    key = (str(x.device), x.dtype, adapter_dtype, dropout)
+    return first_use(
+        _failures,
+        key,
+        lambda: self_check(module, x.device, x.dtype, adapter_dtype, dropout),
+        "the backend for several adapters in one batch",
+        f"{x.device} for {x.dtype}",
+        "ATen runs instead",
+    )
+
+
+def self_check(
+    module: ModuleType, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout: bool
+) -> str | None:
+    """Compares y and every gradient with fp64 on a small problem of two adapters and bare rows that divides nothing;
+    None where they agree, else what differs.
+
+    With dropout the masks are read off the implementation: with A = I, S is drop(x). The generators' states are left as
+    they were.
+    """
+    with seeded(device), torch.no_grad():
+        n, k, tokens, p = 152, 72, 41, 0.25 if dropout else 0.0
+        segments = Segments([1, 0, BASE, 1, 0], tokens)
+        sequences = segments.sequences
+        ranks = (k, k) if dropout else (10, 24)
+        x = torch.randn(5 * tokens, k, device=device).to(dtype)
+        weight = (torch.randn(n, k, device=device) * k**-0.5).to(dtype)
+        bias, dy = (torch.randn(*size, device=device).to(dtype) for size in ((n,), (5 * tokens, n)))
+        downs = [torch.eye(k) if dropout else torch.randn(r, k) * k**-0.5 for r in ranks]
+        lora_As = [a.to(device, adapter_dtype) for a in downs]
+        lora_Bs = [(torch.randn(n, r, device=device) * r**-0.5).to(adapter_dtype) for r in ranks]
+        scalings, ps, yes = (1.5, 0.5), (p, p), (True, True)
+        y, s, states = module.forward(x, weight, bias, lora_As, lora_Bs, scalings, ps, segments)
+        results = module.backward(dy, x, weight, lora_As, lora_Bs, s, states, scalings, ps, segments, (True, yes, yes))
+        got = [y, results[0], *results[1], *results[2]]
+        keeps = [None, None]
+        if dropout:
+            keeps = [(s[0][start:end] != 0) for start, end in zip(segments.starts, segments.starts[1:], strict=False)]
+        leaves = [t.double().requires_grad_() for t in (x, *lora_As, *lora_Bs)]
+    with torch.inference_mode(False), torch.enable_grad():
+        adapters = [(leaves[1 + i], leaves[3 + i], scalings[i], p) for i in range(2)]
+        want = reference.mixed_batch_lora_linear(
+            leaves[0].view(5, tokens, k), weight.double(), adapters, sequences, bias.double(), keeps
+        ).view(-1, n)
+        expected = [want.detach(), *torch.autograd.grad(want, leaves, dy.double())]
+    names = ("output", "gradient of x", *(f"gradient of lora_{f} {i}" for f in "AB" for i in range(2)))
+    return first_difference(zip(names, got, expected, strict=True), dtype)
+
+
+class MixedBatchFunction(torch.autograd.Function):
+    """y of x (..., K), with factors A₁ … Aₙ, B₁ … Bₙ for the n segments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        module: ModuleType,
+        segments: Segments,
+        scalings: tuple[float, ...],
+        dropout_ps: tuple[float, ...],
+        *factors: Tensor,
+    ) -> Tensor:
+        count = len(scalings)
+        x2 = x.reshape(-1, x.shape[-1])
+        y, s, states = module.forward(
+            x2, weight, bias, factors[:count], factors[count:], scalings, dropout_ps, segments
+        )
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        needs_as = ctx.needs_input_grad[7 : 7 + count]
+        ctx.save_for_backward(
+            x if needs_w or any(needs_as) else None, weight if needs_x else None, *factors, *s, *states
+        )
+        ctx.arguments = (module, segments, scalings, dropout_ps, x.shape, len(s))
+        return as_shaped(y, x)
+
+    @staticmethod
+    @backward_pass
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        module, segments, scalings, dropout_ps, shape, num_s = ctx.arguments
+        count = len(scalings)
+        x, weight, *rest = ctx.saved_tensors
+        lora_As, lora_Bs, rest = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
+        needs = (needs_x, ctx.needs_input_grad[7 : 7 + count], ctx.needs_input_grad[7 + count :])
+        dy2 = dy.reshape(-1, dy.shape[-1])
+        x2 = x.reshape(-1, x.shape[-1]) if x is not None else None
+        dx, grad_as, grad_bs = module.backward(
+            dy2, x2, weight, lora_As, lora_Bs, rest[:num_s], rest[num_s:], scalings, dropout_ps, segments, needs
+        )
+        return (
+            dx.view(shape) if dx is not None else None,
+            dy2.t().mm(x2) if needs_w and x2 is not None else None,
+            dy2.sum(0) if needs_bias else None,
+            *[None] * 4,
+            *grad_as,
+            *grad_bs,
+        )
+
+
+def mixed_batch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: tuple[float, ...],
+    dropout_ps: tuple[float, ...],
+    segments: Segments,
+    backend: str,
+) -> Tensor:
+    """Runs the chosen implementation under autograd. Arguments are checked already (functional.py); one adapter for
+    each segment, all of one dtype."""
+    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    module = select(x2, weight, bias, lora_As, lora_Bs, dropout_ps, backend)
+    if module is aten and x.device.type == "cpu" and x.numel() < call.SMALL:
+        # Without gradients too: reentrant checkpointing expects the same bits of both.
+        return as_shaped(aten.composed(x2, weight, bias, lora_As, lora_Bs, scalings, dropout_ps, segments), x)
+    if not torch.is_grad_enabled():
+        return as_shaped(module.forward(x2, weight, bias, lora_As, lora_Bs, scalings, dropout_ps, segments)[0], x)
+    if x.dim() != 2 and not x2._is_view():  # reshape had to copy x: once is enough
+        x = x2.view(x.shape)
+    return MixedBatchFunction.apply(  # type: ignore[return-value]
+        x, weight, bias, module, segments, scalings, dropout_ps, *lora_As, *lora_Bs
+    )
+
+
+def lora_mixed_batch(
+    x: Tensor,
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    adapter_ids: Sequence[int] | Tensor | Segments,
+    bias: Tensor | None = None,
+    training: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """A linear layer on a batch whose sequences use different adapters, or none: the frozen layer runs once for the
+    whole batch, and every pass over the adapters is one launch whatever their number.
+
+    Equivalent to:
+
+        for i, adapter_id in enumerate(adapter_ids):
+            chosen = [] if adapter_id == -1 else [adapters[adapter_id]]
+            y[i] = multi_lora_linear(x[i], weight, chosen, bias, training)
+
+    Args:
+        x: (batch, ..., K), dtypes as in `lora_linear`. weight: (N, K). bias: (N,) or None.
+        adapters: `Adapter`s; ranks, scales and dropout probabilities may differ. Where their dtypes differ they are
+            cast to the widest, and their gradients back.
+        adapter_ids: an adapter's number for each sequence of x, -1 for none. A list costs no synchronisation; an
+            integer tensor on a GPU is read back to the host once. Several layers on one batch, and CUDA graphs, take
+            `functional.Segments(ids, tokens)`, sorted and sent to the device once.
+        training, backend: as in `lora_linear` ("triton" and "cublas" are the same here).
+
+    Returns:
+        (batch, ..., N) in x's dtype. Differentiable once in x, weight, bias and every adapter that has a sequence; the
+        others get no gradient (None), as modules that are not called.
+
+    Raises:
+        ValueError: as `lora_linear`; as many ids as sequences, each from -1 to len(adapters) - 1.
+
+    Source: the batching is that of Punica (Chen et al. 2023, arXiv 2310.18547) and S-LoRA (Sheng et al. 2023, arXiv
+    2311.03285), here with a backward pass.
+    """
+    tokens = math.prod(x.shape[1:-1])
+    if isinstance(adapter_ids, Segments):
+        segments = adapter_ids
+    else:
+        ids = adapter_ids.tolist() if isinstance(adapter_ids, Tensor) else adapter_ids
+        segments = Segments([int(i) for i in ids], tokens)
+    if x.dim() < 2 or (segments.batch, segments.tokens) != (x.shape[0], tokens):
+        raise ValueError(
+            f"lora_mixed_batch: adapter_ids: got {segments.batch} (for {segments.tokens} rows each) for x "
+            f"{tuple(x.shape)}, want x (batch, ..., K) and one id for each sequence of the batch"
+        )
+    if any(not BASE <= i < len(adapters) for i in segments.adapters):
+        raise ValueError(
+            f"lora_mixed_batch: adapter_ids: got {list(segments.adapters)}, want numbers of the {len(adapters)} "
+            f"adapters, or {BASE} for none"
+        )
+    if not training:
+        adapters = [adapter._replace(dropout_p=0.0) for adapter in adapters]
+    return run_segments(x, weight, [adapters[i] for i in segments.adapters], segments, bias, backend)
+
+
+def run_segments(
+    x: Tensor,
+    weight: Tensor,
+    adapters: Sequence[Adapter],
+    segments: Segments,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`lora_mixed_batch` where the batch is sorted already: one adapter for each of the segments."""
+    for adapter in adapters:
+        check_call(x, weight, adapter, bias)
+    if segments.num_positions == 0:  # no adapter, or no row
+        return F.linear(x, weight, bias)
+    if call.autocast_enabled(x):
+        x, weight, bias = cast_for_autocast(x, weight, bias)
+    check_one_dtype(x, weight, bias)
+    if any(adapter.magnitude is not None for adapter in adapters):
+        raise ValueError(
+            "lora_mixed_batch: adapters: got one with a magnitude (DoRA), want plain ones: run its "
+            "sequences in a batch of their own"
+        )
+    columns = zip(*(adapter[:4] for adapter in adapters), strict=True)
+    lora_As, lora_Bs, scalings, dropout_ps = (list(several) for several in columns)
+    fused = takes_fused_path(x, weight, bias, *lora_As, *lora_Bs) and not torch.compiler.is_compiling()
+    if not fused or weight.numel() == 0 or x.is_nested:
+        return reference.mixed_batch_lora_linear(x, weight, adapters, segments.sequences, bias)
+    widest = lora_As[0].dtype
+    for factor in (*lora_As, *lora_Bs):
+        widest = torch.promote_types(widest, factor.dtype)
+    lora_As, lora_Bs = ([f.to(widest) for f in factors] for factors in (lora_As, lora_Bs))
+    scales, ps = tuple(map(float, scalings)), tuple(dropout_ps)
+    return mixed_batch(x, weight, bias, lora_As, lora_Bs, scales, ps, segments, backend)
