@@ -73,7 +73,7 @@ def test_several_processes_at_once(path):
 def test_a_lock_that_is_never_given_back_is_not_waited_for(path, monkeypatch):
     monkeypatch.setattr(tuning_cache, "LOCK_WAIT_S", 0.05)
     path.parent.mkdir()
-    with tuning_cache._locked(path.with_suffix(".lock")):
+    with tuning_cache.locked(path.with_suffix(".lock")):
         TuningCache(path, HERE).put("a", entry())
     assert "a" in json.loads(path.read_text())["entries"]
 

@@ -20,9 +20,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..introspect.names import from_pattern, some
+from ..introspect.names import from_pattern
 from ..layers.checks import check_adapter_arguments
 from ..layers.schedule import Allocation, RankSchedule
+from ..runtime.messages import some
 
 CONFIG_NAME = "adapter_config.json"
 

@@ -20,11 +20,11 @@ from ..introspect import names as introspect_names
 from ..introspect import sharding
 from ..introspect import targets as introspect_targets
 from ..introspect.fused import FusedPeftLayer
-from ..introspect.names import some
 from ..layers import starts
 from ..layers.checks import check_adapter_arguments, scale_of
 from ..layers.linear import FusedLoraLinear
 from ..runtime import progress
+from ..runtime.messages import some
 from . import format, patch
 from .format import AdapterFile, Spec
 from .save import is_peft_model, modules_outside_adapters, most_common

@@ -23,7 +23,7 @@ from ..integrations.peft.starts import PeftConfiguration, PeftStart, has_start
 from ..introspect import names, sharding, targets
 from ..layers.linear import FusedLoraLinear
 from ..layers.starts import check_not_shared
-from ..runtime import progress
+from ..runtime import messages, progress
 from .factors import SPLITS, split_factors
 from .place import PlainStart
 from .sign import SignFactors
@@ -223,7 +223,7 @@ def _checked_ranks(ranks: Mapping[str, int] | None, sketch: GradientSketch | Sig
         raise ValueError("init_lora_ga: ranks: got some with SignFactors, whose ranks are what they are; want None")
     unknown = [name for name in ranks if name not in sketch.names]
     if unknown:
-        raise ValueError(f"init_lora_ga: ranks: got {names.some(unknown)}, which the sketch has not seen")
+        raise ValueError(f"init_lora_ga: ranks: got {messages.some(unknown)}, which the sketch has not seen")
     for name, rank in ranks.items():
         most = sketch.width // 2 if isinstance(sketch, GradientSketch) else sketch.r
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from ..introspect import taps, targets
 from ..layers.linear import FusedLoraLinear
 from ..linalg import native
+from ..runtime import messages
 
 NORMS = ("probes", "exact")
 # Squares of singular values of B or A below this beside the largest are rounding (in the float64 Gram matrix): the
@@ -61,9 +62,7 @@ class AlignmentRecord:
             (name, str(line.tokens), f"{line.norm:.3g}", f"{line.alignment:.3f}", f"{line.cosine:.3f}")
             for name, line in self.layers.items()
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
-        return f"step {self.step}: alignment {self.overall:.3f}\n{table}"
+        return f"step {self.step}: alignment {self.overall:.3f}\n{messages.table(rows)}"
 
 
 class AlignmentMonitor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..introspect import sharding, targets
 from ..layers.linear import FusedLoraLinear
 from ..optim import moments as optim_moments
-from ..runtime import progress
+from ..runtime import messages, progress
 from .factors import SPLITS, smoothed, split_factors
 from .monitor import measure, space_of
 from .place import PlainStart
@@ -59,9 +59,7 @@ class ReinitReport:
             (name, f"{line.before:.3f}", f"{line.after:.3f}", str(line.frozen_rank), f"{line.dropped:.1e}")
             for name, line in self.layers.items()
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, *(f"{name}: skipped: {why}" for name, why in self.skipped.items())])
+        return "\n".join([messages.table(rows), *(f"{name}: skipped: {why}" for name, why in self.skipped.items())])
 
 
 def reinit_lora_ga(

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from ..runtime import messages
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -50,8 +52,7 @@ class SketchReport:
             )
             for line in self.layers
         ]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+        return messages.table(rows)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Writes a figure (the path's ending says the format: png, pdf, svg) of the captured share and the alignment

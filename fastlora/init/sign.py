@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from .. import linalg
 from ..introspect import taps
-from ..runtime import progress
+from ..runtime import messages, progress
 from .factors import SPLITS, split_factors
 from .sketch import WEIGHTINGS, GradientSketch
 
@@ -231,8 +231,7 @@ class SignFactors:
                 continue
             values = (f"{value:.4f}" for value in (line.lora_ga, line.start, line.objective))
             rows.append((name, f"{n}×{m}", str(line.tokens), *values, str(line.rounds)))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+        return messages.table(rows)
 
 
 METHODS = ("direct", "svd")

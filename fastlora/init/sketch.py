@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..introspect import taps, targets
-from ..introspect.names import some
 from ..runtime import progress
+from ..runtime.messages import some
 from .report import LayerReport, SketchReport
 from .streaming import StreamingSketch, svd_of_each
 

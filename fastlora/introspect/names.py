@@ -54,9 +54,3 @@ def target_modules(targets: set[str], modules: set[str]) -> list[str] | str:
         if "" not in names and {name for name in modules if _ends_with_one_of(name, names)} == targets:
             return sorted(names)
     return "|".join(re.escape(name) for name in sorted(targets))
-
-
-def some(names: Iterable[str]) -> str:
-    """The first five names, and how many more."""
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

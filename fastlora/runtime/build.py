@@ -135,7 +135,7 @@ def build() -> Path:
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / "lock"):
+        with locked(folder / "lock"):
             if not target.is_file():  # another process may have made it while this one waited
                 compile_into(target, toolchain)
     except OSError as error:
@@ -227,12 +227,12 @@ def _run(command: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``path``. The kernel drops it when the process dies, so no lock outlives its owner."""
-    import fcntl  # absent on Windows, where find_toolchain has refused already
+def locked(path: Path, timeout: float = -1) -> Iterator[None]:
+    """Holds an exclusive lock between processes, which ends with its owner. It goes on without after `timeout` seconds,
+    and on file systems that have no locks: two processes then do the same work, and renaming keeps the result whole."""
+    from filelock import FileLock, Timeout  # not at the top: an isolated build imports this file without it
 
-    with path.open("w") as handle:
-        # Without locks (some network file systems) every process compiles: wasteful, and still right.
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(Timeout, NotImplementedError, OSError):
+            held.enter_context(FileLock(path, timeout))
         yield

@@ -4,9 +4,9 @@ One JSON file per environment (GPU, torch, triton, the kernels' own source), und
 second GPU of the same kind shares it, another torch does not. It holds times and not choices, so that a better rule for
 choosing needs no new measurement.
 
-Writing merges with what other processes have written meanwhile, under a lock where the system has one, into a temporary
-file that is renamed: readers see the old file or the new one. Nothing here may stop a training run: a file that cannot
-be read is ignored, with one warning; one that cannot be written leaves the times in memory.
+Writing merges with what other processes have written meanwhile, under a lock where the file system has one, into a
+temporary file that is renamed: readers see the old file or the new one. Nothing here may stop a training run: a file
+that cannot be read is ignored, with one warning; one that cannot be written leaves the times in memory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ import logging
 import math
 import os
 import tempfile
-import time
 import warnings
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,11 +27,7 @@ from typing import Any
 import torch
 
 from . import env
-
-try:
-    import fcntl
-except ImportError:  # Windows: renaming is still atomic, and two writers at once may lose one another's entries
-    fcntl = None
+from .build import locked
 
 VERSION = 1
 DIRECTIONS = ("forward", "backward")
@@ -118,7 +112,7 @@ class TuningCache:
         """The file's entries with the new ones, whatever else this process has read or measured meanwhile."""
         assert self.path is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path.with_suffix(".lock")):
+        with locked(self.path.with_suffix(".lock"), LOCK_WAIT_S):
             entries = self._read() | new
             text = json.dumps(
                 {"version": VERSION, "environment": self.environment, "entries": dict(sorted(entries.items()))},
@@ -141,25 +135,6 @@ def _check(entry: Any) -> None:
         for name, seconds in entry[direction].items():
             if type(seconds) is not float or not math.isfinite(seconds) or seconds <= 0.0:
                 raise ValueError(f"{direction} of {name}: got {seconds!r}, want positive seconds")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """An exclusive lock between processes; after LOCK_WAIT_S, or where there are none, it goes on without."""
-    if fcntl is None:
-        yield
-        return
-    with open(path, "a", encoding="utf-8") as file:
-        until = time.monotonic() + LOCK_WAIT_S
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > until:
-                    break
-                time.sleep(0.01)
-        yield  # closing the file gives the lock back
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from ...introspect import sharding
-from ...introspect.names import some
+from ...runtime.messages import some
 
 
 def gathered_state(model: Any, adapter_name: str) -> dict[str, Any]:
