@@ -170,7 +170,7 @@ done
 LEFT=$((TOTAL - $(now)))
 WORKERS=()
 [ $REHEARSE = 1 ] || mapfile -t WORKERS < <("$PYTHON" -c "import xdist; print('-n'); print(min(10, $CORES))" 2>/dev/null)
-start engine "$LEFT" "${TESTS[@]}" -m gpu tests/test_csrc.py tests/test_csrc_linalg.py
+start engine "$LEFT" "${TESTS[@]}" -m gpu tests/runtime/test_csrc.py tests/linalg/test_native.py
 if command -v compute-sanitizer >/dev/null; then
     # PyTorch's caching allocator would hide an access just beyond a tensor from it, so it is switched off.
     start sanitizer "$LEFT" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \

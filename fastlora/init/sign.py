@@ -124,7 +124,7 @@ def minimise(gradient: Tensor, signs: Signs, a: Tensor, b: Tensor, rounds: int =
 
 def leading_factors(matrix: Matrix | Signs, r: int, seed: int) -> tuple[Tensor, Tensor]:
     """A = Vᵀ[:r] and B = U[:, :r]: the same triplets on both sides. For signs that is a better start than LoRA-GA's
-    disjoint halves: tests/test_sign.py compares them."""
+    disjoint halves: tests/init/test_sign.py compares them."""
     u, _, vh, _ = linalg.truncated_svd(matrix, r, seed=seed)
     return vh, u
 

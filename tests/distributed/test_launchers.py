@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.mark.slow
 def test_torchrun_and_accelerate(tmp_path):
-    paths = [HERE.parents[1], HERE.parent, HERE, os.environ.get("PYTHONPATH", "")]
+    paths = [HERE.parents[1], HERE.parent / "support", os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(HERE / "accelerate_script.py"), str(tmp_path)]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gpu.gpu_problems import call, leaves, make, run_reference
+from gpu_problems import call, leaves, make, run_reference
 from numerics import assert_close_to_fp64
 from torch import nn
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu.gpu_problems import assert_right, call, leaves, make, philox_mask, run
+from gpu_problems import assert_right, call, leaves, make, philox_mask, run
 from numerics import assert_close_to_fp64, with_layout
 from torch.utils.checkpoint import checkpoint
 

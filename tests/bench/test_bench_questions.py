@@ -1,0 +1,69 @@
+"""The questions to a GPU and the table of errors, as far as they go without one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))  # bench/ is not installed
+
+from bench import correctness  # noqa: E402
+from bench.contenders import Contender, Tensors, build  # noqa: E402
+from bench.counting import Problem  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def test_questions_run_interpreted(tmp_path):
+    """Of the five, those that take no time in the interpreter; `bench/gpu.sh --rehearse` asks all."""
+    pytest.importorskip("triton")
+    out = tmp_path / "questions.json"
+    command = [sys.executable, "-m", "bench.questions", "--device", "cpu", "--rounds", "1", "--out", str(out)]
+    done = subprocess.run(
+        [*command, "--only", "beta,one_pass,dropout"],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(out.read_text())
+    assert list(record["answers"]) == ["beta", "one_pass", "dropout"]
+    assert record["failed"] == {}
+    four = record["answers"]["one_pass"]["4"]
+    assert four["rule"] == "one pass"
+    assert set(four["seconds"]) == {"one pass", "two passes"}
+    shrink = record["answers"]["dropout"]["shrink, dropout"]
+    assert shrink["of_bandwidth"] == pytest.approx(shrink["bytes"] / shrink["seconds"] / record["roof"]["bandwidth"])
+
+
+def test_errors_are_those_against_fp64():
+    row = correctness.layers(Problem(33, 40, 56, 4, "bfloat16", "float32"), ["torch"], CPU)[0]
+    assert row.passed
+    assert len(row.errors) == 4  # the output, and the gradients of x, A and B
+    assert all(1e-4 < error < 1e-2 for error in row.errors)
+    assert all(most > 2 * error for error, most in zip(row.eager, row.allowed, strict=True))
+
+
+def test_what_is_wrong_fails():
+    t = Tensors.random(Problem(33, 40, 56, 4, "float32", "float32"), CPU)
+    ((x, dy),) = t.inputs(1, CPU)
+    builders = {
+        "eager": lambda: build("eager", t),
+        "wrong": lambda: Contender("", lambda x: 1.001 * build("eager", t).forward(x), (t.lora_a, t.lora_b)),
+    }
+    (row,) = correctness.rows("a layer", builders, build("eager", correctness.exact(t)), x, dy)
+    assert row.errors == pytest.approx([1e-3] * 4, rel=1e-2)
+    assert not row.passed
+    assert "FAILED" in str(row)
+
+
+def test_the_table_of_errors(tmp_path, capsys):
+    out = tmp_path / "correctness.json"
+    assert correctness.main(["--device", "cpu", "--dtype", "fp32", "--out", str(out)]) == 0
+    found = json.loads(out.read_text())["rows"]
+    assert {row["name"] for row in found} >= {"torch", "group", "mlp"}
+    assert all(row["passed"] for row in found)
+    assert "0 failed" in capsys.readouterr().out

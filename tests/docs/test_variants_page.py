@@ -1,0 +1,50 @@
+"""docs/variants.md says what the committed results say: its tables are written from them again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("sklearn")
+
+import alignment
+import comparison_report
+from comparison_report import Row, Spread
+from task_digits import DigitsTask
+from task_docstrings import DocstringsTask
+from task_gpt import GptTask
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")
+RESULTS = {path.stem.removeprefix("compare_"): path for path in (ROOT / "bench/results/cpu").glob("compare_*.json")}
+SPREADS = {"final_loss", "validation_loss", "test", "beside_baseline"}
+METRICS = {"docstrings": DocstringsTask.metric, "gpt": GptTask.metric, "digits": DigitsTask.metric}
+
+
+def rows_of(found: list[dict[str, Any]]) -> list[Row]:
+    spreads = [{name: Spread(*row[name]) for name in SPREADS if row[name] is not None} for row in found]
+    return [Row(**{**row, **read}) for row, read in zip(found, spreads, strict=True)]
+
+
+def test_every_task_has_its_results():
+    assert set(RESULTS) == {"docstrings", "gpt", "digits", "gpt-sgd", "digits-sgd"}
+
+
+@pytest.mark.parametrize("name", sorted(RESULTS))
+def test_the_tables_are_those_of_the_results(name):
+    results = json.loads(RESULTS[name].read_text(encoding="utf-8"))
+    metric = METRICS[name.removesuffix("-sgd")]
+    assert metric.name == results["metric"]
+    best = rows_of(results["best rates"])
+    wanted = [
+        comparison_report.table(rows_of(results["one rate"]), metric),
+        comparison_report.table(best, metric),
+        *(commit.removesuffix("-dirty") for commit in results["commits"]),
+        results["machine"]["device"],
+    ]
+    if not name.endswith("-sgd"):
+        wanted += [comparison_report.cost_table(best, results["costs"]), alignment.table(results["alignment"])]
+    for text in wanted:
+        assert text in PAGE
