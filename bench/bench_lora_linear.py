@@ -1,7 +1,7 @@
 """Microbenchmarks of one LoRA linear for pytest-benchmark: `pytest bench/bench_lora_linear.py`.
 
 Small on purpose: they catch a change that makes a path slower between two commits on one machine
-(`--benchmark-autosave`, `--benchmark-compare`). Numbers to report come from `python -m bench.lora_linear`, which
+(`--benchmark-autosave`, `--benchmark-compare`). Numbers to report come from `python -m bench lora_linear`, which
 interleaves the contenders.
 """
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.contenders import Tensors, Unavailable, build
-from bench.counting import Problem
-from bench.lora_linear import DTYPES, SHAPES, contender_names
+from .harness.contenders import Tensors, Unavailable, build
+from .harness.counting import Problem
+from .layers.lora_linear import DTYPES, SHAPES, contender_names
 
 pytest.importorskip("pytest_benchmark")
 

@@ -1,7 +1,7 @@
 """Microbenchmarks of groups, MLPs, mixed batches, blocks and a training step for pytest-benchmark:
 `pytest bench/bench_suite.py`.
 
-As bench_lora_linear.py: to compare two commits on one machine. Numbers to report come from `python -m bench.suite`,
+As bench_lora_linear.py: to compare two commits on one machine. Numbers to report come from `python -m bench suite`,
 which interleaves the contenders. Tiny sizes without a GPU.
 """
 
@@ -10,11 +10,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import blocks, compare, forms, mixed
-from bench.compare import Case
-from bench.contenders import Unavailable
-from bench.counting import Problem
-from bench.lora_linear import DTYPES
+from .harness import turns
+from .harness.contenders import Unavailable
+from .harness.counting import Problem
+from .harness.turns import Case
+from .layers import forms, mixed
+from .layers.lora_linear import DTYPES
+from .models import blocks
 
 pytest.importorskip("pytest_benchmark")
 pytest.importorskip("transformers")
@@ -66,4 +68,4 @@ def test_form(benchmark, form, kind, name, direction):
         return result
 
     benchmark(step)
-    compare.check_finite(compare.step_values(contender, x, dy)[1])
+    turns.check_finite(turns.step_values(contender, x, dy)[1])

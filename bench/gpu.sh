@@ -114,20 +114,20 @@ rehearse() {
     export OMP_NUM_THREADS=1
     local interpreted=(env TRITON_INTERPRET=1 "$PYTHON" -m)
     step doctor 30 "${BENCH[@]}" fastlora.doctor
-    step self_checks 90 "${interpreted[@]}" bench.self_checks --only-fp32 --jobs 2
-    step correctness 60 "${interpreted[@]}" bench.correctness --device cpu --dtype fp32 --out "$OUT/correctness.json"
+    step self_checks 90 "${interpreted[@]}" bench self_checks --only-fp32 --jobs 2
+    step correctness 60 "${interpreted[@]}" bench correctness --device cpu --dtype fp32 --out "$OUT/correctness.json"
     step tune 40 "${interpreted[@]}" fastlora.tune --device cpu --shape 24x40 --tokens 16 --r 4 --dtype fp32 --json "$OUT/tuned.json"
-    step overhead 15 "${BENCH[@]}" bench.overhead --device cpu --rounds 5 --out "$OUT/overhead.json"
-    step table 60 "${interpreted[@]}" bench.lora_linear --device cpu --shapes tiny --dtype fp32 --rounds 2 --time-limit %LEFT% \
+    step overhead 15 "${BENCH[@]}" bench overhead --device cpu --rounds 5 --out "$OUT/overhead.json"
+    step table 60 "${interpreted[@]}" bench lora_linear --device cpu --shapes tiny --dtype fp32 --rounds 2 --time-limit %LEFT% \
         --contenders frozen,eager,peft,addmm,torch,cublas,triton,triton_s_inside --out "$OUT/lora_linear.json"
-    step compiled 40 "${BENCH[@]}" bench.lora_linear --device cpu --shapes tiny --dtype fp32 --dropout 0 --rounds 2 \
+    step compiled 40 "${BENCH[@]}" bench lora_linear --device cpu --shapes tiny --dtype fp32 --dropout 0 --rounds 2 \
         --contenders frozen,eager,compile,auto --out "$OUT/lora_linear_compiled.json"
-    step suite 50 "${BENCH[@]}" bench.suite --device cpu --size tiny --time-limit %LEFT% --out "$OUT/suite.json"
-    step adapters 30 "${BENCH[@]}" bench.multi_adapter --device cpu --sizes tiny --rounds 2 --out "$OUT/multi_adapter.json"
-    step dora 15 "${BENCH[@]}" bench.dora --device cpu --shapes tiny --rounds 2 --out "$OUT/dora.json"
-    step adalora 15 "${BENCH[@]}" bench.adalora --device cpu --layers 4 --width 16 --rounds 2 --out "$OUT/adalora.json"
-    step questions 45 "${interpreted[@]}" bench.questions --device cpu --rounds 2 --out "$OUT/questions.json"
-    step lora_ga 20 "${BENCH[@]}" bench.lora_ga --shapes tiny --r 4 --tokens 40 --layers 1 --whole --out "$OUT/lora_ga.json"
+    step suite 50 "${BENCH[@]}" bench suite --device cpu --size tiny --time-limit %LEFT% --out "$OUT/suite.json"
+    step adapters 30 "${BENCH[@]}" bench multi_adapter --device cpu --sizes tiny --rounds 2 --out "$OUT/multi_adapter.json"
+    step dora 15 "${BENCH[@]}" bench dora --device cpu --shapes tiny --rounds 2 --out "$OUT/dora.json"
+    step adalora 15 "${BENCH[@]}" bench adalora --device cpu --layers 4 --width 16 --rounds 2 --out "$OUT/adalora.json"
+    step questions 45 "${interpreted[@]}" bench questions --device cpu --rounds 2 --out "$OUT/questions.json"
+    step lora_ga 20 "${BENCH[@]}" bench lora_ga --shapes tiny --r 4 --tokens 40 --layers 1 --whole --out "$OUT/lora_ga.json"
 }
 
 measure() {
@@ -136,33 +136,33 @@ measure() {
     export FASTLORA_CUDA_ARCHS
     start engine_build 100 "${BENCH[@]}" fastlora.doctor --build
     step doctor 12 "${BENCH[@]}" fastlora.doctor
-    step self_checks 48 "${BENCH[@]}" bench.self_checks --jobs "$((CORES > 8 ? 8 : CORES))"
-    step correctness 30 "${BENCH[@]}" bench.correctness --out "$OUT/correctness.json"
+    step self_checks 48 "${BENCH[@]}" bench self_checks --jobs "$((CORES > 8 ? 8 : CORES))"
+    step correctness 30 "${BENCH[@]}" bench correctness --out "$OUT/correctness.json"
     finish engine_build
     # Fills the cache that the steps after it use, backend "auto" among them.
     step tune 50 "${BENCH[@]}" fastlora.tune --model-shapes llama-3-8b --tokens 8192 --r 16 --adapter-dtype bf16 --dropout both \
         --json "$OUT/tuned.json"
-    step overhead 8 "${BENCH[@]}" bench.overhead --out "$OUT/overhead.json"
-    step table 55 "${BENCH[@]}" bench.lora_linear --device cuda --dtype bf16 --dtype mixed --time-limit %LEFT% \
+    step overhead 8 "${BENCH[@]}" bench overhead --out "$OUT/overhead.json"
+    step table 55 "${BENCH[@]}" bench lora_linear --device cuda --dtype bf16 --dtype mixed --time-limit %LEFT% \
         --contenders frozen,eager,peft,addmm,auto,cublas,triton,triton_s_inside --out "$OUT/lora_linear.json"
-    step questions 35 "${BENCH[@]}" bench.questions --out "$OUT/questions.json"
-    step suite 75 "${BENCH[@]}" bench.suite --device cuda --time-limit %LEFT% --out "$OUT/suite.json" \
+    step questions 35 "${BENCH[@]}" bench questions --out "$OUT/questions.json"
+    step suite 75 "${BENCH[@]}" bench suite --device cuda --time-limit %LEFT% --out "$OUT/suite.json" \
         --contenders "frozen,eager,peft,addmm,one by one,group,mlp,mixed batch,fastlora,fastlora grouped,fastlora fused"
-    step lora_ga 40 "${BENCH[@]}" bench.lora_ga --shapes llama-2-7b --device cuda --whole --layers 2 --out "$OUT/lora_ga.json"
+    step lora_ga 40 "${BENCH[@]}" bench lora_ga --shapes llama-2-7b --device cuda --whole --layers 2 --out "$OUT/lora_ga.json"
     # torch.compile takes seconds for each shape, so one shape is enough.
-    step compiled 30 "${BENCH[@]}" bench.lora_linear --device cuda --shape 8192x4096x4096 --rounds 20 --time-limit %LEFT% \
+    step compiled 30 "${BENCH[@]}" bench lora_linear --device cuda --shape 8192x4096x4096 --rounds 20 --time-limit %LEFT% \
         --contenders frozen,eager,compile,auto --out "$OUT/lora_linear_compiled.json"
-    step peers 35 "${BENCH[@]}" bench.lora_linear --device cuda --shapes peers --rounds 15 --time-limit %LEFT% \
+    step peers 35 "${BENCH[@]}" bench lora_linear --device cuda --shapes peers --rounds 15 --time-limit %LEFT% \
         --contenders frozen,eager,peft,addmm,auto,cublas,triton --out "$OUT/lora_linear_peers.json"
-    step adapters 12 "${BENCH[@]}" bench.multi_adapter --rounds 10 --out "$OUT/multi_adapter.json"
-    step dora 18 "${BENCH[@]}" bench.dora --dtype bf16 --dtype mixed --rounds 10 --out "$OUT/dora.json"
-    step adalora 15 "${BENCH[@]}" bench.adalora --width 4096 --rounds 10 --out "$OUT/adalora.json"
+    step adapters 12 "${BENCH[@]}" bench multi_adapter --rounds 10 --out "$OUT/multi_adapter.json"
+    step dora 18 "${BENCH[@]}" bench dora --dtype bf16 --dtype mixed --rounds 10 --out "$OUT/dora.json"
+    step adalora 15 "${BENCH[@]}" bench adalora --width 4096 --rounds 10 --out "$OUT/adalora.json"
 }
 
 CORES=$("$PYTHON" -c 'import os; print(os.cpu_count())')
 if [ $REHEARSE = 1 ]; then rehearse; else measure; fi
 for name in lora_linear suite; do
-    [ -f "$OUT/$name.json" ] && step "plot_$name" 5 "${BENCH[@]}" bench.plot "$OUT/$name.json"
+    [ -f "$OUT/$name.json" ] && step "plot_$name" 5 "${BENCH[@]}" bench plot "$OUT/$name.json"
 done
 
 # What is left of the time is for the tests, all at once: nothing is timed any more. Most of it goes into compiling, on one core for
@@ -174,7 +174,7 @@ start engine "$LEFT" "${TESTS[@]}" -m gpu tests/runtime/test_csrc.py tests/linal
 if command -v compute-sanitizer >/dev/null; then
     # PyTorch's caching allocator would hide an access just beyond a tensor from it, so it is switched off.
     start sanitizer "$LEFT" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9 \
-        "$PYTHON" -m bench.self_checks --backends cublas,triton --only-fp32
+        "$PYTHON" -m bench self_checks --backends cublas,triton --only-fp32
 else
     echo "sanitizer: left out, compute-sanitizer is not on the PATH" | tee -a "$SUMMARY"
 fi
@@ -186,6 +186,6 @@ finish sanitizer
 echo
 echo "== results in $OUT, after $(now) s"
 grep -v -e "^ *(" "$OUT/logs/questions.log" 2>/dev/null | tail -n 60
-"${BENCH[@]}" bench.summary "$OUT"
+"${BENCH[@]}" bench summary "$OUT"
 cat "$SUMMARY"
 exit $FAILED

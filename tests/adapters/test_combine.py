@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from bench.memory import allocations_of
+from bench.harness.memory import allocations_of
 from fastlora.adapters import combine
 
 K, N = 24, 20

@@ -3,6 +3,7 @@ tiny."""
 
 import json
 import math
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import counting, lora_linear, machine, timing  # noqa: E402
-from bench.contenders import CONTENDERS, Tensors, Unavailable, build  # noqa: E402
-from bench.counting import H200, KERNELS, PASSES, Problem, Roof, Step  # noqa: E402
+from bench.harness import counting, machine, timing  # noqa: E402
+from bench.harness.contenders import CONTENDERS, Tensors, Unavailable, build  # noqa: E402
+from bench.harness.counting import H200, KERNELS, PASSES, Problem, Roof, Step  # noqa: E402
+from bench.layers import lora_linear  # noqa: E402
 
 LLAMA = Problem(8192, 4096, 4096, 16)
 UP = Problem(8192, 14336, 4096, 16)  # 4096 -> 14336
@@ -198,7 +200,7 @@ def test_runs_end_to_end_and_writes_what_it_measured(tmp_path, capsys):
 
 def test_the_plot_needs_the_json_alone(tmp_path):
     pytest.importorskip("matplotlib")
-    from bench import plot
+    from bench.show import plot
 
     out = tmp_path / "result.json"
     lora_linear.main(
@@ -264,3 +266,13 @@ def test_sizes_are_finite():
                 assert step.flops >= 0, name
                 assert math.isfinite(step.time(H200)), name
                 assert step.bytes > 0, name
+
+
+def test_the_command_lists_and_refuses(capsys):
+    command = runpy.run_path(str(ROOT / "bench/__main__.py"))
+    assert command["main"]([]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"  {name} " in listed for name in command["CASES"])
+    assert all((ROOT / "bench" / f"{module.replace('.', '/')}.py").is_file() for module, _ in command["CASES"].values())
+    assert command["main"](["lora_liner"]) == 2
+    assert "got 'lora_liner', want one of lora_linear, " in capsys.readouterr().err

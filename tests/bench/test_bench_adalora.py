@@ -1,11 +1,11 @@
-"""bench/adalora.py at a tiny size: what it compares, and what it writes."""
+"""bench/models/adalora.py at a tiny size: what it compares, and what it writes."""
 
 import json
 
 import pytest
 import torch
 
-from bench import adalora
+from bench.models import adalora
 from fastlora.variants import RankAllocator
 
 

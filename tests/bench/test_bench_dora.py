@@ -1,10 +1,10 @@
-"""`bench.dora`: tiny, on the CPU; what is compared agrees, and what would be wrong is not measured."""
+"""bench/layers/dora.py: tiny, on the CPU; what is compared agrees, and what would be wrong is not measured."""
 
 import json
 
 import torch
 
-from bench import dora
+from bench.layers import dora
 
 
 def test_a_tiny_run(tmp_path, capsys):

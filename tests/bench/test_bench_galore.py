@@ -1,4 +1,4 @@
-"""bench/galore.py at tiny sizes: what it writes, and that its measures are what it says."""
+"""bench/galore/cost.py at tiny sizes: what it writes, and that its measures are what it says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import galore, galore_training
+from bench.galore import cost as galore_cost
+from bench.galore import training as galore_training
 
 
 def test_the_whole_command(tmp_path, capsys, monkeypatch):
@@ -17,7 +18,7 @@ def test_the_whole_command(tmp_path, capsys, monkeypatch):
     out = tmp_path / "results" / "galore.json"
     arguments = ["--sizes", "96", "--rank", "8", "--tokens", "20", "--rounds", "2", "--training", "3"]
     threads = torch.get_num_threads()
-    assert galore.main([*arguments, "--out", str(out)]) == 0
+    assert galore_cost.main([*arguments, "--out", str(out)]) == 0
     torch.set_num_threads(threads)
     result = json.loads(out.read_text())
     assert result["machine"]["cpu"] and result["settings"]["rank"] == 8
@@ -35,7 +36,7 @@ def test_the_whole_command(tmp_path, capsys, monkeypatch):
 
 
 def test_the_gradients_share_what_they_share():
-    old, new = galore.gradients(128)
+    old, new = galore_cost.gradients(128)
     overlap = float((old * new).sum() / (old.norm() * new.norm()))
     assert 0.4 < overlap < 0.6
     s = torch.linalg.svdvals(new)
@@ -43,7 +44,7 @@ def test_the_gradients_share_what_they_share():
 
 
 def test_the_committed_results_are_complete():
-    result = json.loads(Path(galore.OUT).read_text())
+    result = json.loads(Path(galore_cost.OUT).read_text())
     assert result["settings"]["sizes"] == [1024, 2048] and set(result["training"]) == set(galore_training.WAYS)
     losses = {name: min(line.values()) for name, line in result["training"].items()}
     assert losses["torch.optim.AdamW"] < losses["GaLore"] < losses["projected weights frozen"]

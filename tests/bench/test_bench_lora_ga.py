@@ -1,4 +1,4 @@
-"""bench/lora_ga_shapes.py at tiny shapes: its measure against the plain formula, and what it writes."""
+"""bench/starts/shapes.py at tiny shapes: its measure against the plain formula, and what it writes."""
 
 import json
 from collections import Counter
@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
-from bench import lora_ga, lora_ga_shapes
+from bench.starts import lora_ga
+from bench.starts import shapes as lora_ga_shapes
 
 SETTINGS = lora_ga_shapes.Settings("tiny", r=4, width=32, tokens=30, micro_batches=2, dtype="float32", device="cpu")
 

@@ -1,4 +1,4 @@
-"""`bench.multi_adapter`: tiny, on the CPU; what is compared agrees, and what would be wrong is not measured."""
+"""bench/layers/multi_adapter.py: tiny, on the CPU; what is compared agrees, and what would be wrong is not measured."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import multi_adapter
+from bench.layers import multi_adapter
 
 
 def test_a_tiny_run(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""bench/overhead.py, and that the dispatcher's share of a call is small beside the call."""
+"""bench/layers/overhead.py, and that the dispatcher's share of a call is small beside the call."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench/ is not installed
 
-from bench import overhead
+from bench.layers import overhead
 from fastlora.ops.lora import choice as lora_choice
 
 CPU = torch.device("cpu")

@@ -12,9 +12,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import correctness  # noqa: E402
-from bench.contenders import Contender, Tensors, build  # noqa: E402
-from bench.counting import Problem  # noqa: E402
+from bench.harness.contenders import Contender, Tensors, build  # noqa: E402
+from bench.harness.counting import Problem  # noqa: E402
+from bench.layers import correctness  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ def test_questions_run_interpreted(tmp_path):
     """Of the five, those that take no time in the interpreter; `bench/gpu.sh --rehearse` asks all."""
     pytest.importorskip("triton")
     out = tmp_path / "questions.json"
-    command = [sys.executable, "-m", "bench.questions", "--device", "cpu", "--rounds", "1", "--out", str(out)]
+    command = [sys.executable, "-m", "bench", "questions", "--device", "cpu", "--rounds", "1", "--out", str(out)]
     done = subprocess.run(
         [*command, "--only", "beta,one_pass,dropout"],
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False, timeout=120,

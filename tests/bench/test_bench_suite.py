@@ -11,11 +11,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench import blocks, compare, forms, mixed, suite, summary  # noqa: E402
-from bench.contenders import Contender, Tensors, build  # noqa: E402
-from bench.counting import Problem, Roof  # noqa: E402
-from bench.memory import saved_bytes  # noqa: E402
-from bench.timing import CpuTimer  # noqa: E402
+from bench.harness import turns  # noqa: E402
+from bench.harness.contenders import Contender, Tensors, build  # noqa: E402
+from bench.harness.counting import Problem, Roof  # noqa: E402
+from bench.harness.memory import saved_bytes  # noqa: E402
+from bench.harness.timing import CpuTimer  # noqa: E402
+from bench.layers import forms, mixed  # noqa: E402
+from bench.models import blocks, suite  # noqa: E402
+from bench.show import summary  # noqa: E402
 
 CPU = torch.device("cpu")
 ROOF = Roof(flops=1e11, bandwidth=1e10)
@@ -23,7 +26,7 @@ ROOF = Roof(flops=1e11, bandwidth=1e10)
 
 def values_of(case, name):
     contender = case.builders[name]()
-    return compare.step_values(contender, *case.inputs[0])[1]
+    return turns.step_values(contender, *case.inputs[0])[1]
 
 
 @pytest.mark.parametrize("kinds", [("float32", "float32"), ("bfloat16", "float32")])
@@ -33,7 +36,7 @@ def test_groups_agree(kinds):
     want = values_of(case, "eager")
     assert len(want) == 3 + 1 + 6  # outputs, dX, and two factors for each layer
     for name in ("peft", "addmm", "one by one", "group"):
-        compare.check_close(values_of(case, name), want, 1e-5 if kinds[0] == "float32" else 2e-2)
+        turns.check_close(values_of(case, name), want, 1e-5 if kinds[0] == "float32" else 2e-2)
 
 
 def test_a_groups_work_reads_x_once():
@@ -53,12 +56,12 @@ def test_mlps_and_mixed_batches_agree(kinds):
     case = forms.mlp_case(512, 264, 320, like, CPU)
     want = values_of(case, "eager")
     for name in ("peft", "addmm", "one by one", "mlp"):
-        compare.check_close(values_of(case, name), want, allowed)
+        turns.check_close(values_of(case, name), want, allowed)
     case = mixed.mixed_case(mixed.Batch(9, 60, 40, 264, 3), like, CPU)
     want = values_of(case, "eager")
     assert len(want) == 2 + 2 * 3
     for name in ("peft", "mixed batch"):
-        compare.check_close(values_of(case, name), want, allowed)
+        turns.check_close(values_of(case, name), want, allowed)
 
 
 def test_a_mixed_batchs_work_by_hand():
@@ -79,7 +82,7 @@ def test_whole_models_agree(name):
     want = values_of(case, "eager")
     assert all(value.abs().max() > 0 for value in want)
     for other in ("peft", "fastlora", "fastlora grouped", "fastlora fused"):
-        compare.check_close(values_of(case, other), want, 1e-4)
+        turns.check_close(values_of(case, other), want, 1e-4)
 
 
 def test_a_blocks_work_by_hand():
@@ -129,7 +132,7 @@ def test_a_block_saves_fewer_bytes():
     assert saved["fastlora"] < min(saved["eager"], saved["peft"])
     assert saved["fastlora grouped"] <= saved["fastlora"]
     assert saved["fastlora fused"] < saved["fastlora grouped"]  # h and act(gate) are made again
-    peaks = {name: compare.step_values(case.builders[name](), *case.inputs[0])[0] for name in saved}
+    peaks = {name: turns.step_values(case.builders[name](), *case.inputs[0])[0] for name in saved}
     assert peaks["fastlora"] < min(peaks["eager"], peaks["peft"])
 
 
@@ -150,10 +153,10 @@ def test_what_differs_from_eager_is_not_measured():
     wrong = builders["eager"]()
     builders["group"] = lambda: Contender("", lambda x: tuple(2 * y for y in wrong.forward(x)), wrong.leaves)
     case.builders = builders
-    found = compare.measure(case, ["frozen", "group", "eager"], CPU, CpuTimer(), 2, ROOF)
+    found = turns.measure(case, ["frozen", "group", "eager"], CPU, CpuTimer(), 2, ROOF)
     assert list(found["results"]) == ["frozen", "eager"]
     assert found["unavailable"]["group"].startswith("failed: ArithmeticError")
-    assert compare.failures({"cases": [found]})
+    assert turns.failures({"cases": [found]})
 
 
 def test_runs_end_to_end(tmp_path, capsys):
@@ -172,7 +175,7 @@ def test_runs_end_to_end(tmp_path, capsys):
     assert suite.main(["--show", str(out)]) == 0
     assert "block of tiny" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
-    from bench import plot
+    from bench.show import plot
 
     assert plot.main([str(out)]) == 0
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -213,19 +216,19 @@ def test_what_cannot_be_timed_is_left_out():
 
     checked = []
     case = forms.group_case("qkv", forms.Group(16, 8, (8, 8), 2, "float32", "float32"), CPU)
-    found = compare.measure(case, ["frozen", "group", "eager"], CPU, Timer(), 2, ROOF)
+    found = turns.measure(case, ["frozen", "group", "eager"], CPU, Timer(), 2, ROOF)
     assert list(found["results"]) == ["frozen", "eager"]
     assert found["unavailable"] == {"group": "failed: RuntimeError: not while capturing"}
     pytest.importorskip("peft")
     checked.clear()
-    found = compare.measure(case, ["frozen", "peft"], CPU, Timer(), 2, ROOF)
+    found = turns.measure(case, ["frozen", "peft"], CPU, Timer(), 2, ROOF)
     assert found["unavailable"] == {"peft": "cannot be timed: RuntimeError: not while capturing"}
-    assert not compare.failures({"cases": [found]})  # a peer's limit is no failure of ours
+    assert not turns.failures({"cases": [found]})  # a peer's limit is no failure of ours
 
 
 def test_the_summary_has_a_line_for_each_case(tmp_path, capsys):
     case = forms.group_case("qkv", forms.Group(16, 8, (8, 8), 2, "float32", "float32"), CPU)
-    found = compare.measure(case, ["frozen", "eager", "addmm"], CPU, CpuTimer(), 3, ROOF)
+    found = turns.measure(case, ["frozen", "eager", "addmm"], CPU, CpuTimer(), 3, ROOF)
     found["results"]["frozen"]["both"]["median"] = 2e-3
     found["results"]["eager"]["both"]["median"] = 3e-3
     record = {"machine": {"cpu": "one", "fastlora_commit": "abc"}, "cases": [{"facts": case.facts, **found}]}

@@ -8,10 +8,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # bench/ is not installed
 
-from bench.compare import step_values
-from bench.contenders import Tensors, build
-from bench.counting import Problem
-from bench.memory import saved_bytes
+from bench.harness.contenders import Tensors, build
+from bench.harness.counting import Problem
+from bench.harness.memory import saved_bytes
+from bench.harness.turns import step_values
 
 pytestmark = pytest.mark.gpu
 SEED = 8  # bytes: one int64

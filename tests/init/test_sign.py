@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
-from bench import adam_start
+from bench.starts import adam as adam_start
 from fastlora import FusedLoraLinear, GradientSketch, sign_factors
 from fastlora.init.factors import split_factors
 from fastlora.init.sign import BLOCK, Signs, leading_factors, minimise, objective

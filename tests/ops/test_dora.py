@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
-from bench.memory import allocations_of
+from bench.harness.memory import allocations_of
 from fastlora import FusedLoraLinear
 from fastlora.functional import Adapter, GroupLayer, dora_linear, lora_group, lora_mixed_batch, multi_lora_linear
 from fastlora.ops import reference

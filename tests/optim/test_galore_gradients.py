@@ -28,7 +28,7 @@ from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bench.memory import Allocations, allocations_of
+from bench.harness.memory import Allocations, allocations_of
 from fastlora.linalg import operators
 from fastlora.optim import GaLoreAdamW, galore_param_groups
 from fastlora.optim.galore import projector

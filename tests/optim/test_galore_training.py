@@ -1,4 +1,4 @@
-"""GaLore on real text (bench/galore_training.py): it learns nearly what AdamW does, in every mode; the Trainer too."""
+"""GaLore on real text (bench/galore/training.py): it learns nearly what AdamW does, in every mode; the Trainer too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import transformers
 from tiny_models import tiny_batch, tiny_model
 from torch.utils.data import Dataset
 
-from bench.galore_training import RANK, WAYS, galore, train
+from bench.galore.training import RANK, WAYS, galore, train
 from fastlora.optim import GaLoreAdamW, galore_param_groups
 
 STEPS, RATE = 120, 0.02

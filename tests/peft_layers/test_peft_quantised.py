@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import fastlora
-from bench.memory import allocations_of
+from bench.harness.memory import allocations_of
 from fastlora.integrations.peft import adopt as peft_adopt
 from fastlora.integrations.peft.bnb import FusedLinear4bit, FusedLinear8bitLt
 from fastlora.integrations.peft.quantised import INFERENCE, FusedQuantisedLayer

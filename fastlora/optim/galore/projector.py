@@ -31,7 +31,7 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 BASES = ("basis", "basis_right")  # the second for two sides only
 REFRESHES = ("subspace", "svd", "streamed")
 # Random columns beside the r of a subspace iteration. On MiniLM's gradients, r = 8, one iteration, the worst layer's
-# basis holds 0.907 of what the best one does without any, and 0.985 with 8 (bench/galore_bases.py).
+# basis holds 0.907 of what the best one does without any, and 0.985 with 8 (bench/galore/bases.py).
 EXTRA_COLUMNS = 8
 NOT_FINITE = (
     "GaLoreAdamW: gradient: that of a projected weight is NaN or infinite in a step that refreshes its basis, want a "

@@ -1,0 +1,47 @@
+"""`python -m bench` lists the benchmarks; `python -m bench NAME [--out FILE] [options]` runs one."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+CASES = {  # name: (module, what it measures)
+    "lora_linear": (
+        "layers.lora_linear",
+        "one LoRA linear layer: eager PyTorch, PEFT, addmm, every backend",
+    ),
+    "lora_group": ("layers.lora_group", "layers that share x, one by one and as a group"),
+    "lora_mlp": ("layers.lora_mlp", "a gated MLP: one by one, grouped, and with what surrounds it"),
+    "multi_adapter": ("layers.multi_adapter", "a batch whose rows belong to several adapters"),
+    "dora": ("layers.dora", "DoRA: PEFT's way and ours"),
+    "qlora": ("layers.qlora", "layers over a 4-bit weight"),
+    "overhead": ("layers.overhead", "what a call costs on the host before any kernel runs"),
+    "correctness": ("layers.correctness", "errors of every way against fp64, next to eager PyTorch's"),
+    "suite": ("models.suite", "groups, MLPs, mixed batches, transformer blocks and a training step"),
+    "switching": ("models.switching", "switching, disabling and merging a model's adapters"),
+    "adalora": ("models.adalora", "AdaLoRA's bookkeeping of one step"),
+    "galore": ("galore.cost", "GaLore's refreshes and steps, its bases, training with it"),
+    "lora_ga": ("starts.lora_ga", "LoRA-GA from sketches: errors, seconds, bytes"),
+    "adam_start": ("starts.adam", "starts for Adam's first step, which is a sign"),
+    "questions": ("gpu.questions", "five questions that only a GPU answers"),
+    "self_checks": ("gpu.self_checks", "every backend's first-use check on this machine"),
+    "summary": ("show.summary", "one line per case of a folder of results"),
+    "plot": ("show.plot", "draws the JSON of lora_linear or suite"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, CASES))
+        print(f"{__doc__}\n")
+        print("\n".join(f"  {name:{width}}  {line}" for name, (_, line) in CASES.items()))
+        return 0
+    name, *rest = arguments
+    if name not in CASES:
+        print(f"python -m bench: got {name!r}, want one of {', '.join(CASES)}", file=sys.stderr)
+        return 2
+    return import_module(f"bench.{CASES[name][0]}").main(rest) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""GaLore's optimizer: its cost, its bases, training with it."""

@@ -1,0 +1,1 @@
+"""One layer, or layers that run together, next to eager PyTorch and PEFT."""

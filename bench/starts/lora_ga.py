@@ -1,0 +1,282 @@
+"""How well LoRA-GA's ways of starting are aligned with the gradient, and what they cost: `python -m bench lora_ga`.
+
+On the gradients of MiniLM-L6 for the docstring task (examples/), every linear layer of the encoder. The measure is what
+one step of SGD leaves of the gradient, ‖G − c·(B Bᵀ G + G Aᵀ A)‖²/‖G‖² with the best step size c, over what the best
+update of rank 2r leaves (Eckart and Young): 1 is perfect. With --shapes: bench/starts/shapes.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastlora
+from fastlora.init.factors import split_factors
+from fastlora.linalg import orthonormal
+
+from ..harness import machine
+from . import shapes
+
+Factors = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass
+class Task:
+    """The classifier with its micro-batches; `encoder` is the part that adapters go into."""
+
+    classifier: nn.Module
+    batches: list[Any]
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.classifier.encoder  # type: ignore[return-value]
+
+    def passes(self) -> None:
+        """A forward and a backward pass of each micro-batch; each counts the same."""
+        for batch in self.batches:
+            logits = self.classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            nn.functional.cross_entropy(logits, batch.labels).backward()
+
+
+@dataclass
+class Result:
+    """`seconds` beyond the backward passes of the frozen model; `held` bytes that live until the factors are there."""
+
+    seconds: float
+    held: int
+    errors: list[float] = field(default_factory=list)
+
+
+def docstring_task(micro_batches: int, batch_size: int, max_length: int = 64) -> Task:
+    """Raises FileNotFoundError where MiniLM's weights are not installed."""
+    folder = str(machine.ROOT / "examples")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    import docstrings
+    import encoder
+    from batches import TokenizedExamples, training_order
+
+    source = encoder.find_model(encoder.DEFAULT_MODEL)
+    dataset = docstrings.load()
+    examples = TokenizedExamples(dataset.train, encoder.load_tokenizer(source), max_length)
+    body = encoder.load_encoder(source, torch.float32, torch.device("cpu"))
+    torch.manual_seed(0)
+    classifier = encoder.SentenceClassifier(body, body.config.hidden_size, len(dataset.labels)).eval()
+    classifier.requires_grad_(False)
+    order = training_order(examples, batch_size, micro_batches, seed=0)
+    return Task(classifier, [examples.batch(indices) for indices in order])
+
+
+def linear_layers(task: Task) -> dict[str, nn.Linear]:
+    return {name: module for name, module in task.encoder.named_modules() if isinstance(module, nn.Linear)}
+
+
+def full_gradients(task: Task) -> dict[str, Tensor]:
+    """The gradients of every linear weight of the encoder, all at once, as the original code has them."""
+    weights = {name: layer.weight for name, layer in linear_layers(task).items()}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    task.passes()
+    gradients: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        assert weight.grad is not None
+        gradients[name], weight.grad = weight.grad, None
+        weight.requires_grad_(False)
+    return gradients
+
+
+def errors(gradients: dict[str, Tensor], factors: Factors, r: int) -> list[float]:
+    """Per layer, what a step leaves of ‖G‖² over what the best one of rank 2r leaves."""
+    out = []
+    for name, gradient in gradients.items():
+        g = gradient.double()
+        a, b = (factor.double() for factor in factors[name])
+        step = b @ (b.t() @ g) + (g @ a.t()) @ a
+        step = step * ((step * g).sum() / step.square().sum())
+        sigma_squared = torch.linalg.eigvalsh(g @ g.t() if g.shape[0] <= g.shape[1] else g.t() @ g)
+        out.append(((g - step).square().sum() / sigma_squared[: -2 * r].sum()).item())
+    return out
+
+
+# The contenders: each gives factors, seconds and bytes.
+def by_sketch(task: Task, r: int, width: int | None, refine: bool, frozen: float) -> tuple[Factors, Result]:
+    sketch = fastlora.GradientSketch(task.encoder, r=r, width=width, weighting="equal")
+    with stopwatch() as clock:
+        with sketch:
+            task.passes()
+        if refine:
+            with sketch.refine():
+                task.passes()
+        factors = {name: two_halves(*layer.svd(2 * r), r) for name, layer in sketch.layers.items()}
+    held = sum(layer.nbytes for layer in sketch.layers.values())
+    return factors, Result(clock() - frozen * (2 if refine else 1), held)
+
+
+def by_svd_lowrank(task: Task, r: int, frozen: float) -> tuple[Factors, Result]:
+    """torch.svd_lowrank of the full gradients, with the original code's settings."""
+    with stopwatch() as clock:
+        gradients = full_gradients(task)
+        factors = {}
+        for name, g in gradients.items():
+            u, s, v = torch.svd_lowrank(g, q=min(4 * r, *g.shape), niter=4)
+            factors[name] = two_halves(u, s, v.t(), r)
+    return factors, Result(clock() - frozen, sum(4 * g.numel() for g in gradients.values()))
+
+
+def by_two_sided_sketch(task: Task, r: int, width: int, frozen: float) -> tuple[Factors, Result]:
+    """Y = G Ω and W = Ψ G in one pass (Tropp et al. 2017), `width` columns in all; simulated on the full gradient, so
+    without a time of its own."""
+    factors, held, k = {}, 0, width // 3
+    for name, g in full_gradients(task).items():
+        n, m = g.shape
+        omega, psi = torch.randn(m, k), torch.randn(2 * k, n)
+        q = orthonormal(g @ omega)
+        z = torch.linalg.lstsq(psi @ q, psi @ g).solution
+        u, s, vh = torch.linalg.svd(z, full_matrices=False)
+        factors[name] = two_halves(q @ u, s, vh, r)
+        held += 4 * (n * k + 2 * k * m)
+    return factors, Result(float("nan"), held)
+
+
+def by_peft(task: Task, r: int, frozen: float) -> tuple[Factors, Result]:
+    """PEFT's LoRA-GA with its defaults, but for dropout, which it leaves on and which is set to 0 here. Raises
+    ImportError where this PEFT has none."""
+    import peft
+    from peft.tuners.lora import LoraGAConfig, preprocess_loraga  # type: ignore[attr-defined]
+
+    task = copy.deepcopy(task)
+    for module in task.encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    names = sorted({name.rpartition(".")[2] for name in linear_layers(task)})
+    config = peft.LoraConfig(
+        r=r, target_modules=names, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()  # type: ignore[arg-type]
+    )  # fmt: skip
+    held = sum(4 * layer.weight.numel() for layer in linear_layers(task).values())
+    with stopwatch() as clock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        preprocess_loraga(task.encoder, config, task.passes)  # type: ignore[arg-type]
+        model: Any = peft.get_peft_model(task.encoder, config)  # type: ignore[arg-type]
+    factors = {
+        name.removeprefix("base_model.model."): (
+            module.lora_A["default"].weight.detach(),
+            module.lora_B["default"].weight.detach(),
+        )
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    return factors, Result(clock() - frozen, held)
+
+
+def ordinary_lora(task: Task, r: int) -> tuple[Factors, Result]:
+    torch.manual_seed(0)
+    factors = {
+        name: (torch.randn(r, layer.in_features), torch.zeros(layer.out_features, r))
+        for name, layer in linear_layers(task).items()
+    }
+    return factors, Result(0.0, 0)
+
+
+def two_halves(u: Tensor, s: Tensor, vh: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    return split_factors(u[:, : 2 * r], vh[: 2 * r], r, "ArB2r")
+
+
+@contextmanager
+def stopwatch() -> Iterator[Callable[[], float]]:
+    start, stop = time.perf_counter(), []
+    yield lambda: (stop[0] if stop else time.perf_counter()) - start
+    stop.append(time.perf_counter())
+
+
+def frozen_passes(task: Task) -> float:
+    """Seconds of the passes with every weight frozen, and gradients only of activations: what training would do."""
+    embeddings: Any = task.encoder.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    try:
+        task.passes()  # warm
+        with stopwatch() as clock:
+            task.passes()
+    finally:
+        handle.remove()
+    return clock()
+
+
+def measure(task: Task, r: int, widths: list[int | None]) -> dict[str, Result]:
+    """Every contender's result, by name."""
+    gradients, frozen = full_gradients(task), frozen_passes(task)
+    default = fastlora.GradientSketch(task.encoder, r=r).width
+    contenders: dict[str, Callable[[], tuple[Factors, Result]]] = {}
+    for width in widths:
+        c = width or default
+        for refine in (False, True):
+            contenders[f"GradientSketch, c = {c}" + (", refined" if refine else "")] = (
+                lambda width=width, refine=refine: by_sketch(task, r, width, refine, frozen)
+            )
+    contenders |= {
+        f"two-sided sketch, c = {default}": lambda: by_two_sided_sketch(task, r, default, frozen),
+        "svd_lowrank of the full gradient": lambda: by_svd_lowrank(task, r, frozen),
+        "PEFT's LoRA-GA": lambda: by_peft(task, r, frozen),
+        "ordinary LoRA": lambda: ordinary_lora(task, r),
+    }
+    results = {"backward passes alone": Result(frozen, 0)}
+    for name, run in contenders.items():
+        try:
+            factors, result = run()
+        except ImportError as error:
+            print(f"{name}: not measured: {error}")
+            continue
+        result.errors = errors(gradients, factors, r)
+        results[name] = result
+    return results
+
+
+def table(results: dict[str, Result]) -> str:
+    rows = [("", "error / optimum: median", "worst", "s beyond backward", "MB held")]
+    for name, result in results.items():
+        worst = f"{max(result.errors):.4f}" if result.errors else ""
+        median = f"{statistics.median(result.errors):.4f}" if result.errors else ""
+        rows.append((name, median, worst, f"{result.seconds:.2f}", f"{result.held / 1e6:.1f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench lora_ga", description=__doc__)
+    parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--widths", type=int, nargs="*", help="columns of the sketch beside the default")
+    parser.add_argument("--micro-batches", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--shapes", choices=sorted(shapes.MODELS), help="synthetic gradients of these shapes")
+    parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch, with --shapes")
+    parser.add_argument("--layers", type=int, default=3, help="to compare with the peers, with --shapes")
+    parser.add_argument("--whole", action="store_true", help="every layer of --shapes, beside the comparison")
+    parser.add_argument("--device", default="cpu", help="with --shapes")
+    parser.add_argument("--dtype", help="of X and dY, with --shapes; bfloat16 on a GPU, else float32")
+    parser.add_argument("--out", help="a JSON file for the result, with --shapes")
+    options = parser.parse_args(arguments)
+    if options.shapes:
+        dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
+        width = max(6 * options.r, 32) if not options.widths else options.widths[0]
+        settings = shapes.Settings(
+            options.shapes, options.r, width, options.tokens, options.micro_batches, dtype, options.device
+        )
+        shapes.run(settings, options.layers, options.whole, options.out)
+        return 0
+    facts = machine.describe(torch.device("cpu"))
+    print(", ".join(f"{key} {value}" for key, value in facts.items() if value is not None), flush=True)
+    task = docstring_task(options.micro_batches, options.batch_size)
+    tokens = sum(int(batch.attention_mask.sum()) for batch in task.batches)
+    print(f"{len(linear_layers(task))} layers, {len(task.batches)} micro-batches, {tokens} tokens, r = {options.r}")
+    print(table(measure(task, options.r, [None, *(options.widths or [])])))
+    return 0
