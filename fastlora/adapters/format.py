@@ -322,6 +322,12 @@ def _is_list_of(kind: type, value: Any) -> bool:
 
 
 # Writing.
+def keys(file: bytes) -> list[str]:
+    """The names of the tensors in a safetensors file."""
+    header = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+    return [key for key in header if key != "__metadata__"]
+
+
 def write_files(files: dict[Path, bytes]) -> None:
     """All of them or none: written and synced beside their places, then renamed; a failure takes the renames back."""
     token = secrets.token_hex(4)

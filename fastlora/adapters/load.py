@@ -61,9 +61,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         if sharding.has_shards(model):
             from ..integrations.peft.state import load_sharded  # which needs peft, and the model brought it
 
-            load_sharded(model, root, format.changes_base(config), tensors, adapter_name)
+            with introspect_names.peeled(model):
+                load_sharded(model, root, format.changes_base(config), tensors, adapter_name)
             return
-        _load_into_peft(model, root, adapter_name, format.changes_base(config))
+        with introspect_names.peeled(model):
+            _load_into_peft(model, root, adapter_name, format.changes_base(config))
         return
     file = format.parse(root, config, tensors)
     layers = dict(modules_outside_adapters(model))

@@ -220,8 +220,9 @@ def peft_contents(model: Any, adapter_name: str, root: Path) -> dict[str, bytes]
         if sharding.has_shards(model):
             from ..integrations.peft.state import gathered_state  # which needs peft, and the model brought it
 
-            state = gathered_state(model, adapter_name)
-        with peft_ranks.as_saved(model, adapter_name):
+            with introspect_names.peeled(model):
+                state = gathered_state(model, adapter_name)
+        with introspect_names.peeled(model), peft_ranks.as_saved(model, adapter_name):
             model.save_pretrained(folder, selected_adapters=[adapter_name], state_dict=state)
         paths = [path for path in Path(folder).rglob("*") if path.is_file()]
         return {path.name: path.read_bytes() for path in paths}
@@ -232,7 +233,7 @@ def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]
     inside: set[int] = set()
     for _, layer in lora_layers(model):
         inside.update(id(module) for module in layer.modules() if module is not layer)
-    for name, module in model.named_modules():
+    for name, module in introspect_names.named_modules(model):
         if id(module) not in inside:
             yield name, module
 
@@ -288,6 +289,10 @@ def save_adapter(
         folder = root if name in ("default", adapter_name) else root / name
         of_peft = is_peft_model(model)
         made = peft_contents(model, name, root) if of_peft else contents(model, name, as_lora)
+        if not format.keys(made[format.WEIGHTS_NAME]):
+            raise ValueError(
+                f"save_adapter: adapter_name: no tensor of this {type(model).__name__} belongs to {name!r}"
+            )
         files.update({(root if file == "README.md" else folder) / file: data for file, data in made.items()})
 
     def write() -> None:

@@ -194,7 +194,7 @@ def _check_models(model: nn.Module, sketch: GradientSketch | SignFactors) -> Non
             f"init_lora_ga: model: got {wrapped}, want init_lora_ga {sharding.BEFORE}. A sharded model can be "
             "sketched: sketch.save, then GradientSketch.load and init_lora_ga in a model that is not wrapped yet"
         )
-    modules = dict(model.named_modules())
+    modules = dict(names.named_modules(model))
     lora_layers = dict(targets.lora_layers(model))
     for name, size in sketch.sizes.items():
         layer = modules.get(name)

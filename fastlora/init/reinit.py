@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..introspect import sharding, targets
+from ..introspect import names, sharding, targets
 from ..layers.linear import FusedLoraLinear
 from ..optim import moments as optim_moments
 from ..runtime import messages, progress
@@ -180,7 +180,7 @@ def layers_to_restart(
             f"{caller}: model: its parameters are sharded over processes (fully_shard, DTensor), and factors of other "
             "sizes would not be; want a model that is whole in every process (DistributedDataParallel)"
         )
-    modules = dict(model.named_modules())
+    modules = dict(names.named_modules(model))
     layers: dict[str, FusedLoraLinear] = {}
     for name, size in sketch.sizes.items():
         layer = modules.get(name)

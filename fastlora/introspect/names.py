@@ -1,13 +1,77 @@
-"""Names of modules: patterns as PEFT's configuration writes them."""
+"""Names of modules: as in the unwrapped model, which files have, and patterns as PEFT's configuration has them."""
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from torch import nn
 
-# Names.
+_INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module")
+_MODULE = {  # whose `module` is the one they wrap, by the names of their classes: other libraries have their own
+    *("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine", "AveragedModel"),
+    *("ModelEma", "ModelEmaV2", "ModelEmaV3"),
+}
+
+
+# What a module is called on disk.
+def inner(module: nn.Module) -> nn.Module | None:
+    """The module in a wrapper that keeps names (torch.compile, checkpoint_wrapper, data-parallel and averaging ones);
+    None for any other module."""
+    children = module._modules
+    for key in _INSIDE:
+        if (child := children.get(key)) is not None:
+            return child
+    child = children.get("module")
+    return child if child is not None and any(cls.__name__ in _MODULE for cls in type(module).__mro__) else None
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside all its wrappers."""
+    while (child := inner(module)) is not None:
+        module = child
+    return module
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()` of the unwrapped model: at any depth what is in a wrapper has the wrapper's place."""
+    seen: set[int] = set()
+
+    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrapped(module)
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module
+        for key, child in module._modules.items():
+            if child is not None:
+                yield from walk(f"{name}.{key}" if name else key, child)
+
+    return walk("", model)
+
+
+@contextlib.contextmanager
+def peeled(model: nn.Module) -> Iterator[None]:
+    """Within it the wrappers inside a model are out of it, for code of PEFT's that reads names off the modules."""
+    places = [
+        (parent, key, child)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child is not None and inner(child) is not None and inner(parent) is None
+    ]
+    for parent, key, child in places:
+        parent._modules[key] = unwrapped(child)
+    try:
+        yield
+    finally:
+        for parent, key, child in places:
+            if parent._modules.get(key) is unwrapped(child):  # else it was replaced, and the wrapper would run the old
+                parent._modules[key] = child
+
+
+# Patterns.
 def _ends_with_one_of(name: str, targets: Iterable[str]) -> bool:
     return any(name == target or name.endswith(f".{target}") for target in targets)
 

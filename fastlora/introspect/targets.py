@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .fused import OwnLayer
+from .names import named_modules, peeled, unwrapped
 
 
 class Selection:
@@ -72,37 +73,32 @@ def _output_heads(model: nn.Module) -> dict[int, str]:
     """The heads that "all-linear" leaves alone, as PEFT does: a transformers model's output embeddings and
     classifiers."""
     heads: dict[int, str] = {}
-    for module in model.modules():
-        output = getattr(module, "get_output_embeddings", None)
-        if not callable(output):
-            continue
-        head = output()
-        if isinstance(head, nn.Module):
-            heads[id(head)] = 'the output head: "all-linear" leaves it alone'
-        if type(module).__name__.endswith(("ForSequenceClassification", "ForTokenClassification")):
-            for attribute in ("score", "classifier"):
-                head = getattr(module, attribute, None)
-                for part in head.modules() if isinstance(head, nn.Module) else ():
-                    heads[id(part)] = 'the classification head: "all-linear" leaves it alone'
+    with peeled(model):  # transformers looks for the head by names
+        for module in model.modules():
+            output = getattr(module, "get_output_embeddings", None)
+            if not callable(output):
+                continue
+            head = output()
+            if isinstance(head, nn.Module):
+                heads[id(head)] = 'the output head: "all-linear" leaves it alone'
+            if type(module).__name__.endswith(("ForSequenceClassification", "ForTokenClassification")):
+                for attribute in ("score", "classifier"):
+                    head = getattr(module, attribute, None)
+                    for part in head.modules() if isinstance(head, nn.Module) else ():
+                        heads[id(part)] = 'the classification head: "all-linear" leaves it alone'
     return heads
 
 
 def unwrap(model: nn.Module, caller: str) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or torch.compile's wrapper: names on disk are its own."""
+    """The model inside its wrappers (`names.inner`)."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"{caller}: model: got {type(model).__name__}, want a torch.nn.Module")
-    while True:
-        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model
+    return unwrapped(model)
 
 
 def candidates(model: nn.Module, selection: Selection) -> Iterator[tuple[str, nn.Module]]:
     """Every linear layer, and whatever else was named as a target, once each."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         linear = isinstance(module, nn.Linear) or is_conv1d(module)
         leaf = not any(True for _ in module.children()) and not isinstance(module, nn.ParameterDict)
         if linear or (leaf and not selection.all_linear and selection.names(name)):
@@ -178,7 +174,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def modules_of(model: nn.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
-    """(name, module) of these kinds, all of which have children, once each, as `named_modules` orders them.
+    """(name, module) of these kinds, all of which have children, once each, named and ordered as by `named_modules`.
 
     Of what has no children, and within our own layers, nothing is asked: a twentieth of `named_modules`' time on a
     patched Llama, which switching adapters waits for.
@@ -193,10 +189,13 @@ def modules_of(model: nn.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any
         if isinstance(module, OwnLayer):
             return
         for child_name, child in module._modules.items():
-            if child is not None and child._modules and id(child) not in seen:
+            if child is None or not child._modules:
+                continue
+            child = unwrapped(child)
+            if child._modules and id(child) not in seen:
                 walk(f"{name}.{child_name}" if name else child_name, child)
 
-    walk("", model)
+    walk("", unwrapped(model))
     return found
 
 

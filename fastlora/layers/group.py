@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ..introspect.fused import FusedPeftLayer
+from ..introspect.names import named_modules
 from ..ops import call
 from ..ops.group import group as group_op
 from .linear import FusedLoraLinear
@@ -279,7 +280,7 @@ def is_fused(module: Any) -> bool:
 def form_groups(model: nn.Module, names: Sequence[Sequence[str]] = NAMES) -> list[tuple[str, ...]]:
     """Groups the model's patched layers that lie side by side under one of these sets of names, and says which."""
     formed = []
-    for path, parent in model.named_modules():
+    for path, parent in named_modules(model):
         layers = {name: child for name, child in parent.named_children() if is_fused(child)}
         crossing = CROSS_ATTENTION.search(f"{path}.{type(parent).__name__}") is not None
         for wanted in names:
@@ -343,7 +344,7 @@ def watching(model: nn.Module) -> Iterator[list[tuple[str, ...]]]:
         >>> groups
         []
     """
-    names: dict[Layer, str] = {module: name for name, module in model.named_modules() if is_fused(module)}
+    names: dict[Layer, str] = {module: name for name, module in named_modules(model) if is_fused(module)}
     fed: list[tuple[Any, int, dict[str, Layer]]] = []  # (x, its version, who was fed it), in order
     seen: set[nn.Module] = set()
     formed: list[tuple[str, ...]] = []

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from ..introspect.names import named_modules
 from ..ops import call
 from ..ops.group import group as group_op
 from ..ops.lora import choice as lora_choice
@@ -82,7 +83,7 @@ def form(model: nn.Module, mode: str | bool | None) -> tuple[dict[str, str], dic
     left: dict[str, str] = {}
     if not mode:
         return fused, left
-    for name, module in list(model.named_modules()):
+    for name, module in list(named_modules(model)):
         if isinstance(module, FusedMlp):
             fused[name] = str(module.__dict__.get(_RECIPE))
         elif _looks_like_one(module):

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from ...introspect import sharding
+from ...introspect.names import named_modules
 from ...layers.schedule import composed, with_nonzero
 
 _MASKED = "fastlora_masked"  # of a configuration: by layer, which of its ranks are not masked
@@ -76,7 +77,7 @@ def _tuners(model: nn.Module, adapter_name: str) -> list[Any]:
 
 def _layers(tuner: Any, adapter_name: str) -> dict[str, Any]:
     """By the names that the pattern has for them."""
-    return {n: m for n, m in tuner.model.named_modules() if adapter_name in (m._modules.get("lora_E") or ())}
+    return {n: m for n, m in named_modules(tuner.model) if adapter_name in (m._modules.get("lora_E") or ())}
 
 
 def _patterns(config: Any) -> dict[str, list[bool]]:

@@ -338,7 +338,7 @@ class PeftConfiguration:
 def _find(model: nn.Module, adapter_name: str) -> tuple[str, dict[str, Any]]:
     """The prefix of the module that PEFT was put into, and the configurations."""
     found: tuple[str, dict[str, Any]] | None = None
-    for name, module in model.named_modules():
+    for name, module in names.named_modules(model):
         configurations = getattr(module, "peft_config", None)
         if isinstance(configurations, dict) and (found is None or configurations is found[1]):
             found = (f"{name}." if name else "", configurations)  # PeftModel, its LoraModel, and the model in that

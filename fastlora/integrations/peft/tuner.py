@@ -14,6 +14,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import nn
 
 from ...introspect.fused import FusedPeftTuner
+from ...introspect.names import named_modules
 from ...introspect.targets import Selection, peft_lora_layers
 from . import adopt
 
@@ -59,7 +60,7 @@ for _peft, _fused in FUSED.items():
 
 def follow(model: nn.Module, selection: Selection, backend: str) -> None:
     """Swaps every tuner in a model. PEFT's functions that inject adapters without one leave nothing to follow."""
-    for name, tuner in model.named_modules():
+    for name, tuner in named_modules(model):
         if type(tuner) in (*FUSED, *FUSED.values()):
             tuner.__class__ = FUSED.get(type(tuner), type(tuner))  # type: ignore[assignment]
             cast(FusedTuner, tuner).patched_by = _Patch(selection, backend, name)
