@@ -189,7 +189,9 @@ def triton_with(s_inside: bool) -> Callable[[Tensors], Contender]:
             raise Unavailable(reason)
 
         def forward(x: Tensor) -> Tensor:
-            return LoraLinearFunction.apply(x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, p.dropout, module)  # type: ignore[return-value]
+            return LoraLinearFunction.apply(
+                x, t.weight, t.bias, t.lora_a, t.lora_b, t.scaling, p.dropout, module, False
+            )  # type: ignore[return-value]
 
         return Contender(name, forward, contender.leaves)
 

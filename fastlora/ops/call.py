@@ -40,6 +40,17 @@ def autocast_enabled(tensor: Tensor) -> bool:
     return torch._C._is_any_autocast_enabled() and not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
+def low_rank_dtype(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, narrow: bool) -> torch.dtype:
+    """The dtype of the low-rank path, S and dS: the widest of x's and the adapters', or x's where they are to be cast
+    to it (`narrow`: under autocast, which does the same to eager PyTorch's)."""
+    dtype = x.dtype
+    if not narrow:
+        for factor in (lora_A, lora_B):
+            if factor is not None and factor.dtype != dtype:
+                dtype = torch.promote_types(dtype, factor.dtype)
+    return dtype
+
+
 def as_2d(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 

@@ -6,11 +6,16 @@ Every backend is tested against `lora_linear` in fp64. It is also what runs wher
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+
+def _widest(*tensors: torch.Tensor) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 def apply_dropout(x: torch.Tensor, dropout_p: float, keep_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -37,11 +42,13 @@ def lora_linear(
     """y = x W0ᵀ + b + s·(drop(x) Aᵀ) Bᵀ (Hu et al. 2021, arXiv 2106.09685, eq. 3).
 
     x (..., K), weight (N, K), lora_A (r, K), lora_B (N, r), bias (N,) or None, keep_mask like x or None. Returns (...,
-    N). Adapters of another dtype than x are cast to x's.
+    N) in F.linear's dtype. The low-rank path is computed in the widest dtype of x and the adapters, as in PEFT; under
+    autocast, in its dtype.
     """
-    dropped = apply_dropout(x, dropout_p, keep_mask)
-    s = F.linear(dropped, lora_A.to(x.dtype))
-    return F.linear(x, weight, bias) + scaling * F.linear(s, lora_B.to(x.dtype))
+    wide = _widest(x, lora_A, lora_B)
+    s = F.linear(apply_dropout(x.to(wide), dropout_p, keep_mask), lora_A.to(wide))
+    y = F.linear(x, weight, bias)
+    return (y + scaling * F.linear(s, lora_B.to(wide))).to(y.dtype)
 
 
 def mixed_batch_lora_linear(
@@ -60,11 +67,12 @@ def mixed_batch_lora_linear(
     y = F.linear(x, weight, bias)
     for i, (lora_A, lora_B, scaling, dropout_p, *_) in enumerate(adapters):
         where = torch.tensor(sequences[i], dtype=torch.int64, device=x.device)
-        rows = x.index_select(0, where)
+        wide = _widest(x, lora_A, lora_B)
+        rows = x.index_select(0, where).to(wide)
         keep = None if keep_masks is None else keep_masks[i]
-        dropped = apply_dropout(rows, dropout_p, keep if keep is None else keep.view(rows.shape)).to(y.dtype)
-        s = F.linear(dropped, lora_A.to(y.dtype))
-        y = y.index_add(0, where, scaling * F.linear(s, lora_B.to(y.dtype)))
+        s = F.linear(apply_dropout(rows, dropout_p, keep if keep is None else keep.view(rows.shape)), lora_A.to(wide))
+        term = scaling * F.linear(s, lora_B.to(wide))
+        y = y.index_copy(0, where, (y.index_select(0, where) + term).to(y.dtype))
     return y
 
 
@@ -85,9 +93,11 @@ def dora_linear(
     n out of the gradient as in its section 4.3); the dropped form is that of the paper's code, and PEFT's. magnitude
     (N,); the others as in `lora_linear`.
     """
-    a, b = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    norm = (weight + scaling * (b @ a)).detach().norm(dim=1)
-    factor = magnitude.to(x.dtype) / norm
-    dropped = apply_dropout(x, dropout_p, keep_mask)
-    frozen, low_rank = F.linear(dropped, weight), scaling * F.linear(F.linear(dropped, a), b)
-    return F.linear(x, weight, bias) + (factor - 1) * frozen + factor * low_rank
+    wide = _widest(x, lora_A, lora_B, magnitude)
+    a, b = lora_A.to(wide), lora_B.to(wide)
+    norm = (weight.to(wide) + scaling * (b @ a)).detach().norm(dim=1)
+    factor = magnitude.to(wide) / norm
+    dropped = apply_dropout(x.to(wide), dropout_p, keep_mask)
+    frozen, low_rank = F.linear(dropped.to(x.dtype), weight), scaling * F.linear(F.linear(dropped, a), b)
+    y = F.linear(x, weight, bias)
+    return (y + (factor - 1) * frozen + factor * low_rank).to(y.dtype)

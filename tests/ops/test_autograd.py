@@ -220,10 +220,10 @@ class _Spy(SimpleNamespace):
     def forward(self, *arguments):
         return lora_aten.forward(*arguments)
 
-    def backward(self, dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs):
+    def backward(self, dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs, narrow):
         given = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B, "s": s, "state": state}
         self.calls.append((needs, sorted(name for name, tensor in given.items() if tensor is not None)))
-        return lora_aten.backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs)
+        return lora_aten.backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs, narrow)
 
 
 @pytest.mark.parametrize(

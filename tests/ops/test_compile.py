@@ -167,7 +167,7 @@ def test_opcheck_forward(bias, dropout_p, adapter_dtype):
     leaves = [t.requires_grad_() for t in (p.x, p.weight)]
     adapters = [t.requires_grad_() for t in (p.lora_A, p.lora_B)]
     torch.library.opcheck(
-        torch.ops.fastlora.lora_linear.default, (*leaves, p.bias, *adapters, keep, p.scaling, dropout_p, "auto")
+        torch.ops.fastlora.lora_linear.default, (*leaves, p.bias, *adapters, keep, p.scaling, dropout_p, "auto", False)
     )
 
 
@@ -180,5 +180,5 @@ def test_opcheck_backward(needs, adapter_dtype):
     s = torch.randn(12, 5)
     torch.library.opcheck(
         torch.ops.fastlora.lora_linear_backward.default,
-        (p.dy, p.x, p.weight, p.lora_A, p.lora_B, s, None, p.scaling, 0.0, list(needs), "auto"),
+        (p.dy, p.x, p.weight, p.lora_A, p.lora_B, s, None, p.scaling, 0.0, list(needs), "auto", False),
     )

@@ -39,7 +39,7 @@ def test_output_and_every_gradient(dtype, bias, dropout_p):
     ids=str,
 )
 def test_adapters_of_another_dtype(dtype, adapter_dtype, dropout_p):
-    """They are rounded to x's dtype, and their gradients come in their own."""
+    """The wider dtype is computed in, and gradients come in their own."""
     problem = make_problem(33, 65, dtype=dtype, adapter_dtype=adapter_dtype, dropout_p=dropout_p)
     assert_right(problem)
     got = fused(problem)

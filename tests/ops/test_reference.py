@@ -39,13 +39,17 @@ def test_dropout_without_a_mask_is_torch_s():
     assert reference.apply_dropout(x, 0.0) is x
 
 
-def test_adapters_of_another_dtype_are_cast_to_x_s():
+def test_adapters_wider_than_x_are_computed_with_in_their_dtype_but_for_autocast():
     problem = make_problem(4, 7, dtype=torch.bfloat16, adapter_dtype=torch.float32)
-    tensors = (problem.x, problem.weight, problem.lora_A, problem.lora_B)
-    y = reference.lora_linear(*tensors, 1.0)
+    x, weight, lora_A, lora_B = problem.x, problem.weight, problem.lora_A, problem.lora_B
+    wide = F.linear(F.linear(x.float(), lora_A), lora_B)
+    y = reference.lora_linear(x, weight, lora_A, lora_B, 1.5)
     assert y.dtype == torch.bfloat16
-    x, weight, lora_A, lora_B = (tensor.bfloat16() for tensor in tensors)
-    assert torch.equal(y, reference.lora_linear(x, weight, lora_A, lora_B, 1.0))
+    assert torch.equal(y, (F.linear(x, weight) + 1.5 * wide).bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = reference.lora_linear(x, weight, lora_A, lora_B, 1.5)
+    narrow = reference.lora_linear(x, weight, lora_A.bfloat16(), lora_B.bfloat16(), 1.5)
+    assert torch.equal(y, narrow)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4, 1.0])

@@ -19,12 +19,12 @@ def backend_with(forward=None, backward=None, unsupported=None) -> types.ModuleT
     """The torch backend, with another function put around its own: it gets the right results and may change them."""
     module = types.ModuleType("pretended_backend")
 
-    def changed_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state=None):
-        results = lora_aten.forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state)
+    def changed_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state=None, narrow=False):
+        results = lora_aten.forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state, narrow)
         return forward(*results) if forward else results
 
-    def changed_backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs):
-        grads = lora_aten.backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs)
+    def changed_backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs, narrow=False):
+        grads = lora_aten.backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs, narrow)
         return backward(grads, (dy, x, weight, lora_A, lora_B, s, state, scaling)) if backward else grads
 
     vars(module).update(

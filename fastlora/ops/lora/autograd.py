@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import call
-from ..call import as_2d, as_shaped, backward_pass
+from ..call import as_2d, as_shaped, backward_pass, low_rank_dtype
 from . import aten, choice
 
 
@@ -36,9 +36,10 @@ class LoraLinearFunction(torch.autograd.Function):
         scaling: float,
         dropout_p: float,
         module: ModuleType,
+        narrow: bool,
     ) -> Tensor:
         x2 = as_2d(x)
-        y, s, state = module.forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p)
+        y, s, state = module.forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, None, narrow)
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
             x if need_a or need_w else None,
@@ -48,19 +49,19 @@ class LoraLinearFunction(torch.autograd.Function):
             s if need_b else None,
             state if need_x or need_a else None,
         )
-        ctx.arguments = (module, scaling, dropout_p, x.shape)
+        ctx.arguments = (module, scaling, dropout_p, x.shape, narrow)
         return as_shaped(y, x)
 
     @staticmethod
     @backward_pass
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, s, state = ctx.saved_tensors
-        module, scaling, dropout_p, shape = ctx.arguments
+        module, scaling, dropout_p, shape, narrow = ctx.arguments
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         x2 = as_2d(x) if x is not None else None
         dy2 = as_2d(dy)
         dx, grad_a, grad_b = module.backward(
-            dy2, x2, weight, lora_A, lora_B, s, state, scaling, dropout_p, (need_x, need_a, need_b)
+            dy2, x2, weight, lora_A, lora_B, s, state, scaling, dropout_p, (need_x, need_a, need_b), narrow
         )
         return (
             dx if dx is None or len(shape) == 2 else dx.view(shape),
@@ -68,9 +69,7 @@ class LoraLinearFunction(torch.autograd.Function):
             dy2.sum(0) if need_bias else None,
             grad_a,
             grad_b,
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
@@ -83,21 +82,24 @@ def lora_linear(
     scaling: float,
     dropout_p: float,
     backend: str,
+    narrow: bool = False,
 ) -> Tensor:
-    """Runs the chosen backend under autograd. Arguments are checked already (functional.py); dropout_p is 0 outside
-    training."""
+    """Runs the chosen backend under autograd. Arguments are checked already; dropout_p is 0 outside training; `narrow`:
+    `call.low_rank_dtype`."""
     if torch.compiler.is_compiling():
-        return _compiled_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
+        return _compiled_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, narrow)
     x2 = as_2d(x)
-    module = choice.select(x2, weight, bias, lora_A, lora_B, dropout_p, backend).module
+    module = choice.select(x2, weight, bias, lora_A, lora_B, dropout_p, backend, narrow).module
     if module is aten and x.device.type == "cpu" and x.numel() < call.SMALL:
         # Without gradients too: reentrant checkpointing expects the same bits of both.
-        return as_shaped(aten.composed(x2, weight, bias, lora_A, lora_B, scaling, dropout_p), x)
+        return as_shaped(aten.composed(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, narrow), x)
     if not torch.is_grad_enabled():
-        return as_shaped(module.forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p)[0], x)
+        return as_shaped(module.forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, None, narrow)[0], x)
     if x.dim() != 2 and not x2._is_view():  # reshape had to copy x: once is enough
         x = x2.view(x.shape)
-    return LoraLinearFunction.apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, module)  # type: ignore[return-value]
+    return LoraLinearFunction.apply(  # type: ignore[return-value]
+        x, weight, bias, lora_A, lora_B, scaling, dropout_p, module, narrow
+    )
 
 
 # The torch.library twin. Randomness stays outside the ops, in the graph, where the compiler may move or repeat it: they
@@ -108,21 +110,22 @@ _library = torch.library.Library("fastlora", "FRAGMENT")
 
 _library.define(
     "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? dropout_state, "
-    "float scaling, float dropout_p, str backend) -> (Tensor, Tensor)",
+    "float scaling, float dropout_p, str backend, bool narrow) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 _library.define(
     "lora_linear_any_scale(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? dropout_state, "
-    "Scalar scaling, float dropout_p, str backend) -> Tensor",
+    "Scalar scaling, float dropout_p, str backend, bool narrow) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 _library.define(
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? s, "
-    "Tensor? dropout_state, float scaling, float dropout_p, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor? dropout_state, float scaling, float dropout_p, bool[] needs, str backend, bool narrow) "
+    "-> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -136,6 +139,7 @@ def _compiled_lora_linear(
     scaling: float,
     dropout_p: float,
     backend: str,
+    narrow: bool,
 ) -> Tensor:
     x2 = x.reshape(-1, x.shape[-1])
     state = None
@@ -143,38 +147,43 @@ def _compiled_lora_linear(
         state = aten.draw_keep_mask(x2, dropout_p)
     elif dropout_p > 0.0:
         state = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device)
-    y = torch.ops.fastlora.lora_linear_any_scale(x2, weight, bias, lora_A, lora_B, state, scaling, dropout_p, backend)
+    y = torch.ops.fastlora.lora_linear_any_scale(
+        x2, weight, bias, lora_A, lora_B, state, scaling, dropout_p, backend, narrow
+    )
     return y.view(*x.shape[:-1], lora_B.shape[0])
 
 
-def _op_any_scale(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend):
+def _op_any_scale(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend, narrow):
     """`lora_linear`'s y. A scale that has become a symbol (the compiler has seen it change) goes into B, r·N numbers:
     the compiler can keep a product's factor in a tensor, but makes any other op's argument a constant again, and would
     compile anew for every value."""
     if isinstance(scaling, torch.SymFloat):
         lora_B, scaling = lora_B * scaling, 1.0
-    y, _ = torch.ops.fastlora.lora_linear(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend)
+    y, _ = torch.ops.fastlora.lora_linear(
+        x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend, narrow
+    )
     return y
 
 
-def _op_forward(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend):
-    module = choice.select(x, weight, bias, lora_A, lora_B, dropout_p, backend).module
-    y, s, _ = module.forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state)
+def _op_forward(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend, narrow):
+    module = choice.select(x, weight, bias, lora_A, lora_B, dropout_p, backend, narrow).module
+    y, s, _ = module.forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state, narrow)
     return y, s
 
 
-def _op_forward_fake(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend):
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
+def _op_forward_fake(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend, narrow):
+    dtype = low_rank_dtype(x, lora_A, lora_B, narrow)
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0], dtype=dtype)
 
 
-def _op_backward(dy, x, weight, lora_A, lora_B, s, dropout_state, scaling, dropout_p, needs, backend):
-    module = choice.select(dy, weight, None, lora_A, lora_B, dropout_p, backend).module
-    grads = module.backward(dy, x, weight, lora_A, lora_B, s, dropout_state, scaling, dropout_p, tuple(needs))
+def _op_backward(dy, x, weight, lora_A, lora_B, s, dropout_state, scaling, dropout_p, needs, backend, narrow):
+    module = choice.select(dy, weight, None, lora_A, lora_B, dropout_p, backend, narrow).module
+    grads = module.backward(dy, x, weight, lora_A, lora_B, s, dropout_state, scaling, dropout_p, tuple(needs), narrow)
     # An op's outputs are not optional, and have the strides that the fake ones promise.
     return tuple(dy.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
-def _op_backward_fake(dy, x, weight, lora_A, lora_B, s, dropout_state, scaling, dropout_p, needs, backend):
+def _op_backward_fake(dy, x, weight, lora_A, lora_B, s, dropout_state, scaling, dropout_p, needs, backend, narrow):
     shapes = ((dy.shape[0], weight.shape[1]), lora_A.shape, lora_B.shape)
     dtypes = (dy.dtype, lora_A.dtype, lora_B.dtype)
     return tuple(
@@ -184,24 +193,24 @@ def _op_backward_fake(dy, x, weight, lora_A, lora_B, s, dropout_state, scaling, 
 
 
 def _op_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weight, _, lora_A, lora_B, state, scaling, dropout_p, backend = inputs
+    x, weight, _, lora_A, lora_B, state, *arguments = inputs
     ctx.save_for_backward(x, weight, lora_A, lora_B, output[1], state)
-    ctx.arguments = (scaling, dropout_p, backend)
+    ctx.arguments = arguments
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _op_autograd_backward(ctx: Any, dy: Tensor, _: Any):
     x, weight, lora_A, lora_B, s, state = ctx.saved_tensors
-    scaling, dropout_p, backend = ctx.arguments
+    scaling, dropout_p, backend, narrow = ctx.arguments
     need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
     needs = [need_x, need_a, need_b]
     grads = torch.ops.fastlora.lora_linear_backward(
-        dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs, backend
+        dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs, backend, narrow
     )
     dx, grad_a, grad_b = (grad if need else None for grad, need in zip(grads, needs, strict=True))
     grad_w = dy.t().mm(x) if need_w else None
-    return dx, grad_w, dy.sum(0) if need_bias else None, grad_a, grad_b, None, None, None, None
+    return dx, grad_w, dy.sum(0) if need_bias else None, grad_a, grad_b, *[None] * 5
 
 
 def _op_backward_twice(ctx: Any, *_: Any):

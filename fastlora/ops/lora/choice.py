@@ -96,7 +96,7 @@ _NOT_A_GPU = Choice("torch", aten, "not on a GPU: ATen is the path there", ("tor
 _modules: dict[str, ModuleType | str] = {}  # a module, or why it cannot be imported
 
 
-_self_checks: dict[tuple[str, torch.device, torch.dtype, torch.dtype, bool], str | None] = {}  # None: passed
+_self_checks: dict[tuple[str, torch.device, torch.dtype, torch.dtype, bool, bool], str | None] = {}  # None: passed
 
 
 _choices: dict[Any, Choice] = {}
@@ -125,6 +125,7 @@ def select(
     lora_B: Tensor,
     dropout_p: float,
     backend: str = "auto",
+    narrow: bool = False,
 ) -> Choice:
     """The backend for a call with 2-D `x`. Raises ValueError for a name that is none of BACKENDS."""
     asked = env.backend_text() if backend == "auto" else backend
@@ -143,18 +144,19 @@ def select(
         lora_A.dtype,
         lora_B.dtype,
         dropout_p > 0.0,
+        narrow,
     )
-    return _choices.get(key) or _resolve(key, Call(x, weight, bias, lora_A, lora_B, dropout_p), backend)
+    return _choices.get(key) or _resolve(key, Call(x, weight, bias, lora_A, lora_B, dropout_p), backend, narrow)
 
 
-def _resolve(key: Any, call: Call, backend: str) -> Choice:
+def _resolve(key: Any, call: Call, backend: str, narrow: bool) -> Choice:
     with _lock:
         if key in _choices:  # another thread's
             return _choices[key]
         provisional = _provisional.get(key)
         if provisional is not None and (_nothing_can_run(call.x) or _is_watched()):
             return provisional  # the same all through a capture or a profile, backward as forward
-        resolver = Resolver(call)
+        resolver = Resolver(call, narrow)
         choice = resolver.choose(backend)
         if resolver.put_off is None:
             _choices[key] = choice
@@ -209,8 +211,9 @@ class Resolver:
     """One choice in the making. With `run` False nothing is checked and nothing measured: self-checks that have not
     been made are taken to pass, and listed in `assumed`."""
 
-    def __init__(self, call: Call, run: bool = True) -> None:
+    def __init__(self, call: Call, narrow: bool = False, run: bool = True) -> None:
         self.call = call
+        self.narrow = narrow
         self.run = run
         self.put_off: str | None = None  # why the choice is not final
         self.not_measured: str | None = None
@@ -259,7 +262,7 @@ class Resolver:
         if lora_A.dtype != lora_B.dtype:
             self.not_measured = "lora_A and lora_B of two dtypes are not measured"
             return None
-        key = measure.key_of(x, weight, lora_A, dropout_p)
+        key = measure.key_of(x, weight, lora_A, dropout_p, self.narrow)
         cache = tuning_cache.for_device(x.device)
         if str(key) in cache.entries:
             return cache.entries[str(key)]
@@ -357,9 +360,9 @@ class Resolver:
             "another backend runs (`python -m fastlora.doctor` says which)",
         )
 
-    def self_check_key(self, name: str) -> tuple[str, torch.device, torch.dtype, torch.dtype, bool]:
+    def self_check_key(self, name: str) -> tuple[str, torch.device, torch.dtype, torch.dtype, bool, bool]:
         x, lora_A, dropout_p = self.call.x, self.call.lora_A, self.call.dropout_p
-        return name, x.device, x.dtype, lora_A.dtype, dropout_p > 0.0
+        return name, x.device, x.dtype, lora_A.dtype, dropout_p > 0.0, self.narrow and lora_A.dtype != x.dtype
 
 
 def _choice(forward: str, backward: str, reason: str) -> Choice:
@@ -438,12 +441,12 @@ class Peek(NamedTuple):
     provisional: str | None  # why a later call may get another choice
 
 
-def peek(call: Call, backend: str = "auto") -> Peek:
+def peek(call: Call, backend: str = "auto", narrow: bool = False) -> Peek:
     """What `select` would say, and on what grounds: nothing is checked, measured or remembered."""
     with _lock:
-        resolver = Resolver(call, run=False)
+        resolver = Resolver(call, narrow, run=False)
         choice = resolver.choose(backend)
-        key = measure.key_of(call.x, call.weight, call.lora_A, call.dropout_p)
+        key = measure.key_of(call.x, call.weight, call.lora_A, call.dropout_p, narrow)
         cuda = call.x.is_cuda
         entry = tuning_cache.for_device(call.x.device).entries.get(str(key)) if cuda else None
         candidates = {}
@@ -456,7 +459,12 @@ def peek(call: Call, backend: str = "auto") -> Peek:
 
 
 def self_check(
-    module: ModuleType, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout: bool
+    module: ModuleType,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    dropout: bool,
+    narrow: bool = False,
 ) -> str | None:
     """Compares a backend's forward and gradients with the fp64 reference on a small problem that divides nothing.
 
@@ -464,11 +472,16 @@ def self_check(
     drop(x). The generators' states are left as they were.
     """
     with seeded(device), torch.no_grad():
-        return _compare_with_reference(module, device, dtype, adapter_dtype, 0.25 if dropout else 0.0)
+        return _compare_with_reference(module, device, dtype, adapter_dtype, 0.25 if dropout else 0.0, narrow)
 
 
 def _compare_with_reference(
-    module: ModuleType, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout_p: float
+    module: ModuleType,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    dropout_p: float,
+    narrow: bool,
 ) -> str | None:
     m, n, k = 203, 152, 72
     r = k if dropout_p else 10  # small enough for S inside the GEMM, which takes no dropout
@@ -480,8 +493,8 @@ def _compare_with_reference(
     dy = torch.randn(m, n, device=device).to(dtype)
     scaling = 1.5
 
-    y, s, state = module.forward(x, weight, bias, a, b, scaling, dropout_p)
-    grads = module.backward(dy, x, weight, a, b, s, state, scaling, dropout_p, (True, True, True))
+    y, s, state = module.forward(x, weight, bias, a, b, scaling, dropout_p, None, narrow)
+    grads = module.backward(dy, x, weight, a, b, s, state, scaling, dropout_p, (True, True, True), narrow)
 
     keep = (s != 0) if dropout_p else None
     if keep is not None and not 0.6 < keep.double().mean().item() < 0.9:

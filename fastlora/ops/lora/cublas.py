@@ -53,6 +53,7 @@ def forward(
     scaling: float,
     dropout_p: float,
     dropout_state: Tensor | None = None,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, S, seed): y = x W0ᵀ + b + s·S Bᵀ with S = drop(x) Aᵀ; a `dropout_state` given replays that seed's mask.
 
@@ -80,6 +81,7 @@ def backward(
     scaling: float,
     dropout_p: float,
     needs: tuple[bool, bool, bool],
+    narrow: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX, dA, dB), None where `needs` (x, lora_A, lora_B) is False."""
     needs_x = needs[0]

@@ -33,9 +33,8 @@ def lora_linear(
         x: (..., K), at least 1-D, float32, float64, bfloat16 or float16, any strides.
         weight: (N, K), x's dtype (any float dtype under autocast), any strides: a Conv1D's weight goes in as
             `weight.t()`.
-        lora_A: (r, K). lora_B: (N, r). Both of any float dtype: float32 adapters on a bfloat16 base get float32
-            gradients,
-            and x is not upcast for them.
+        lora_A: (r, K). lora_B: (N, r). Both of any float dtype: with float32 adapters on a half-precision base the
+            low-rank path, S and every gradient of it are float32, without a float32 copy of x.
         scaling: s, a run-time number: alpha/r, or alpha/√r with rsLoRA (arXiv 2312.03732).
         bias: (N,) or None.
         dropout_p: probability, in [0, 1], of dropping an element of x on the low-rank path; used when `training`.
@@ -65,12 +64,13 @@ def lora_linear(
 def fused_linear(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, backend: str) -> Tensor:
     lora_A, lora_B, scaling, dropout_p, _, _ = adapter
     check_call(x, weight, adapter, bias)
-    if call.autocast_enabled(x):
+    narrow = call.autocast_enabled(x)
+    if narrow:
         x, weight, bias = cast_for_autocast(x, weight, bias)
     check_one_dtype(x, weight, bias)
     if weight.numel() == 0 or x.is_nested or not takes_fused_path(x, weight, bias, lora_A, lora_B):
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
-    return autograd.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
+    return autograd.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, narrow)
 
 
 def low_rank_term(x: Tensor, adapter: Adapter, dtype: torch.dtype) -> Tensor:

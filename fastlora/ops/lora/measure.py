@@ -49,15 +49,17 @@ class Key(NamedTuple):
     dropout: bool
     by_column: bool = False  # the weight is a transposed one, as transformers' Conv1D has
     precision: str = "ieee"  # of fp32 products: ieee or tf32
+    narrow: bool = False  # the adapters are cast to x's dtype (`call.low_rank_dtype`)
 
     def __str__(self) -> str:
         dtypes = f"{self.dtype}+{self.adapter_dtype}".replace("torch.", "")
         parts = [f"M{self.M}", f"N{self.N}", f"K{self.K}", f"r{self.r}", dtypes]
         parts += ["dropout"] * self.dropout + ["by_column"] * self.by_column + ["tf32"] * (self.precision == "tf32")
+        parts += ["narrow"] * self.narrow
         return " ".join(parts)
 
 
-def key_of(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float) -> Key:
+def key_of(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float, narrow: bool = False) -> Key:
     """The key of a call with 2-D x (M, K), weight (N, K) and lora_A (r, K)."""
     return Key(
         bucket(x.shape[0]),
@@ -69,6 +71,7 @@ def key_of(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float) -> Key:
         dropout_p > 0.0,
         not weight.is_contiguous() and weight.t().is_contiguous(),
         configs.input_precision(x.dtype),
+        narrow and lora_A.dtype != x.dtype,
     )
 
 
@@ -182,11 +185,14 @@ class Problem:
         return cls(key, lora_A, lora_B, sets)
 
     def _forward(self, module: ModuleType, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        return module.forward(x, weight, None, self.lora_A, self.lora_B, self.scaling, self.dropout_p, self.seed)
+        return module.forward(
+            x, weight, None, self.lora_A, self.lora_B, self.scaling, self.dropout_p, self.seed, self.key.narrow
+        )
 
     def _backward(self, module: ModuleType, dy: Tensor, x: Tensor, weight: Tensor, s: Tensor, state: Any) -> Any:
         a, b = self.lora_A, self.lora_B
-        return module.backward(dy, x, weight, a, b, s, state, self.scaling, self.dropout_p, (True, True, True))
+        needs = (True, True, True)
+        return module.backward(dy, x, weight, a, b, s, state, self.scaling, self.dropout_p, needs, self.key.narrow)
 
     def results(self, module: ModuleType) -> list[Tensor]:
         """(y, S, dX, dA, dB) of the first set."""

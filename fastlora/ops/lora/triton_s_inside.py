@@ -43,6 +43,7 @@ def forward(
     scaling: float,
     dropout_p: float,
     dropout_state: Tensor | None = None,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor, None]:
     """(y, S, None): y = x W0ᵀ + b + s·S Bᵀ with S = x Aᵀ. Shapes: docs/architecture.md, "The backend interface"."""
     assert dropout_p == 0.0, dropout_p
