@@ -59,7 +59,7 @@ def add_weighted_adapter(
         >>> fastlora.set_adapter(model, "french-polite")
     """
     caller = "add_weighted_adapter"
-    layers = [(name, layer) for name, layer in require_layers(model, caller)]
+    layers = require_layers(model, caller)
     _check(model, layers, weights, adapter_name, r)
     done: dict[str, Combined] = {}
     added: list[FusedLoraLinear] = []

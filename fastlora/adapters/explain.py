@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.linear import FusedLoraLinear
+from ..integrations.peft.family import why_not_fused
+from ..layers.fused import FusedLayer, Terms
 from ..ops import call as ops_call
 from ..ops.dora import aten as dora_aten
 from ..ops.dora import dora as dora_op
 from ..ops.lora import choice
 from ..ops.lora import measure as lora_measure
-from ..ops.quant import weights
 from ..runtime import cache as tuning_cache
 from ..runtime import env
 
@@ -71,54 +70,22 @@ def explain(layer: nn.Module, x: Tensor, *, measure: bool = False) -> Explanatio
         'torch'
     """
     name = type(layer).__name__
-    if isinstance(layer, FusedLoraLinear):
-        _check_input(layer.in_features, x)
-        adapters = layer.running_adapters()
-        if not adapters:
-            state = "disabled" if layer.disable_adapters else "merged" if layer.merged_adapters else "not active"
-            return _base(name, f"its adapters are {state}")
-        weight = layer.weight.t() if layer.fan_in_fan_out else layer.weight
-        return _fused(name, x, weight, layer.bias, adapters, layer.backend, measure)
-    if "peft" in sys.modules:
-        found = _explain_peft(layer, x, measure)
-        if found is not None:
-            return found
-    return Explanation(
-        name,
-        "eager",
-        "eager",
-        "not a layer of fastlora's, nor a LoRA layer of PEFT's",
-        needed=("fastlora.patch(model)",),
-    )
-
-
-def _explain_peft(layer: Any, x: Tensor, measure: bool) -> Explanation | None:
-    """None for what is no LoRA layer of PEFT's."""
-    from ..integrations.peft import adopt as peft_adopt
-
-    name = type(layer).__name__
-    quantised = peft_adopt._quantised(layer)
-    fusible: Any = tuple(peft_adopt.FUSED)
-    if quantised is None and not isinstance(layer, fusible):
-        return None
-    _check_input(int(layer.in_features or 0), x)
-    if "calls" not in layer.__dict__:  # not one that `patch` has swapped
-        why_not = peft_adopt.prediction(layer)
-        reason = "PEFT's own layer" + (f", which cannot be fused: {why_not}" if why_not else "")
-        return Explanation(name, "eager", "eager", reason, needed=() if why_not else ("fastlora.patch(model)",))
-    if layer._disable_adapters or layer.merged_adapters:
-        return _base(name, f"its adapters are {'disabled' if layer._disable_adapters else 'merged'}")
-    plan: Any = layer.read_plan(x) if quantised is None else quantised.read_plan(layer, x)
-    if isinstance(plan, str):
-        page = "docs/peft.md" if quantised is None else "docs/qlora.md"
-        return Explanation(name, "eager", "eager", f"left to PEFT's forward: {plan}", needed=(page,))
-    if not plan.adapters:
-        return _base(name, "none of the active adapters is in this layer")
-    if quantised is None:
-        return _fused(name, x, plan.weight, plan.bias, plan.adapters, str(layer.backend), measure)
-    weight = weights.snapshot(layer.base_layer, plan.dtype)
-    with torch.autocast(x.device.type, enabled=False), weights.room_for(weight) as matrix:
-        return _fused(name, x.to(plan.dtype), matrix, plan.bias, plan.adapters, str(layer.backend), measure, False)
+    if not isinstance(layer, FusedLayer):
+        reason, needed = why_not_fused(layer)
+        if isinstance(size := getattr(layer, "in_features", None), int) and isinstance(reason, str):
+            _check_input(size, x)
+        return Explanation(name, "eager", "eager", reason, needed=needed)
+    own: Any = layer
+    _check_input(own.in_features, x)
+    if own.disable_adapters or own.merged_adapters:
+        return _base(name, f"its adapters are {'disabled' if own.disable_adapters else 'merged'}")
+    with layer.terms_written_out(x) as (x, terms):
+        if isinstance(terms, str):
+            page = "docs/peft.md" if layer.shares_input else "docs/qlora.md"
+            return Explanation(name, "eager", "eager", f"left to PEFT's forward: {terms}", needed=(page,))
+        if not terms.adapters:
+            return _base(name, "its adapters are not active, or none of the active ones is in this layer")
+        return _fused(name, x, terms, layer.backend, measure, composed=layer.shares_input)
 
 
 def _check_input(in_features: int, x: Any) -> None:
@@ -131,17 +98,9 @@ def _base(name: str, reason: str) -> Explanation:
     return Explanation(name, "base", "base", f"the frozen layer runs alone: {reason}")
 
 
-def _fused(
-    name: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    adapters: list[ops_call.Adapter],
-    backend: str,
-    measure: bool,
-    composed: bool = True,
-) -> Explanation:
+def _fused(name: str, x: Tensor, terms: Terms, backend: str, measure: bool, composed: bool) -> Explanation:
     """Of `multi_lora_linear`: adapters without dropout run as one, each of the others but the first eagerly."""
+    weight, bias, adapters = terms.weight, terms.bias, terms.adapters
     with torch.no_grad():
         plain = [adapter for adapter in adapters if adapter.dropout_p == 0.0]
         adapter = ops_call.concatenate(plain) if plain else adapters[0]

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from ..integrations.peft import adopt as peft_adopt
-from ..integrations.peft import lora as peft_lora
 from ..integrations.peft import tuner as peft_tuner
+from ..introspect.fused import FusedPeftLayer
 from ..introspect.targets import Selection
 from .report import ModuleReport, PatchReport
 
@@ -30,7 +30,7 @@ def patch(model: nn.Module, layers: dict[str, Any], selection: Selection, backen
         elif selection.excludes(name):
             why_not = "in exclude_modules"
         targeted = why_not is None
-        if isinstance(layer, peft_lora.FusedLayer):
+        if isinstance(layer, FusedPeftLayer):
             report.modules.append(ModuleReport(name, kind, True, "was patched already", targeted))
             continue
         why_not = why_not or peft_adopt.unsupported(layer)

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from ..integrations.peft.family import adapted
 from ..integrations.peft.wrappers import Beside
 from ..introspect import sharding
 from ..introspect.targets import lora_layers
 from ..layers import batch
-from ..layers.linear import FusedLoraLinear
+from ..layers.fused import Adapted
 
 
 def merge(model: nn.Module) -> None:
@@ -25,7 +26,7 @@ def merge(model: nn.Module) -> None:
     so merge the whole model there, not a part. Raises ValueError where a merged weight would not be finite, or where
     adapters are merged already, or for a model that is sharded over processes; the model is then as it was.
     """
-    layers = require_layers(model, "merge")
+    layers = _adapted(model, "merge")
     if sharding.has_shards(model):
         raise ValueError(
             "merge: model: its parameters are sharded over processes, and merging would be lost with the next step; "
@@ -40,19 +41,16 @@ def merge(model: nn.Module) -> None:
     _merge(model, [(name, layer, None) for name, layer in layers])
 
 
-def _merge(model: nn.Module, layers: list[tuple[str, Any, list[str] | None]]) -> None:
-    """Merges into layers in which nothing is merged, (name, layer, which adapters of PEFT's or None for the active
-    ones); all or nothing."""
+def _merge(model: nn.Module, layers: list[tuple[str, Adapted, list[str] | None]]) -> None:
+    """Merges into layers in which nothing is merged, (name, layer, which adapters or None for the active ones); all or
+    nothing."""
     users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     done = []
     try:
         for name, layer, adapters in layers:
             done.append(layer)
             try:
-                if isinstance(layer, FusedLoraLinear):
-                    layer.merge(untie=users[id(layer.weight)] > 1)
-                else:
-                    layer.merge(safe_merge=True, adapter_names=adapters)
+                layer.merge_adapters(adapters, untie=users[id(layer.base_weight())] > 1)
             except ValueError as error:
                 raise ValueError(f"merge: {name!r}: {error}") from error
     except BaseException:
@@ -64,7 +62,7 @@ def _merge(model: nn.Module, layers: list[tuple[str, Any, list[str] | None]]) ->
 
 def unmerge(model: nn.Module) -> None:
     """Takes merged adapters out of the weights again, bit for bit. Layers that are not merged stay as they are."""
-    for _, layer in require_layers(model, "unmerge"):
+    for _, layer in _adapted(model, "unmerge"):
         if layer.merged_adapters:
             layer.unmerge()
 
@@ -97,41 +95,35 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], *, trainabl
         raise ValueError(f"set_adapter: adapters are merged into {merged[0]!r}; call fastlora.unmerge(model) first")
     beside.check(names, "set_adapter")
     for _, layer in layers:
-        if isinstance(layer, FusedLoraLinear):
-            layer.activate([name for name in names if name in layer.r], trainable)
-        elif trainable:
-            layer.set_adapter(names)
-        else:
-            layer._active_adapter = list(names)
+        adapted(layer).activate(names, trainable)
     beside.activate(names, trainable)
 
 
 def delete_adapter(model: nn.Module, adapter_name: str) -> None:
     """Removes an adapter from every layer that has it; a layer without any other runs its base weight alone.
 
-    A weight that the adapter has shifted (PiSSA, OLoRA, LoRA-GA's `base="offset"`) gets its former bits back.
+    A weight that the adapter has shifted (PiSSA, OLoRA, LoRA-GA's `base="offset"`) gets its former bits back. In PEFT
+    models this does what their own `delete_adapter` does: the configuration goes too, and where the adapter was the
+    active one, PEFT activates another.
 
     Raises:
         ValueError: a name that no layer has, an adapter that is merged, or one that has shifted a weight into which
-            another is merged; PEFT's layers, whose model has a `delete_adapter` of its own. Nothing is removed then.
+            another is merged. Nothing is removed then.
     """
     layers = require_layers(model, "delete_adapter")
-    if any(not isinstance(layer, FusedLoraLinear) for _, layer in layers):
-        raise ValueError(
-            f"delete_adapter: model: its adapters are PEFT's; want model.delete_adapter({adapter_name!r}), which "
-            "removes their configuration too"
-        )
     known: set[str] = set().union(*(layer.r for _, layer in layers))
     if adapter_name not in known:
         raise ValueError(f"delete_adapter: adapter_name: got {adapter_name!r}, want one of {sorted(known)}")
-    chosen = [(name, layer) for name, layer in layers if adapter_name in layer.r]
+    chosen = [(name, adapted(layer)) for name, layer in layers if adapter_name in layer.r]
     for name, layer in chosen:
         if layer.holds(adapter_name):
             raise ValueError(
-                f"delete_adapter: {layer.merged_adapters} merged into {name!r}; call fastlora.unmerge(model) first"
+                f"delete_adapter: {list(layer.merged_adapters)} merged into {name!r}; call fastlora.unmerge(model) "
+                "first"
             )
     for _, layer in chosen:
         layer.delete_adapter(adapter_name)
+    Beside(model, layers).delete(adapter_name)
 
 
 @contextmanager
@@ -143,27 +135,17 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """
     layers = require_layers(model, "disable_adapter")
     beside = Beside(model, layers)
-    merging = [*layers, *beside.token_layers]
-    everything = [one for _, one in merging] + list(beside.wrappers.values())
-    attributes = ["disable_adapters" if isinstance(one, FusedLoraLinear) else "_disable_adapters" for one in everything]
-    before = [one.__dict__.get(attribute) for one, attribute in zip(everything, attributes, strict=True)]
-    merged = [
-        (name, one, list(one.merged_adapters), list(one.active_adapters))
-        for name, one in merging
-        if one.merged_adapters
-    ]
+    merging = [(name, adapted(layer)) for name, layer in (*layers, *beside.token_layers)]
+    merged = [(name, one, list(one.merged_adapters), list(one.active_adapters)) for name, one in merging]
+    merged = [found for found in merged if found[2]]
     for _, one, _, _ in merged:
         one.unmerge()
-    for one, attribute in zip(everything, attributes, strict=True):
-        setattr(one, attribute, True)
+    enabling = [one.disable() for _, one in merging] + [adapted(one).disable() for one in beside.wrappers.values()]
     try:
         yield model
     finally:
-        for one, attribute, value in zip(everything, attributes, before, strict=True):
-            if value is None:  # it was the class's
-                delattr(one, attribute)
-            else:
-                setattr(one, attribute, value)
+        for enable in enabling:
+            enable()
         # What was merged, unless others were chosen meanwhile: then those.
         again = [
             (name, one, names if list(one.active_adapters) == active else None)
@@ -213,7 +195,7 @@ def adapter_names(model: nn.Module, names: Sequence[str], num_beams: int = 1) ->
             f"adapter_names: model: {wrapped[0]!r} is another module in each adapter (modules_to_save, "
             "trainable_token_indices), one for the whole batch; pass PEFT's adapter_names= to the model's call instead"
         )
-    foreign = [name for name, layer in layers if not hasattr(layer, "mixed_batch")]
+    foreign = [name for name, layer in layers if not getattr(layer, "shares_input", False)]
     if foreign:
         raise ValueError(
             f"adapter_names: model: {foreign[0]!r} and {len(foreign) - 1} other LoRA layers are PEFT's own: call "
@@ -221,6 +203,10 @@ def adapter_names(model: nn.Module, names: Sequence[str], num_beams: int = 1) ->
         )
     with batch.running([layer for _, layer in layers], batch.MixedBatch(names, num_beams)):
         yield model
+
+
+def _adapted(model: nn.Module, caller: str) -> list[tuple[str, Adapted]]:
+    return [(name, adapted(layer)) for name, layer in require_layers(model, caller)]
 
 
 def require_layers(model: nn.Module, caller: str) -> list[tuple[str, Any]]:

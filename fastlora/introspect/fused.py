@@ -10,8 +10,6 @@ class OwnLayer:
 class FusedPeftLayer:
     """The mark of a PEFT layer whose forward runs fastlora's ops."""
 
-    shares_input = False  # whether it can be in a group
-
 
 class FusedPeftTuner:
     """The mark of a PEFT tuner that fuses the adapters it adds later."""

@@ -102,16 +102,6 @@ def current(layer: Any) -> MixedBatch | None:
     return None
 
 
-class BlockState:
-    """A layer on which `with` blocks (`adapter_names`, `kept_norms`) set what holds within them. A copy that is made
-    there, or a pickle, is outside."""
-
-    mixed_batch: MixedBatch | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("mixed_batch", "kept_norms")}
-
-
 @contextmanager
 def running(layers: Iterable[Any], batch: MixedBatch) -> Iterator[None]:
     """Within it these layers run the batch's adapters. Blocks may be nested; the inner one counts."""

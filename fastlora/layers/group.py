@@ -30,11 +30,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..introspect.fused import FusedPeftLayer
 from ..introspect.names import named_modules
 from ..ops import call
 from ..ops.group import group as group_op
-from .linear import FusedLoraLinear
+from .fused import FusedLayer, Terms
 
 NAMES: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
@@ -52,7 +51,7 @@ NAMES: tuple[tuple[str, ...], ...] = (
 # In cross-attention the query comes from elsewhere: only the last two are fed the same tensor.
 CROSS_ATTENTION = re.compile(r"cross|enc_?dec|encoder_attn|attn2|multihead_attn", re.IGNORECASE)
 
-Layer = Any  # a FusedLoraLinear, or a fused layer of PEFT's, which this module does not import: see `is_fused`
+Layer = Any  # a FusedLayer, which is an nn.Module
 
 _here = threading.local()  # .round: the one that is open in this thread
 
@@ -81,14 +80,13 @@ class LayerGroup:
     def __reduce__(self) -> tuple:
         return LayerGroup, ()
 
-    def run(self, layer: Layer, x: Tensor, reading: Reading | None = None) -> Tensor | None:
-        """The layer's output as a member of its group, or None where it runs alone. A layer that has read itself gives
-        its `reading`."""
+    def run(self, layer: Layer, x: Tensor, terms: Terms) -> Tensor | None:
+        """The layer's output as a member of its group, or None where it runs alone. `terms`: what this call runs."""
         if x.device.type == "cpu" and x.numel() < group_op.SMALL * call.SMALL:
             return None
         if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or x.is_inference():
             return None
-        reading = _read(layer, x) if reading is None else reading
+        reading = _read(layer, terms)
         # A member that could not share (DoRA's) runs alone without ending the round of those around it.
         if reading is None or any(adapter.magnitude is not None for adapter in reading.adapters):
             return None
@@ -128,7 +126,7 @@ class Round:
             return None
         members, states = {}, {}
         for one in (layer, *(other for other in known if other is not layer and _may_be_foreseen(other, group))):
-            found = reading if one is layer else _read(one, x)
+            found = reading if one is layer else _read(one, one.terms(x))
             member = None if found is None else _member(found, one.backend)
             # On a CPU a mask is drawn when its layer is called: the generator's numbers go where they always do.
             if found is not None and member is not None and not (member.dropout_p > 0.0 and x.device.type == "cpu"):
@@ -198,21 +196,13 @@ def _versions(sources: Sequence[Tensor]) -> list[tuple]:
     return [(source._version, source.data_ptr(), source.requires_grad) for source in sources]
 
 
-def _read(layer: Layer, x: Tensor) -> Reading | None:
-    """The layer as it is now; None where it adds no low-rank term, or is to run alone for another reason."""
-    if not isinstance(layer, FusedLoraLinear):
-        return layer.read_for_group(x)
-    adapters = layer.running_adapters()
-    if not adapters:
+def _read(layer: Layer, terms: Terms | str) -> Reading | None:
+    """The layer as it is now; None where it adds no low-rank term, or its call is left to PEFT."""
+    if isinstance(terms, str) or not terms.adapters:
         return None
-    names, shifted = layer.active_adapters, layer._weight_before_shift
-    return Reading(
-        layer.weight.t() if layer.fan_in_fan_out else layer.weight,
-        layer.bias,
-        adapters,
-        [part[name] for part in (layer.lora_A, layer.lora_A0, layer.lora_E) for name in names if name in part],
-        (tuple(names), tuple(adapter.dropout_p for adapter in adapters), shifted is None or shifted[0]),
-    )
+    sources, settings = layer.group_sources()
+    settings += tuple(adapter.dropout_p for adapter in terms.adapters)
+    return Reading(terms.weight, terms.bias, terms.adapters, sources, settings)
 
 
 def _member(reading: Reading, backend: str) -> group_op.Member | None:
@@ -274,7 +264,7 @@ def _caller() -> int:
 # Forming groups.
 def is_fused(module: Any) -> bool:
     """Whether it is a layer that can be in a group: ours, or PEFT's on our kernels."""
-    return type(module) is FusedLoraLinear or (isinstance(module, FusedPeftLayer) and module.shares_input)
+    return isinstance(module, FusedLayer) and module.shares_input
 
 
 def form_groups(model: nn.Module, names: Sequence[Sequence[str]] = NAMES) -> list[tuple[str, ...]]:

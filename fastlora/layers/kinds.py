@@ -92,7 +92,7 @@ class AdapterVariants(AdapterStart):
             with torch.no_grad():
                 self.lora_magnitude_vector[name].copy_(self.weight_norm(name))
 
-    kept_norms: KeptNorms | None = None  # set on the instance within `fastlora.variants.kept_norms`
+    kept_norms: KeptNorms | None
 
     def weight_norm(self, name: str) -> Tensor:
         """‖W0 + s·B A‖ of every row (out,), which DoRA divides by; in float32, or float64 for a float64 weight."""
@@ -177,15 +177,6 @@ class AdapterVariants(AdapterStart):
 
     def _factors(self) -> list[nn.ParameterDict]:
         return [self.lora_A, self.lora_B, self.lora_A0, self.lora_B0]
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        for key in (*TRAINED[2:], *FROZEN):  # a layer pickled by an earlier version has not all of them
-            self._modules.setdefault(key, nn.ParameterDict())
-        self.lora_magnitude_vector.__class__ = Magnitudes
-        self.__dict__.setdefault("allocation", {})
-        if self.shifted_by is not None and not len(self.lora_shift):
-            self._mark_shift()
 
 
 def check_kinds(use_dora: Any, use_adalora: Any, init: bool | str, caller: str) -> None:

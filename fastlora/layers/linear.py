@@ -4,7 +4,7 @@ in functional.py, how an adapter starts in starts.py."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..ops import layer as ops_layer
 from ..ops.mixed import mixed as mixed_op
 from . import batch as layers_batch
 from .checks import check_adapter_arguments, keep_off_the_fast_path, scale_of, tensors_of
+from .fused import CallCounts, FusedLayer, Terms
 from .kinds import FROZEN, TRAINED, AdapterVariants, Magnitudes, check_kinds
 from .schedule import Allocation
 from .starts import check_init, shifts_weight
@@ -23,7 +24,7 @@ from .starts import check_init, shifts_weight
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-class FusedLoraLinear(OwnLayer, layers_batch.BlockState, AdapterVariants):
+class FusedLoraLinear(OwnLayer, FusedLayer, AdapterVariants):
     """y = x W0ᵀ + b + Σ s·(drop(x) Aᵀ) Bᵀ over the active adapters, with W0 and b frozen.
 
     It is an `nn.Linear`: `weight` (out_features, in_features) and `bias` keep their keys. Adapters are `lora_A[name]`
@@ -127,6 +128,7 @@ class FusedLoraLinear(OwnLayer, layers_batch.BlockState, AdapterVariants):
         "allocation",
         "fan_in_fan_out",
         "backend",
+        "calls",
         "group",
         "_base_weight",
         "_weight_before_shift",
@@ -155,10 +157,11 @@ class FusedLoraLinear(OwnLayer, layers_batch.BlockState, AdapterVariants):
         self.allocation: dict[str, Allocation] = {}  # of AdaLoRA's ranks
         self.fan_in_fan_out = fan_in_fan_out  # True: weight is (in, out), as in transformers' Conv1D
         self.backend = backend
+        self.calls = CallCounts()
         # While merged, what undoes it: a copy of the weight's bits, or the tied Parameter itself. In a tuple, so that
         # it does not become a parameter.
         self._base_weight: tuple[Tensor] | None = None
-        self.group: tuple[Any, str] | None = None  # the LayerGroup that it belongs to (grouping.py), and its name there
+        self.group = None
         self._weight_before_shift: tuple[str, Tensor] | None = None  # by which adapter, and the bits on the host
 
     def _freeze_base(self) -> None:
@@ -267,8 +270,9 @@ class FusedLoraLinear(OwnLayer, layers_batch.BlockState, AdapterVariants):
         self.activate(names, trainable=True)
 
     def activate(self, names: list[str], trainable: bool) -> None:
-        """`set_adapter` where the names are known to be this layer's, and nothing is merged. A model has hundreds of
-        layers, and serving switches them between requests."""
+        """`set_adapter` of those names that the layer has, where nothing is merged. A model has hundreds of layers, and
+        serving switches them between requests."""
+        names = [name for name in names if name in self.r]
         self.__dict__["active_adapters"] = names
         if not trainable:
             return
@@ -282,7 +286,18 @@ class FusedLoraLinear(OwnLayer, layers_batch.BlockState, AdapterVariants):
                 elif name in names:
                     parameter.requires_grad = True
 
+    def disable(self) -> Callable[[], None]:
+        """Disables the adapters, and returns what sets the flag back."""
+        before, self.disable_adapters = self.disable_adapters, True
+        return lambda: setattr(self, "disable_adapters", before)
+
     # Merging.
+
+    def base_weight(self) -> Tensor:
+        return self.weight
+
+    def merge_adapters(self, names: list[str] | None, untie: bool) -> None:
+        self.merge(untie)
 
     def merge(self, untie: bool = False) -> None:
         """Adds the active adapters to the weight: summed in float32, rounded once to the weight's dtype.
@@ -375,14 +390,24 @@ class FusedLoraLinear(OwnLayer, layers_batch.BlockState, AdapterVariants):
         batch = layers_batch.current(self)
         if batch is not None and not self.disable_adapters:
             return self._mixed_forward(input, batch)
-        if self.group is not None and not torch.compiler.is_compiling():
-            y = self.group[0].run(self, input)
-            if y is not None:
-                return y
+        terms = self.terms(input)
+        if not torch.compiler.is_compiling():  # a changing count would be a new graph for every call
+            if not terms.adapters:
+                self.calls.base += 1
+            else:
+                self.calls.fused += 1
+                if self.group is not None and (y := self.group[0].run(self, input, terms)) is not None:
+                    return y
+        return ops_layer.multi_lora_linear(input, terms.weight, terms.adapters, terms.bias, backend=self.backend)
+
+    def terms(self, x: Tensor) -> Terms:
         weight = self.weight
-        if self.fan_in_fan_out:
-            weight = weight.t()
-        return ops_layer.multi_lora_linear(input, weight, self.running_adapters(), self.bias, backend=self.backend)
+        return Terms(weight.t() if self.fan_in_fan_out else weight, self.bias, self.running_adapters())
+
+    def group_sources(self) -> tuple[list[Tensor], tuple]:
+        names = self.active_adapters
+        parts = (self.lora_A, self.lora_A0, self.lora_E)
+        return [part[name] for part in parts for name in names if name in part], (tuple(names), self.shifted_by)
 
     def _mixed_forward(self, input: Tensor, batch: layers_batch.MixedBatch) -> Tensor:
         """Every sequence with its own adapter; names that this layer does not have run its base, as in PEFT."""
@@ -392,14 +417,10 @@ class FusedLoraLinear(OwnLayer, layers_batch.BlockState, AdapterVariants):
                 "sequence of a mixed batch would see; call fastlora.unmerge(model) first"
             )
         names, segments = batch.segments(input, self.r)
+        if not torch.compiler.is_compiling():
+            self.calls.fused += 1
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         return mixed_op.run_segments(input, weight, self._adapters(names), segments, self.bias, self.backend)
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        group = self.__dict__.setdefault("group", None)  # a layer pickled by an earlier version has none
-        if group is not None:
-            group[0].add(group[1], self)
 
     def extra_repr(self) -> str:
         adapters = ", ".join(

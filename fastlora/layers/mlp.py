@@ -30,7 +30,6 @@ from ..ops.mlp import mlp as mlp_op
 from ..runtime.trust import seeded
 from . import batch, group
 from .checks import is_overridden
-from .linear import FusedLoraLinear
 
 MODES = ("auto", True, False, None)
 _RECIPE = "_fastlora_mlp"
@@ -131,23 +130,11 @@ def _gains_on_cpu(recipe: Recipe, x: Tensor) -> bool:
 
 def _layer(down: Any, gate: Tensor) -> tuple[call.GroupLayer, str] | None:
     """The down projection as it is now, and its backend; None where it is to be called as a module."""
-    if type(down) is FusedLoraLinear:
-        adapters = down.running_adapters()
-        weight, bias = down.weight, down.bias
-        if down.fan_in_fan_out:
-            weight = weight.t()
-    else:
-        if down._disable_adapters or down.merged_adapters:
-            return None
-        plan = down.read_plan(gate)
-        if isinstance(plan, str):
-            return None
-        weight, bias, adapters = plan.weight, plan.bias, plan.adapters
-    if call.as_one_adapter(adapters) is None or weight.dtype != gate.dtype:
+    terms = down.terms(gate)
+    if isinstance(terms, str) or terms.weight.dtype != gate.dtype or call.as_one_adapter(terms.adapters) is None:
         return None
-    if type(down) is not FusedLoraLinear:
-        cast(Any, down).calls.fused += 1
-    return call.GroupLayer(weight, adapters, bias), down.backend
+    down.calls.fused += 1
+    return call.GroupLayer(terms.weight, terms.adapters, terms.bias), down.backend
 
 
 def _settings(module: nn.Module, projections: tuple[str, ...]) -> tuple | None:

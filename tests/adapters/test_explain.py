@@ -13,6 +13,7 @@ from torch import nn
 import fastlora
 from fastlora import functional
 from fastlora.adapters import explain
+from fastlora.layers.fused import Terms
 from fastlora.ops import call as ops_call
 from fastlora.ops.lora import choice
 
@@ -128,7 +129,7 @@ def test_on_a_gpu_before_and_after_measuring(monkeypatch, tmp_path):
     monkeypatch.setattr(type(call.weight), "numel", lambda self: 48, raising=False)
 
     def explained(measure: bool) -> explain.Explanation:
-        return explain._fused("layer", input_3d, call.weight, None, adapters, "auto", measure)
+        return explain._fused("layer", input_3d, Terms(call.weight, None, adapters), "auto", measure, composed=True)
 
     before = explained(False)
     assert before.forward == "cublas" and before.times == {} and gpu.checks == 0

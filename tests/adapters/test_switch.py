@@ -215,6 +215,23 @@ def test_a_deleted_start_gives_the_weights_bits_back():
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("patched", [True, False])
+def test_in_a_peft_model_the_configuration_goes_too(patched):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), config)
+    model.add_adapter("second", config)
+    if patched:
+        fastlora.patch(model)
+    fastlora.merge(model)
+    with pytest.raises(ValueError, match=r"delete_adapter: \['default'\] merged into 'base_model.model.0'"):
+        fastlora.delete_adapter(model, "default")
+    fastlora.unmerge(model)
+    fastlora.delete_adapter(model, "default")
+    assert list(model.peft_config) == ["second"] and model.active_adapters == ["second"]
+    assert not [name for name, _ in model.named_parameters() if "default" in name]
+
+
 def test_what_cannot_be_deleted_stays():
     model = build()
     with pytest.raises(

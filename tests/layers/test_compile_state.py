@@ -240,7 +240,7 @@ def test_jit_trace(architecture):
 
 
 def test_jit_script_is_not_supported():
-    with pytest.raises(NotSupportedError):
+    with pytest.raises((NotSupportedError, ValueError)):  # TorchScript's own words for what it cannot read
         torch.jit.script(make("patched"))
 
 

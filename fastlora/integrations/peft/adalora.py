@@ -1,4 +1,4 @@
-"""PEFT's AdaLoRA layer on our kernels, in place, as peft_layers.py does it with LoRA's.
+"""PEFT's AdaLoRA layer on our kernels, in place, as adopt.py does it with LoRA's.
 
 PEFT's `SVDLinear` adds (drop(x) (A∘E)ᵀ) Bᵀ·alpha/(ranknum + 1e-5), with its ParameterDicts lora_A (r, in), lora_E
 (r, 1), lora_B (out, r) and ranknum (1,). ranknum, the rank that an adapter began with, is a parameter on the device: it
@@ -14,8 +14,9 @@ from peft.tuners.adalora.layer import SVDLinear
 from torch import Tensor
 
 from ...layers.checks import is_overridden, tensors_of
+from ...layers.fused import Terms
 from ...ops import call
-from .lora import FusedForward, Plan, read_dropout, why_not_dtype
+from .lora import FusedForward, read_dropout, why_not_dtype
 from .merge import DTYPES, PLAIN_TENSORS, ExactMerge
 
 EPSILON = 1e-5  # PEFT's, beside ranknum
@@ -23,10 +24,10 @@ EPSILON = 1e-5  # PEFT's, beside ranknum
 
 class FusedSVDLinear(FusedForward, ExactMerge, SVDLinear):
     """PEFT's AdaLoRA `SVDLinear` whose forward runs `functional.multi_lora_linear` wherever that computes the same
-    thing. Never constructed: see `peft_layers.adopt`."""
+    thing. Never constructed: see `adopt.adopt`."""
 
     @staticmethod
-    def read_adapters(layer: Any, plan: Plan, x: Tensor | None, mixed: Sequence[str] | None) -> str | None:
+    def read_adapters(layer: Any, plan: Terms, x: Tensor | None, mixed: Sequence[str] | None) -> str | None:
         modules = layer._modules
         lora_a, lora_b, lora_e, ranknum = (
             tensors_of(modules[key]) for key in ("lora_A", "lora_B", "lora_E", "ranknum")

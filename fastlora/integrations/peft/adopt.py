@@ -5,7 +5,7 @@ is remembered between calls: every forward reads PEFT's own attributes and takes
 PEFT's forward and counts the reason. A class swap, unlike a bound `forward`, survives deepcopy and pickle, and keeps
 identity, hooks and references.
 
-Merging is in peft_merge.py. docs/peft.md lists what is fused, what is not, and the reasons' wording.
+Merging is in merge.py. docs/peft.md lists what is fused, what is not, and the reasons' wording.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...layers.checks import keep_off_the_fast_path
+from ...layers.fused import CallCounts
 from .adalora import FusedSVDLinear
-from .lora import QUANTISED_LAYERS, CallCounts, FusedForward, FusedLayer, FusedPeftLinear, class_name
+from .lora import QUANTISED_LAYERS, FusedForward, FusedPeftLinear, PeftFusedLayer, class_name
 from .merge import why_not_base
 
 # PEFT's classes, and what their instances become.
@@ -89,9 +90,9 @@ def release(layer: Any) -> None:
 
 
 def _quantised(layer: nn.Module) -> Any:
-    """peft_quantized.py, where the layer is one of its; it is imported only then."""
+    """quantised.py, where the layer is one of its; it is imported only then."""
     if class_name(layer) not in QUANTISED_LAYERS and (
-        not isinstance(layer, FusedLayer) or isinstance(layer, FusedForward)
+        not isinstance(layer, PeftFusedLayer) or isinstance(layer, FusedForward)
     ):
         return None
     from . import quantised as peft_quantised

@@ -1,4 +1,5 @@
-"""What PEFT's layers that run fused have in common: LoRA's (peft_layers.py) and AdaLoRA's (peft_adalora.py).
+"""What PEFT's layers that run fused have in common, and LoRA's `Linear` among them (AdaLoRA's is in adalora.py, those
+on quantised bases in quantised.py).
 
 A class of theirs is a `FusedForward` before PEFT's own class, and says how its adapters are read off PEFT's attributes,
 at every call: PEFT changes them at run time.
@@ -8,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,12 +21,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ...introspect.fused import FusedPeftLayer
 from ...layers import batch as layers_batch
-from ...layers import group as grouping
 from ...layers.checks import is_overridden
+from ...layers.fused import FusedLayer, Terms
 from ...ops import call
 from ...ops import layer as ops_layer
 from ...ops.dora import dora as dora_op
-from ...ops.dora.norms import KeptNorms
 from ...ops.mixed import mixed as mixed_op
 from .merge import DTYPES, PLAIN_TENSORS, ExactMergeLinear, parameters, why_not_base
 from .starts import StartedLinear
@@ -34,33 +33,8 @@ from .starts import StartedLinear
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass
-class CallCounts:
-    """What became of a layer's calls: fused, left to PEFT's forward (by reason), or the base layer alone.
-
-    The base layer alone runs where adapters are merged or disabled, or where none of the active ones is here.
-    """
-
-    fused: int = 0
-    base: int = 0
-    fallback: dict[str, int] = field(default_factory=dict)
-    last_reason: str | None = None  # of the latest fallback
-
-
-@dataclass
-class Plan:
-    """What a call runs."""
-
-    weight: Tensor
-    bias: Tensor | None
-    adapters: list[call.Adapter]
-
-
-class FusedLayer(FusedPeftLayer):
-    """What every swapped layer has beside PEFT's own, those of peft_quantized.py too."""
-
-    backend: str
-    calls: CallCounts
+class PeftFusedLayer(FusedPeftLayer, FusedLayer):
+    """What every swapped layer has beside PEFT's own, whatever its base."""
 
     def _get_name(self) -> str:
         """PEFT's class in `repr`, where scripts look for it."""
@@ -69,32 +43,36 @@ class FusedLayer(FusedPeftLayer):
     def extra_repr(self) -> str:
         return "fused by fastlora"
 
+    def count_fallback(self, reason: str) -> None:
+        if not torch.compiler.is_compiling():  # a changing count would be a new graph for every call
+            self.calls.fell_back(reason)
 
-class FusedForward(layers_batch.BlockState, FusedLayer):
+    def base_forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """PEFT's own forward where it comes down to the base layer; it unmerges first where adapters are disabled."""
+        if not torch.compiler.is_compiling():
+            self.calls.base += 1
+        return super().forward(x, **kwargs)  # type: ignore[misc]
+
+
+class FusedForward(PeftFusedLayer):
     """A PEFT layer whose forward runs `functional.multi_lora_linear` wherever that computes the same thing."""
 
-    shares_input = True
-
-    # Set by `peft_layers.adopt`, taken away by `release`.
+    # Set by `adopt.adopt`, taken away by `release`.
     STATE = ("backend", "calls", "undos", "group")
-    group: tuple[grouping.LayerGroup, str] | None  # the group that it belongs to, and its name there
 
     @staticmethod
-    def read_adapters(layer: Any, plan: Plan, x: Tensor | None, mixed: Sequence[str] | None) -> str | None:
+    def read_adapters(layer: Any, plan: Terms, x: Tensor | None, mixed: Sequence[str] | None) -> str | None:
         """Adds a layer's active adapters (or these) to the plan, or says why the call is left to PEFT."""
         raise NotImplementedError
 
-    def group_sources(self) -> tuple[list[Tensor], tuple]:
-        """The tensors that the running adapters' A are, or are put together from, the same objects at every call; and
-        what else they depend on."""
-        raise NotImplementedError
-
-    def read_plan(self, x: Tensor | None, mixed: Sequence[str] | None = None) -> Plan | str:
-        """What to run: `plan_of`."""
-        return self.plan_of(self, x, mixed)
+    def terms(self, x: Tensor) -> Terms | str:
+        layer: Any = self
+        if layer._disable_adapters or layer.merged_adapters:
+            return read_base(layer, x)
+        return self.plan_of(layer, x)
 
     @classmethod
-    def plan_of(cls, layer: Any, x: Tensor | None, mixed: Sequence[str] | None = None) -> Plan | str:
+    def plan_of(cls, layer: Any, x: Tensor | None, mixed: Sequence[str] | None = None) -> Terms | str:
         """What a layer, fused or still PEFT's, would run, read off PEFT's attributes now, or why the call is left to
         PEFT. Without x: as far as is known. `mixed`: the adapters of a batch that mixes them, rather than the active
         ones."""
@@ -115,38 +93,23 @@ class FusedForward(layers_batch.BlockState, FusedLayer):
             batch = layers_batch.current(layer) if names is None else layers_batch.of_names(tuple(names))
             if batch is not None:
                 return self._mixed_forward(x, batch, args, kwargs)
-        plan: Plan | str | None = why_not_arguments(args, kwargs) if args or kwargs else None
+        plan: Terms | str | None = why_not_arguments(args, kwargs) if args or kwargs else None
         if plan is None:
             if layer._disable_adapters or layer.merged_adapters:
-                return self._base_forward(x, **kwargs)
-            plan = self.read_plan(x)
+                return self.base_forward(x, **kwargs)
+            plan = self.plan_of(layer, x)
         if isinstance(plan, str):
-            self._count_fallback(plan)
+            self.count_fallback(plan)
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if not plan.adapters:
-            return self._base_forward(x, **kwargs)
+            return self.base_forward(x, **kwargs)
         if not torch.compiler.is_compiling():
             self.calls.fused += 1
-            if self.group is not None:
-                y = self.group[0].run(self, x, self._reading(plan))
-                if y is not None:
-                    return y
+            if self.group is not None and (y := self.group[0].run(self, x, plan)) is not None:
+                return y
         return ops_layer.multi_lora_linear(
             x, plan.weight, plan.adapters, plan.bias, training=True, backend=self.backend
         )
-
-    def read_for_group(self, x: Tensor) -> grouping.Reading | None:
-        """The layer as it is now, for a group of which another member is called with x; None where it runs alone."""
-        layer: Any = self
-        if layer._disable_adapters or layer.merged_adapters:
-            return None
-        plan = self.read_plan(x)
-        return None if isinstance(plan, str) else self._reading(plan)
-
-    def _reading(self, plan: Plan) -> grouping.Reading:
-        sources, settings = self.group_sources()
-        settings += tuple(adapter.dropout_p for adapter in plan.adapters)
-        return grouping.Reading(plan.weight, plan.bias, plan.adapters, sources, settings)
 
     def _mixed_forward(self, x: Tensor, batch: layers_batch.MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """PEFT's `adapter_names`: every sequence with its own adapter."""
@@ -155,30 +118,13 @@ class FusedForward(layers_batch.BlockState, FusedLayer):
         layer._check_forward_args(x, *args, **given)  # PEFT's errors: lengths, merged adapters, DoRA
         names, segments = batch.segments(x, layer.lora_A)
         others = {name: value for name, value in kwargs.items() if name != "adapter_names"}
-        plan = why_not_arguments(args, others) or self.read_plan(x, names)
+        plan = why_not_arguments(args, others) or self.plan_of(layer, x, names)
         if isinstance(plan, str):
-            self._count_fallback(plan)
+            self.count_fallback(plan)
             return super().forward(x, *args, **given)  # type: ignore[misc]
         if not torch.compiler.is_compiling():
             self.calls.fused += 1
         return mixed_op.run_segments(x, plan.weight, plan.adapters, segments, plan.bias, self.backend)
-
-    def _count_fallback(self, reason: str) -> None:
-        if not torch.compiler.is_compiling():  # a changing count would be a new graph for every call
-            counts = self.calls
-            counts.fallback[reason] = counts.fallback.get(reason, 0) + 1
-            counts.last_reason = reason
-
-    def _base_forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """PEFT's own forward where it comes down to the base layer; it unmerges first where adapters are disabled."""
-        if not torch.compiler.is_compiling():
-            self.calls.base += 1
-        return super().forward(x, **kwargs)  # type: ignore[misc]
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__({"group": None, **state})  # type: ignore[misc]  # one pickled by an earlier version has none
-        if self.group is not None:
-            self.group[0].add(self.group[1], self)
 
 
 def why_not_arguments(args: tuple, kwargs: dict[str, Any]) -> str | None:
@@ -190,7 +136,7 @@ def why_not_arguments(args: tuple, kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def read_base(layer: Any, x: Tensor | None) -> Plan | str:
+def read_base(layer: Any, x: Tensor | None) -> Terms | str:
     """A plan without adapters, or why the call is left to PEFT."""
     base = layer._modules["base_layer"]
     assert base is not None
@@ -208,7 +154,7 @@ def read_base(layer: Any, x: Tensor | None) -> Plan | str:
         reason = _why_not_input(x, weight)
         if reason is not None:
             return reason
-    return Plan(weight.t() if type(base) is Conv1D else weight, bias, [])
+    return Terms(weight.t() if type(base) is Conv1D else weight, bias, [])
 
 
 def _why_not_input(x: Tensor, weight: Tensor) -> str | None:
@@ -256,10 +202,8 @@ class FusedPeftLinear(FusedForward, ExactMergeLinear):
     to its layers goes on working. `calls` counts what happened; `prediction(layer)` says what would happen now.
     """
 
-    kept_norms: KeptNorms | None = None  # set on the instance within `fastlora.variants.kept_norms`
-
     @staticmethod
-    def read_adapters(layer: Any, plan: Plan, x: Tensor | None, mixed: Sequence[str] | None) -> str | None:
+    def read_adapters(layer: Any, plan: Terms, x: Tensor | None, mixed: Sequence[str] | None) -> str | None:
         return add_adapters(plan, layer, x, mixed, dora=True)
 
     def group_sources(self) -> tuple[list[Tensor], tuple]:
@@ -280,7 +224,7 @@ def class_name(thing: Any) -> str:
 
 
 def add_adapters(
-    plan: Plan, layer: Any, x: Tensor | None, mixed: Sequence[str] | None = None, dora: bool = False
+    plan: Terms, layer: Any, x: Tensor | None, mixed: Sequence[str] | None = None, dora: bool = False
 ) -> str | None:
     """Adds a layer's active adapters (or these) to the plan, or says why the call is left to PEFT, as it is for DoRA
     unless `dora`."""
@@ -304,7 +248,7 @@ def add_adapters(
     return None
 
 
-def _add_magnitude(plan: Plan, layer: Any, name: str) -> str | None:
+def _add_magnitude(plan: Terms, layer: Any, name: str) -> str | None:
     """Makes the plan's last adapter DoRA's, or says why the call is left to PEFT."""
     holder = layer.lora_magnitude_vector[name]
     if type(holder) is not DoraLinearLayer or is_overridden(holder):
@@ -324,7 +268,7 @@ def _add_magnitude(plan: Plan, layer: Any, name: str) -> str | None:
 
 
 def _add_adapter(
-    plan: Plan, layer: Any, down: Any, up: Any, dropout: Any, scaling: Any, x: Tensor | None
+    plan: Terms, layer: Any, down: Any, up: Any, dropout: Any, scaling: Any, x: Tensor | None
 ) -> str | None:
     if type(down) not in FACTORS or type(up) not in FACTORS:
         return f"lora_A or lora_B is a {type(down).__name__}, {type(up).__name__}"

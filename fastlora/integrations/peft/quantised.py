@@ -1,16 +1,18 @@
 """PEFT's LoRA layers on quantised bases (QLoRA), in place: bitsandbytes' 4-bit and 8-bit layers, torchao's weights.
 
-As in peft_layers.py the class of an instance is swapped, and every call reads PEFT's attributes as they are then. What
+As in adopt.py the class of an instance is swapped, and every call reads PEFT's attributes as they are then. What
 differs: the frozen weight is written out once a pass into a buffer that all layers use in turn, and only its packed
-form is kept for the backward pass (quant_autograd.py). Merging is PEFT's own, as is inference: without gradients, in
-evaluation mode, the libraries' kernels multiply with the packed weight.
+form is kept for the backward pass (ops/quant/linear.py). Inference is PEFT's own: without gradients, in evaluation
+mode, the libraries' kernels multiply with the packed weight.
 
-The layers of bitsandbytes are in peft_bnb.py, which is imported only where a model has them.
+The layers of bitsandbytes are in bnb.py, which is imported only where a model has them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,48 +23,56 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from ...layers.checks import is_overridden
+from ...layers.fused import CallCounts, Terms
 from ...ops import call
 from ...ops.quant import weights
 from ...ops.quant.linear import quantised_dora_linear, quantised_lora_linear
 from . import lora, merge
-from .lora import CallCounts, FusedLayer
+from .lora import PeftFusedLayer
 
 INFERENCE = "evaluation mode without gradients: the packed weight is multiplied with"
 
 
-class FusedQuantisedLayer(FusedLayer):
+class FusedQuantisedLayer(PeftFusedLayer):
     """A PEFT layer on a quantised base whose forward runs `quantised_lora_linear` wherever that computes the same.
 
     Never constructed: `adopt(layer)` turns a PEFT layer into one, `release(layer)` turns it back.
     """
 
+    shares_input = False
     STATE = ("backend", "calls")
     PLAIN: type[nn.Module]  # PEFT's own class
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = cast(Any, self)
-        peft_forward = super().forward  # type: ignore[misc]
         if torch.compiler.is_compiling():  # a graph has no place for a buffer that layers share
-            return peft_forward(x, *args, **kwargs)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         plan: Plan | str | None = lora.why_not_arguments(args, kwargs) if args or kwargs else None
         if plan is None:
             if layer._disable_adapters or layer.merged_adapters:
-                self.calls.base += 1
-                return peft_forward(x, **kwargs)
+                return self.base_forward(x, **kwargs)
             plan = read_plan(layer, x)
         if isinstance(plan, str):
-            self.calls.fallback[plan] = self.calls.fallback.get(plan, 0) + 1
-            self.calls.last_reason = plan
-            return peft_forward(x, *args, **kwargs)
+            self.count_fallback(plan)
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         if not plan.adapters:
-            self.calls.base += 1
-            return peft_forward(x, **kwargs)
+            return self.base_forward(x, **kwargs)
         self.calls.fused += 1
         weight, (adapter,) = weights.snapshot(layer.base_layer, plan.dtype), plan.adapters
         if adapter.magnitude is not None:
             magnitude, factors = adapter.magnitude, adapter[:3]
             return quantised_dora_linear(x, weight, plan.bias, *factors, magnitude, self.backend, plan.out_dtype)
         return quantised_lora_linear(x, weight, plan.bias, *adapter[:4], self.backend, plan.out_dtype)
+
+    @contextlib.contextmanager
+    def terms_written_out(self, x: Tensor) -> Iterator[tuple[Tensor, Terms | str]]:
+        plan = read_plan(self, x)
+        if isinstance(plan, str):
+            yield x, plan
+            return
+        weight = weights.snapshot(cast(Any, self).base_layer, plan.dtype)
+        with torch.autocast(x.device.type, enabled=False), weights.room_for(weight) as matrix:
+            yield x.to(plan.dtype), Terms(matrix, plan.bias, plan.adapters)
 
 
 class FusedTorchaoLinear(FusedQuantisedLayer, TorchaoLoraLinear):  # type: ignore[misc]
@@ -144,7 +154,7 @@ def read_plan(layer: Any, x: Tensor | None) -> Plan | str:
             return dtypes
         dtype, out_dtype = dtypes
     bias = base._parameters.get("bias")
-    read = lora.Plan(base._parameters["weight"], bias if bias is None else bias.to(dtype), [])
+    read = Terms(base._parameters["weight"], bias if bias is None else bias.to(dtype), [])
     reason = lora.add_adapters(read, layer, x, dora=True)
     if reason is not None:
         return reason

@@ -1,7 +1,7 @@
 """Where a start goes in a PEFT layer, quantised or not, and how the layer and PEFT's configuration are put back.
 
-`begin` of ../peft_starts.py does the work; here are the checks, and what PEFT keeps beside the factors: rank and alpha,
-on the layers and in the configuration, where they are those of the adapter of rank 2r that is saved.
+PEFT keeps rank and alpha next to the factors, on the layers and in the configuration: there they are those of the
+adapter of rank 2r that is saved.
 
 PEFT's lora_A and lora_B where an adapter did not start at zero: a trained half, and a frozen one that takes the
 start away again.
@@ -148,6 +148,15 @@ PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that
 SHIFT = "_fastlora_weight_before_shift"  # on a PEFT layer: by which adapter, and the weight's bits on the host
 
 
+def take_back_shift(layer: Any, adapter_name: str) -> None:
+    """Puts the bits back that a layer's weight had before this adapter's start was taken out of it."""
+    shift = layer.__dict__.get(SHIFT)
+    if shift is not None and shift[0] == adapter_name:
+        with torch.no_grad():
+            layer.base_layer._parameters["weight"].copy_(shift[1])
+        delattr(layer, SHIFT)
+
+
 class PeftStart:
     """One adapter of a PEFT LoRA layer, as `init_lora_ga` sees it."""
 
@@ -228,7 +237,7 @@ class PeftStart:
         shifted = self.base_parameter.detach().to("cpu", copy=True) if shifted_here else None
 
         def restore() -> None:
-            self._take_back_shift()
+            take_back_shift(self.layer, self.adapter_name)
             end(down, up)
             with torch.no_grad():
                 for parameter, values in copies:
@@ -245,19 +254,12 @@ class PeftStart:
 
     def _forget(self) -> None:
         """Takes back a former start, but for the values of A and B."""
-        self._take_back_shift()
+        take_back_shift(self.layer, self.adapter_name)
         if isinstance(self.down, StartedLinear):
             beside, r = self.down.beside, self.r
             end(self.down, self.up)
             if beside:
                 self._set_rank(r, self.layer.lora_alpha[self.adapter_name] / self._alpha_factor)
-
-    def _take_back_shift(self) -> None:
-        shift = self.layer.__dict__.get(SHIFT)
-        if shift is not None and shift[0] == self.adapter_name:
-            with torch.no_grad():
-                self.base_parameter.copy_(shift[1])
-            delattr(self.layer, SHIFT)
 
     def _shift(self, a0: Tensor, minus_b0: Tensor) -> None:
         """W0 − s·B₀A₀, in float32 at least and rounded once."""

@@ -1,5 +1,5 @@
 """What PEFT's adapters have beside their LoRA layers: modules that are trained whole (`modules_to_save`), tokens
-(`trainable_token_indices`), and the models that say which adapter is active. adapters.py takes them along.
+(`trainable_token_indices`), and the models that say which adapter is active. adapters/switch.py takes them along.
 
 Nothing of PEFT is imported here: a model that has any of it has brought it.
 """
@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from ...introspect.fused import OwnLayer
 from ...introspect.targets import modules_of
-from ...layers.linear import FusedLoraLinear
 
 
 class Beside:
@@ -23,7 +23,7 @@ class Beside:
         self.wrappers: dict[str, Any] = {}
         self.owners: list[Any] = []
         other = sys.modules.get("peft.utils.other")
-        if other is None or all(isinstance(layer, FusedLoraLinear) for _, layer in layers):
+        if other is None or all(isinstance(layer, OwnLayer) for _, layer in layers):
             return
         tuners, models = sys.modules["peft.tuners.tuners_utils"], sys.modules["peft.peft_model"]
         wrapper = other.AuxiliaryTrainingWrapper
@@ -56,6 +56,13 @@ class Beside:
                     f"{caller}: adapter_name: got {list(names)}, and {name!r} (modules_to_save, "
                     f"trainable_token_indices) is another one in each of {found}; want one of them"
                 )
+
+    def delete(self, name: str) -> bool:
+        """Has PEFT's outermost model delete an adapter, with its configuration; False where none knows it."""
+        owner = next((owner for owner in self.owners if name in owner.peft_config), None)
+        if owner is not None:
+            owner.delete_adapter(name)
+        return owner is not None
 
     def activate(self, names: list[str], trainable: bool) -> None:
         """PEFT's `set_adapter` of a model but for its LoRA layers. What knows none of the names runs as in the base
