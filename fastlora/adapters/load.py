@@ -51,6 +51,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         >>> fastlora.load_adapter(model, "runs/my-adapter")
     """
     model, outermost = introspect_targets.unwrap(model, "load_adapter"), model
+    introspect_targets.check_holder(model, "load_adapter")
     root = Path(directory)
     config, tensors = format.read(root)
     wrapped = sharding.wrapper(outermost)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..introspect import sharding
 from ..introspect.fused import FusedPeftLayer, FusedPeftTuner
 from ..introspect.names import from_pattern
-from ..introspect.targets import Selection, candidates, peft_lora_layers, why_not_patchable
+from ..introspect.targets import Selection, candidates, check_holder, peft_lora_layers, why_not_patchable
 from ..layers import group as grouping
 from ..layers import mlp as mlps
 from ..layers.checks import check_adapter_arguments, check_backend
@@ -60,7 +60,8 @@ def patch(
     A plain model: every target (`nn.Linear`, and transformers' `Conv1D`) becomes a `FusedLoraLinear` with a new
     adapter, sharing its weight, and all other parameters are frozen. A model with PEFT LoRA layers: those run fused
     from now on, nothing is added, and PEFT goes on managing them. Patching again with the same settings does nothing;
-    with another `adapter_name` it adds an adapter (inactive until `set_adapter`).
+    with another `adapter_name` it adds an adapter (inactive until `set_adapter`). Models with other adapters of PEFT's
+    (prompts, IA3, LoKr, ...) are refused.
 
     Args:
         model: the model; changed in place.
@@ -91,10 +92,10 @@ def patch(
         A `PatchReport`: a line per module, patched or left alone and why.
 
     Raises:
-        ValueError: no target in the model, a plain model that DistributedDataParallel or `fully_shard` has wrapped
-            already (patch first), a setting out of range, other settings than an earlier `patch` for the same
-            adapter; an initialisation that needs data, or that a layer's weight cannot give; with `strict`, a
-            target that cannot be patched. The model is then as it was.
+        ValueError: no target in the model, adapters of PEFT's other than LoRA, a plain model that
+            DistributedDataParallel or `fully_shard` has wrapped already (patch first), a setting out of range, other
+            settings than an earlier `patch` for the same adapter; an initialisation that needs data, or that a layer's
+            weight cannot give; with `strict`, a target that cannot be patched. The model is then as it was.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -110,6 +111,7 @@ def patch(
     names_of_groups = grouping.check_names(group, "patch")
     mlps.check_mode(mlp, "patch")
     _check_patterns(rank_pattern, alpha_pattern)
+    check_holder(model, "patch")
     selection = Selection(model, target_modules, exclude_modules)
     peft_layers = dict(peft_lora_layers(model))
     settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": float(lora_dropout), "use_rslora": use_rslora}

@@ -257,7 +257,8 @@ def save_adapter(
     Weights are saved in the dtype they have. What is saved of the scale is alpha, not a changed `scaling`, as in PEFT.
 
     Raises:
-        ValueError: no adapters, an unknown name, a directory that is a file, parameters sharded by ZeRO-3; `as_lora` of
+        ValueError: no adapters, PEFT's others than LoRA or around fastlora's,
+            an unknown name, a directory that is a file, parameters sharded by ZeRO-3; `as_lora` of
             a PeftModel, which saves itself.
         OSError: the directory cannot be written (PermissionError, no space left, ...); nothing in it was changed.
 
@@ -268,6 +269,7 @@ def save_adapter(
     root = Path(directory)
     if root.exists() and not root.is_dir():
         raise ValueError(f"save_adapter: directory: got {str(root)!r}, which is a file; want a directory")
+    targets.check_holder(model, "save_adapter")
     names = adapters_of(model)
     if not names:
         raise ValueError(

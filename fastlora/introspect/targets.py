@@ -173,6 +173,35 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return iter(modules_of(model, kinds))
 
 
+def check_holder(model: nn.Module, caller: str) -> None:
+    """Raises ValueError where a model holds adapters of PEFT's that fastlora does not run, or PEFT's and fastlora's
+    both: whose they are decides, not which wrapper is outermost."""
+    peft, tuners = sys.modules.get("peft"), sys.modules.get("peft.tuners.tuners_utils")
+    if peft is None or tuners is None:
+        return
+    kinds = (peft.PeftModel, peft.PeftMixedModel, tuners.BaseTuner, tuners.BaseTunerLayer)
+    parts = [module for module in model.modules() if isinstance(module, kinds)]
+    layers = [layer for _, layer in lora_layers(model)] if parts else []
+    own = [layer for layer in layers if isinstance(layer, OwnLayer)]
+    if not parts or (layers and not own):
+        return
+    configs = [config for part in parts for config in getattr(part, "peft_config", {}).values()]
+    found = ", ".join(dict.fromkeys(str(getattr(c.peft_type, "value", c.peft_type)) for c in configs))
+    found = found or type(parts[0]).__name__
+    if own:
+        raise ValueError(
+            f"{caller}: model: got PEFT's adapters ({found}) around fastlora's own, which no file holds together, and "
+            "which PEFT may have frozen; want one kind: fastlora's in model.unload(), which takes PEFT's out "
+            "(model.get_base_model() where PEFT's are prompts), or call fastlora.unpatch(model) before get_peft_model "
+            "(no peft_config for a patched model in TRL) and fastlora.patch(model) after it"
+        )
+    raise ValueError(
+        f"{caller}: model: got PEFT's adapters ({found}), which fastlora does not run and LoRA layers would freeze; "
+        "want a plain model (model.unload() or model.merge_and_unload() takes PEFT's out, model.get_base_model() where "
+        "they are prompts), or one with LoRA layers of PEFT's, which are accelerated"
+    )
+
+
 def modules_of(model: nn.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any]]:
     """(name, module) of these kinds, all of which have children, once each, named and ordered as by `named_modules`.
 
