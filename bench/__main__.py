@@ -15,6 +15,7 @@ CASES = {  # name: (module, what it measures)
     "multi_adapter": ("layers.multi_adapter", "a batch whose rows belong to several adapters"),
     "dora": ("layers.dora", "DoRA: PEFT's way and ours"),
     "qlora": ("layers.qlora", "layers over a 4-bit weight"),
+    "head": ("layers.head", "the output head: LoRA inside its cross-entropy, without the logits"),
     "overhead": ("layers.overhead", "what a call costs on the host before any kernel runs"),
     "correctness": ("layers.correctness", "errors of every way against fp64, next to eager PyTorch's"),
     "suite": ("models.suite", "groups, MLPs, mixed batches, transformer blocks and a training step"),

@@ -4,6 +4,7 @@ from .kernels.segment_plan import BASE, Segments
 from .ops.call import Adapter, GroupLayer
 from .ops.dora.dora import dora_linear
 from .ops.group.group import lora_group
+from .ops.head.head import TokenScores, lora_linear_cross_entropy, lora_linear_log_probs
 from .ops.layer import multi_lora_linear
 from .ops.lora.linear import lora_linear
 from .ops.mixed.mixed import lora_mixed_batch
@@ -14,10 +15,13 @@ __all__ = [
     "Adapter",
     "GroupLayer",
     "Segments",
+    "TokenScores",
     "dora_linear",
     "lora_activated_linear",
     "lora_group",
     "lora_linear",
+    "lora_linear_cross_entropy",
+    "lora_linear_log_probs",
     "lora_mixed_batch",
     "lora_mlp",
     "multi_lora_linear",

@@ -25,18 +25,16 @@ from ..runtime.messages import some
 from .report import LayerReport, SketchReport
 from .streaming import StreamingSketch, svd_of_each
 
-WEIGHTINGS = ("equal", "tokens")
+WEIGHTINGS = ("tokens", "equal")
 FORMAT = "fastlora-gradient-sketch-1"
 
 
 @dataclass
 class Round:
-    """A round of passes: how many steps it has ended, and the discounted sum of the weights of the backward passes that
-    gave it something; `last` is autograd's number of the latest."""
+    """A round of passes: how many steps it has ended, and the discounted sum of its passes' weights."""
 
     steps: int = 0
     weight: float = 0.0
-    last: int = taps.NO_BACKWARD
 
 
 class GradientSketch:
@@ -57,9 +55,8 @@ class GradientSketch:
             4·c·(n + 2m) more while refining.
         seed: of the random start; the same seed and passes give the same sketch.
         dropout: leave dropout on.
-        weighting: "equal", what autograd would accumulate in `weight.grad` over the same backward passes. "tokens":
-            each backward counts by the labels (those that are not -100), or else the tokens, of the forwards since the
-            one before, all of them: right for losses that are means over numbers of tokens that differ.
+        weighting: "tokens", each pass counts by its labels (those that are not -100), or by its tokens where the model
+            is called without labels: right for losses that are means. "equal": right for sums.
         discount: β, by which each call of `step` multiplies what was sketched before it.
         freeze: False leaves `requires_grad` alone, so that the backward passes of a training run can be sketched as
             they are (with dropout=True, which leaves its dropout alone too).
@@ -87,7 +84,7 @@ class GradientSketch:
         *,
         exclude_modules: str | list[str] | None = None,
         dropout: bool = False,
-        weighting: str = "equal",
+        weighting: str = "tokens",
         discount: float = 1.0,
         freeze: bool = True,
     ) -> None:
@@ -140,7 +137,7 @@ class GradientSketch:
                 self._restore.append(taps.freeze(self._model))
             if not self.dropout:
                 self._restore.append(taps.turn_dropout_off(self._model))
-            self._restore.append(taps.attach(self._model, self._modules, self._observe))
+            self._restore.append(taps.attach(self._model, self._modules, self._start_pass, self._observe))
         except BaseException:
             self._undo()
             raise
@@ -175,20 +172,19 @@ class GradientSketch:
             else:
                 del self.layers[name]
 
-    def weight_of(self, now: taps.Pass) -> float:
-        """What a backward pass counts in this round."""
+    def _start_pass(self, args: tuple, kwargs: dict) -> float:
+        now = self._present_round
         # β > 1 is applied to what comes after instead, so that nothing overflows; the factors are the same.
-        weight = min(1.0, 1.0 / self.discount) ** self._present_round.steps
-        return weight * (now.tokens if self.weighting == "tokens" else 1.0)
+        weight = min(1.0, 1.0 / self.discount) ** now.steps
+        weight *= taps.pass_weight(args, kwargs) if self.weighting == "tokens" else 1.0
+        if torch.is_grad_enabled():
+            now.weight += weight
+        return weight
 
-    def _observe(self, name: str, x: Tensor, dy: Tensor, now: taps.Pass) -> None:
-        weight, present = self.weight_of(now), self._present_round
+    def _observe(self, name: str, x: Tensor, dy: Tensor, weight: float) -> None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-            added = self.layer(name, dy.shape[1], x.shape[1], x.device).update(x, dy, weight)
-        if added and now.number != present.last:
-            present.last = now.number
-            present.weight += weight
+            self.layer(name, dy.shape[1], x.shape[1], x.device).update(x, dy, weight)
 
     def step(self) -> None:
         """Ends an optimiser step: what was sketched so far counts `discount` times as much beside what comes.
@@ -239,9 +235,8 @@ class GradientSketch:
         Args:
             sketches: of the same layers with the same r and seed.
             weights: one a task, positive; by default all 1.
-            normalize: what a task counts before its weight. "mean": its gradient by pass (the mean over the
-                backward passes that gave it something, with their weights), so that more data does not make it count
-                more. "norm": its gradient over its norm,
+            normalize: what a task counts before its weight. "mean": its gradient by token (the mean over its passes
+                with their weights), so that more data does not make it count more. "norm": its gradient over its norm,
                 all layers together, so that neither data nor the size of its loss do. "sum": as it was summed.
 
         Returns:

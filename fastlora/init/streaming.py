@@ -64,26 +64,25 @@ class StreamingSketch:
         """Whether anything but zeros was added."""
         return bool(self.z.any())
 
-    def update(self, x: Tensor, dy: Tensor, weight: float = 1.0) -> bool:
-        """Adds weight·dYᵀX for x (T, m), dy (T, n) of any float dtype, without forming it; False where it did not."""
+    def update(self, x: Tensor, dy: Tensor, weight: float = 1.0) -> None:
+        """Adds weight·dYᵀX for x (T, m), dy (T, n) of any float dtype. Nothing of size n×m is formed."""
         if x.shape[0] == 0:
-            return False
+            return
         probed = native.factored_product(x, dy, probes(self.m, self.device), weight)
         if not bool(torch.isfinite(probed).all()):
             self.skipped += 1
-            return False
+            return
         if self.row_basis is not None:
             self.refined_y += native.factored_product(x, dy, self.row_basis, weight)
             self.refined_z += native.factored_product(dy, x, self.q, weight)
             self.refined_updates += 1
-            return True
+            return
         if not native.sketch_update(self.q, self.z, self._start(), x, dy, weight):
             self.skipped += 1
-            return False
+            return
         self.probed += probed
         self.tokens += x.shape[0]
         self.updates += 1
-        return True
 
     def _start(self) -> Tensor | None:
         """None where Q is full, else Z with random directions where it has none: at first, and while it holds fewer

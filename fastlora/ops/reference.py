@@ -101,3 +101,63 @@ def dora_linear(
     frozen, low_rank = F.linear(dropped.to(x.dtype), weight), scaling * F.linear(F.linear(dropped, a), b)
     y = F.linear(x, weight, bias)
     return (y + (factor - 1) * frozen + factor * low_rank).to(y.dtype)
+
+
+def head_losses(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    logit_scale: float,
+    softcap: float,
+    temperature: float,
+    labels: torch.Tensor,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    keep_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The loss of every token (T,) under a head with LoRA: (1−ε)·(−log p_y) + ε·mean(−log p) + ζ·lse², 0 for those that
+    do not count; h (T, H), weight (V, H), labels (T,). The logits are scaled, then capped, then divided."""
+    z = head_logits(h, weight, bias, lora_A, lora_B, scaling, dropout_p, logit_scale, softcap, temperature, keep_mask)
+    losses = F.cross_entropy(z, labels, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing)
+    if z_loss:
+        losses = losses + z_loss * z.logsumexp(-1).square() * (labels != ignore_index)
+    return losses
+
+
+def head_logits(
+    h: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    lora_A: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
+    scaling: float,
+    dropout_p: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    keep_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The logits of `head_losses` (T, V), in float32 at least."""
+    if lora_A is None or lora_B is None:
+        z = F.linear(h, weight, bias)
+    else:
+        z = lora_linear(h, weight, lora_A, lora_B, scaling, bias, dropout_p, keep_mask)
+    z = z.to(torch.promote_types(z.dtype, torch.float32)) * logit_scale
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    return z / temperature
+
+
+def head_scores(h: torch.Tensor, *head_and_labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(entropy in nats, whether the label is the likeliest word) of every token; 0 and False for those that do not
+    count. Arguments as `head_losses`, up to `ignore_index`."""
+    *head, labels, ignore_index = head_and_labels
+    z = head_logits(h, *head)
+    counts = labels != ignore_index
+    entropy = torch.distributions.Categorical(logits=z).entropy() * counts
+    return entropy, (z.argmax(-1) == labels) & counts

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from study.settings import Settings
-from study.training import Run
+from settings import Settings
+from training import Run
 
 SMOOTHING = 10
 

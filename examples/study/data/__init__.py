@@ -1,1 +1,0 @@
-"""Texts that every machine has, and small pretrained models."""
