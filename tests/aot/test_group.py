@@ -3,10 +3,10 @@
 import pytest
 import torch
 from aot.pretend import SHARED_MEMORY_LIMIT, Census, pretend, take_censuses
+from aot.sweep import BF16, FP32, META
 
 from fastlora.kernels import group
 
-BF16, FP32 = torch.bfloat16, torch.float32
 # K, ranks, dtype of x, dtype of the adapters, dropout. The first is the headline's q, k and v; then what holds most in
 # registers: masks with wide ranks, casts, and rows that are not aligned.
 CASES = {
@@ -20,7 +20,7 @@ CASES = {
 
 
 def tensor(*shape, dtype=BF16):
-    return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device=META)
 
 
 def workspace(size):

@@ -19,15 +19,19 @@ def empty(n: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(n, dtype=dtype, device=META)
 
 
+def launch() -> None:
+    for dtype, block, nested, n in PROBLEMS:
+        blocks = -(-n // block)
+        inner = {}
+        if nested:
+            inner = {"code2": empty(256, FP32), "absmax2": empty(-(-blocks // 256), FP32), "offset": empty(1, FP32)}
+        absmax = empty(blocks, torch.uint8 if nested else FP32)
+        dequantise_4bit(empty(-(-n // 2), torch.uint8), empty(16, FP32), absmax, empty(n, dtype), block, **inner)
+
+
 def launches_of(arch: int) -> list[Launch]:
     with pretend(arch) as launches:
-        for dtype, block, nested, n in PROBLEMS:
-            blocks = -(-n // block)
-            inner = {}
-            if nested:
-                inner = {"code2": empty(256, FP32), "absmax2": empty(-(-blocks // 256), FP32), "offset": empty(1, FP32)}
-            absmax = empty(blocks, torch.uint8 if nested else FP32)
-            dequantise_4bit(empty(-(-n // 2), torch.uint8), empty(16, FP32), absmax, empty(n, dtype), block, **inner)
+        launch()
         return list(launches)
 
 
