@@ -2,7 +2,7 @@
 
 Nothing is computed for a layer that has not been called. The first member of a group that is called with an x opens a
 `Round`: S = drop(x) Aᵀ of every member in one pass. Each member called with the same x then adds its own products, and
-hands x on to the next (group_autograd.py), so that dX is accumulated and dA made once. A member that is skipped, called
+hands x on to the next (ops/group), so that dX is accumulated and dA made once. A member that is skipped, called
 twice, or given another tensor has lost the few columns of S made for it, and nothing else: its call opens a round of
 its own, or runs alone.
 

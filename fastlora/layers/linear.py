@@ -1,10 +1,10 @@
-"""`FusedLoraLinear`: an `nn.Linear` with named low-rank adapters. Parameters and adapter state live here; the maths is
-in functional.py, how an adapter starts in starts.py."""
+"""`FusedLoraLinear`: an `nn.Linear` with named low-rank adapters. Parameters and adapter state live here; how an
+adapter starts is in starts.py, what kinds there are in kinds.py, the maths in ops/."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,16 +15,16 @@ from ..ops import call
 from ..ops import layer as ops_layer
 from ..ops.mixed import mixed as mixed_op
 from . import batch as layers_batch
-from .checks import check_adapter_arguments, keep_off_the_fast_path, scale_of, tensors_of
+from . import kinds, starts
+from .checks import check_adapter_arguments, keep_off_the_fast_path, scale_of
 from .fused import CallCounts, FusedLayer, Terms
-from .kinds import FROZEN, TRAINED, AdapterVariants, Magnitudes, check_kinds
+from .kinds import FROZEN, TRAINED, Magnitudes, check_kinds
 from .schedule import Allocation
-from .starts import check_init, shifts_weight
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-class FusedLoraLinear(OwnLayer, FusedLayer, AdapterVariants):
+class FusedLoraLinear(OwnLayer, FusedLayer, nn.Linear):
     """y = x W0ᵀ + b + Σ s·(drop(x) Aᵀ) Bᵀ over the active adapters, with W0 and b frozen.
 
     It is an `nn.Linear`: `weight` (out_features, in_features) and `bias` keep their keys. Adapters are `lora_A[name]`
@@ -102,7 +102,7 @@ class FusedLoraLinear(OwnLayer, FusedLayer, AdapterVariants):
         nn.Module.__init__(layer)
         layer.in_features, layer.out_features = linear.in_features, linear.out_features
         layer.weight, layer.bias = linear.weight, linear.bias
-        if shifts_weight(init_lora_weights):
+        if starts.shifts_weight(init_lora_weights):
             layer.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
         layer.training = linear.training
         layer._init_adapter_state(fan_in_fan_out=False, backend="auto")
@@ -111,8 +111,8 @@ class FusedLoraLinear(OwnLayer, FusedLayer, AdapterVariants):
         layer._freeze_base()
         return layer
 
-    # Adapter state. `STATE` names everything that turns a plain linear layer into this one, so that `patching.unpatch`
-    # can take it away again.
+    # Adapter state. `STATE` names everything that turns a plain linear layer into this one, so that `unpatch` can
+    # take it away again.
 
     STATE = (
         "r",
@@ -191,7 +191,7 @@ class FusedLoraLinear(OwnLayer, FusedLayer, AdapterVariants):
         """
         check_adapter_arguments(name, r, lora_alpha, lora_dropout)
         check_kinds(use_dora, use_adalora, init_lora_weights, "FusedLoraLinear.add_adapter")
-        check_init(init_lora_weights, "FusedLoraLinear.add_adapter", r)
+        starts.check_init(init_lora_weights, "FusedLoraLinear.add_adapter", r)
         if name in self.lora_A:
             raise ValueError(
                 f"FusedLoraLinear.add_adapter: name: {name!r} is taken; this layer has {list(self.lora_A)}"
@@ -291,6 +291,42 @@ class FusedLoraLinear(OwnLayer, FusedLayer, AdapterVariants):
         before, self.disable_adapters = self.disable_adapters, True
         return lambda: setattr(self, "disable_adapters", before)
 
+    def _check_names(self, names: Iterable[str], method: str) -> None:
+        unknown = [name for name in names if name not in self.lora_A]
+        if unknown:
+            raise ValueError(f"FusedLoraLinear.{method}: name: got {unknown}, want one of {list(self.lora_A)}")
+
+    def _check_not_merged(self, method: str) -> None:
+        if self.merged_adapters:
+            raise ValueError(
+                f"FusedLoraLinear.{method}: adapters {self.merged_adapters} are merged; "
+                "call fastlora.unmerge(model) first"
+            )
+
+    use_dora = property(kinds.use_dora)
+    use_adalora = property(kinds.use_adalora)
+    trained_parameters = kinds.trained_parameters
+    reset_adapter = kinds.reset_adapter
+    weight_norm = kinds.weight_norm
+    get_delta_weight = kinds.get_delta_weight
+
+    # Starts away from zero.
+
+    shifted_by = property(starts.shifted_by)
+    set_initial_factors = starts.set_initial_factors
+    set_frozen_factors = starts.set_frozen_factors
+    check_initial_factors = starts.check_initial_factors
+    forget_initial_factors = starts.forget_initial_factors
+    unshifted_weight = starts.unshifted_weight
+    as_plain_adapter = starts.as_plain_adapter
+    alpha_at = starts.alpha_at
+    holds = starts.holds
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        saved = starts.before_loading(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        starts.after_loading(self, saved)
+
     # Merging.
 
     def base_weight(self) -> Tensor:
@@ -356,33 +392,7 @@ class FusedLoraLinear(OwnLayer, FusedLayer, AdapterVariants):
         """The low-rank terms that `forward` adds now: none while adapters are disabled or merged."""
         if self.disable_adapters or self.merged_adapters:
             return []
-        return self._adapters(self.active_adapters)
-
-    def _adapters(self, names: Sequence[str]) -> list[call.Adapter]:
-        lora_A, lora_B = tensors_of(self._modules["lora_A"]), tensors_of(self._modules["lora_B"])
-        scaling, dropout = self.scaling, self.lora_dropout
-        training = self.training
-        adapters = [
-            call.Adapter(lora_A[name], lora_B[name], scaling[name], dropout[name] if training else 0.0)
-            for name in names
-        ]
-        if len(self._modules["lora_A0"]):  # type: ignore[arg-type]
-            adapters = self._with_initial_factors(names, adapters)
-        if len(self._modules["lora_E"]) or len(self._modules["lora_magnitude_vector"]):  # type: ignore[arg-type]
-            adapters = self._as_variants(names, adapters)
-        return adapters
-
-    def _with_initial_factors(self, names: Sequence[str], adapters: list[call.Adapter]) -> list[call.Adapter]:
-        """One dropout mask for both halves, so that a step with dropout too starts from the base model's output."""
-        return [
-            adapter._replace(
-                lora_A=torch.cat((adapter.lora_A, self.lora_A0[name])),
-                lora_B=torch.cat((adapter.lora_B, self.lora_B0[name]), dim=1),
-            )
-            if self._runs_beside(name)
-            else adapter
-            for name, adapter in zip(names, adapters, strict=True)
-        ]
+        return kinds.adapters_of(self, self.active_adapters)
 
     def forward(self, input: Tensor) -> Tensor:
         if self.disable_adapters and self.merged_adapters:
@@ -420,7 +430,7 @@ class FusedLoraLinear(OwnLayer, FusedLayer, AdapterVariants):
         if not torch.compiler.is_compiling():
             self.calls.fused += 1
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        return mixed_op.run_segments(input, weight, self._adapters(names), segments, self.bias, self.backend)
+        return mixed_op.run_segments(input, weight, kinds.adapters_of(self, names), segments, self.bias, self.backend)
 
     def extra_repr(self) -> str:
         adapters = ", ".join(

@@ -1,5 +1,5 @@
 """MLPs in a patched model: modules whose forward is down(act(gate(x)) * up(x)), or down(act(up(x))), run so that
-neither h nor act(gate) is kept (mlp_autograd.py).
+neither h nor act(gate) is kept (ops/mlp).
 
 Which modules those are is not read from names, and not assumed. `recognise` lets a module's own forward run with its
 projections replaced by stand-ins that return known fp64 numbers and note what they are given; only where everything,

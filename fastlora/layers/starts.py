@@ -1,5 +1,5 @@
 """How an adapter starts: drawn at random (A or B zero, or both orthogonal), taken out of the weight (PiSSA, OLoRA), or
-set from outside (LoRA-GA). `AdapterStart` is the half of `FusedLoraLinear` that remembers a start away from zero.
+set from outside (LoRA-GA).
 
 PiSSA and OLoRA move a part of W0 into the adapter: s·B₀A₀ is the leading part of W0, by singular values (PiSSA) or by
 the first r columns (OLoRA), and W0 − s·B₀A₀ stays behind, frozen. docs/initialisation.md has the details.
@@ -11,14 +11,17 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import linalg
 from ..introspect import sharding
+
+if TYPE_CHECKING:
+    from .linear import FusedLoraLinear
 
 # PEFT's other initialisations, and what to do for them here.
 _ELSEWHERE = {
@@ -170,273 +173,260 @@ def check_not_shared(model: nn.Module, weights: Mapping[str, Tensor], caller: st
             )
 
 
-# What a layer remembers.
-class AdapterStart(nn.Linear):
-    """The state of `FusedLoraLinear` that has to do with adapters that do not start at zero."""
+# What a layer remembers of its adapters' starts: functions of a `FusedLoraLinear`, most of them its methods.
+def begin(layer: FusedLoraLinear, name: str, init_lora_weights: bool | str) -> None:
+    """Starts A and B: see `FusedLoraLinear.reset_adapter`."""
+    caller = "FusedLoraLinear.reset_adapter"
+    check_init(init_lora_weights, caller, layer.r[name])
+    if shifts_weight(init_lora_weights):
+        assert isinstance(init_lora_weights, str)
+        layer.check_initial_factors(name, exact=False)
+        weight, scaling = layer.unshifted_weight(name), layer.scaling[name]
+        start = from_weight(weight, layer.r[name], scaling, init_lora_weights, caller=caller)
+        layer.set_initial_factors(name, *start, exact=False)
+    else:
+        layer.forget_initial_factors(name)
+        draw(layer.lora_A[name], layer.lora_B[name], init_lora_weights)
 
-    r: dict[str, int]
-    lora_alpha: dict[str, float]
-    use_rslora: dict[str, bool]
-    scaling: dict[str, float]
-    lora_A: nn.ParameterDict
-    lora_B: nn.ParameterDict
-    lora_A0: nn.ParameterDict
-    lora_B0: nn.ParameterDict
-    lora_shift: nn.ParameterDict
-    fan_in_fan_out: bool
-    merged_adapters: list[str]
-    # By which adapter the weight is shifted, and its bits from before, on the host. What a state dict says of it is the
-    # key `lora_shift.<name>`, a frozen parameter of one element: without it nothing would tell a shifted weight.
-    _weight_before_shift: tuple[str, Tensor] | None
 
-    def reset_adapter(self, name: str, init_lora_weights: bool | str = True) -> None:
-        """Starts A and B anew: see `FusedLoraLinear.reset_adapter`."""
-        caller = "FusedLoraLinear.reset_adapter"
-        self._check_names([name], "reset_adapter")
-        check_init(init_lora_weights, caller, self.r[name])
-        if shifts_weight(init_lora_weights):
-            assert isinstance(init_lora_weights, str)
-            self.check_initial_factors(name, exact=False)
-            weight, scaling = self.unshifted_weight(name), self.scaling[name]
-            start = from_weight(weight, self.r[name], scaling, init_lora_weights, caller=caller)
-            self.set_initial_factors(name, *start, exact=False)
-        else:
-            self.forget_initial_factors(name)
-            draw(self.lora_A[name], self.lora_B[name], init_lora_weights)
+def set_initial_factors(layer: FusedLoraLinear, name: str, a: Tensor, b: Tensor, exact: bool = True) -> None:
+    """Starts an adapter at A₀ = a (r, in), B₀ = b (out, r), leaving the layer's output as it is with B A = 0.
 
-    def set_initial_factors(self, name: str, a: Tensor, b: Tensor, exact: bool = True) -> None:
-        """Starts an adapter at A₀ = a (r, in), B₀ = b (out, r), leaving the layer's output as it is with B A = 0.
+    `exact`: W0 stays, and the adapter runs as s·(B A − B₀A₀), of rank 2r with the second half frozen. Otherwise
+    s·B₀A₀ is subtracted from the weight and rounded to its dtype; `unpatch`, `delete_adapter` and `reset_adapter`
+    restore its bits.
 
-        `exact`: W0 stays, and the adapter runs as s·(B A − B₀A₀), of rank 2r with the second half frozen. Otherwise
-        s·B₀A₀ is subtracted from the weight and rounded to its dtype; `unpatch`, `delete_adapter` and `reset_adapter`
-        restore its bits.
+    Raises ValueError for shapes that do not fit, while adapters are merged, or where another adapter has shifted
+    the weight.
+    """
+    layer._check_names([name], "set_initial_factors")
+    wanted = (layer.lora_A[name].shape, layer.lora_B[name].shape)
+    if (a.shape, b.shape) != wanted:
+        raise ValueError(
+            f"FusedLoraLinear.set_initial_factors: a, b: got shapes {tuple(a.shape)} and {tuple(b.shape)}, "
+            f"want {tuple(wanted[0])} and {tuple(wanted[1])}"
+        )
+    layer.check_initial_factors(name, exact)
+    layer.forget_initial_factors(name)
+    with torch.no_grad():
+        layer.lora_A[name].copy_(a)
+        layer.lora_B[name].copy_(b)
+        if not exact:
+            layer._weight_before_shift = (name, layer.weight.detach().to("cpu", copy=True))
+            _mark_shift(layer)
+        layer.set_frozen_factors(name, layer.lora_A[name].detach(), layer.lora_B[name].detach().neg())
 
-        Raises ValueError for shapes that do not fit, while adapters are merged, or where another adapter has shifted
-        the weight.
-        """
-        self._check_names([name], "set_initial_factors")
-        wanted = (self.lora_A[name].shape, self.lora_B[name].shape)
-        if (a.shape, b.shape) != wanted:
-            raise ValueError(
-                f"FusedLoraLinear.set_initial_factors: a, b: got shapes {tuple(a.shape)} and {tuple(b.shape)}, "
-                f"want {tuple(wanted[0])} and {tuple(wanted[1])}"
-            )
-        self.check_initial_factors(name, exact)
-        self.forget_initial_factors(name)
-        with torch.no_grad():
-            self.lora_A[name].copy_(a)
-            self.lora_B[name].copy_(b)
-            if not exact:
-                self._weight_before_shift = (name, self.weight.detach().to("cpu", copy=True))
-                self._mark_shift()
-            self.set_frozen_factors(name, self.lora_A[name].detach(), self.lora_B[name].detach().neg())
 
-    def set_frozen_factors(self, name: str, a0: Tensor | None, b0: Tensor | None) -> None:
-        """Sets the frozen part of an adapter, s·b0 a0 with a0 (k, in) and b0 (out, k) for any k; None for none.
+def set_frozen_factors(layer: FusedLoraLinear, name: str, a0: Tensor | None, b0: Tensor | None) -> None:
+    """Sets the frozen part of an adapter, s·b0 a0 with a0 (k, in) and b0 (out, k) for any k; None for none.
 
-        It runs beside the trained part, or it is what the weight is shifted by, rounded once from the weight's bits.
-        """
-        for factors, value in ((self.lora_A0, a0), (self.lora_B0, b0)):
-            if value is None:
-                if name in factors:
-                    del factors[name]
-            elif isinstance(value, nn.Parameter):
-                factors[name] = value
-            else:
-                with torch.inference_mode(False):
-                    factors[name] = nn.Parameter(value.clone(), requires_grad=False)
-        if self._weight_before_shift and self._weight_before_shift[0] == name:
-            with torch.no_grad():
-                bits = self._weight_before_shift[1]
-                self.weight.copy_(self._shifted(bits, self._product(name, self.lora_A0[name], self.lora_B0[name])))
-
-    def _shifted(self, weight: Tensor, product: Tensor) -> Tensor:
-        """weight + product, rounded once to the weight's dtype and where the weight is."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        return (weight.to(self.weight).to(wide) + product).to(self.weight.dtype)
-
-    def _mark_shift(self) -> None:
-        """Sets `lora_shift` by `_weight_before_shift`."""
-        for name in list(self.lora_shift):
-            del self.lora_shift[name]
-        if (name := self.shifted_by) is not None:
-            with torch.inference_mode(False):
-                mark = torch.ones(1, dtype=self.lora_A[name].dtype, device=self.weight.device)
-                self.lora_shift[name] = nn.Parameter(mark, requires_grad=False)
-
-    def check_initial_factors(self, name: str, exact: bool) -> None:
-        """Raises ValueError where `set_initial_factors` cannot work in the layer's present state."""
-        self._check_not_merged("set_initial_factors")
-        factors = [factors[name] for factors in (self.lora_A, self.lora_B) if name in factors]  # none yet while loading
-        if any(sharding.is_sharded(p) for p in (self.weight, *factors)):
-            raise ValueError(
-                f"FusedLoraLinear.set_initial_factors: the parameters are sharded, want this {sharding.BEFORE}"
-            )
-        if not exact and self.shifted_by not in (None, name):
-            raise ValueError(
-                f"FusedLoraLinear.set_initial_factors: adapter {self.shifted_by!r} has shifted this weight already; "
-                "delete it first (LoRA-GA: or use exact=True for a second one)"
-            )
-        others = [other for other in self.lora_B if other != name]
-        if not exact and others:
-            warnings.warn(
-                f"fastlora: adapter {name!r} moves a part of the weight into itself; {others} will run on what is left",
-                UserWarning,
-                stacklevel=4,
-            )
-
-    @property
-    def shifted_by(self) -> str | None:
-        """The adapter whose start was subtracted from the weight, if any."""
-        return self._weight_before_shift[0] if self._weight_before_shift else None
-
-    def holds(self, name: str) -> bool:
-        """Whether the adapter must stay for now: it is merged, or another one is, into a weight that it has shifted."""
-        return name in self.merged_adapters or (self.shifted_by == name and bool(self.merged_adapters))
-
-    def unshifted_weight(self, name: str) -> Tensor:
-        """The weight (out, in) as it is without this adapter's shift."""
-        weight = self.weight.detach()
-        if self._weight_before_shift and self.shifted_by == name:
-            weight = self._weight_before_shift[1].to(weight)
-        return weight.t() if self.fan_in_fan_out else weight
-
-    def forget_initial_factors(self, name: str) -> None:
-        """Takes back what `set_initial_factors` did beside setting A and B; a shifted weight gets its bits back.
-
-        Raises ValueError while adapters are merged into a weight that this one has shifted.
-        """
-        if self._weight_before_shift and self.shifted_by == name:
-            self._check_not_merged("forget_initial_factors")
-            with torch.no_grad():
-                self.weight.copy_(self._weight_before_shift[1])
-            self._weight_before_shift = None
-            self._mark_shift()
-        for factors in (self.lora_A0, self.lora_B0):
+    It runs beside the trained part, or it is what the weight is shifted by, rounded once from the weight's bits.
+    """
+    for factors, value in ((layer.lora_A0, a0), (layer.lora_B0, b0)):
+        if value is None:
             if name in factors:
                 del factors[name]
-
-    def as_plain_adapter(self, name: str) -> tuple[Tensor, Tensor, int, float]:
-        """(A, B, r, alpha) of an ordinary adapter on the original weight: the adapter's own, or, where it did not start
-        at zero, [A; A₀] and [B, −B₀] of both ranks' sum, with alpha such that the scale stays what it is."""
-        self._check_names([name], "as_plain_adapter")
-        a, b, r, alpha = self.lora_A[name], self.lora_B[name], self.r[name], self.lora_alpha[name]
-        if name not in self.lora_A0:
-            return a, b, r, alpha
-        a, b = torch.cat((a, self.lora_A0[name])), torch.cat((b, self.lora_B0[name]), dim=1)
-        return a, b, len(a), self.alpha_at(name, len(a))
-
-    def alpha_at(self, name: str, r: int) -> float:
-        """The alpha with which an adapter of rank r has this one's scale."""
-        growth = r / self.r[name]
-        return (math.sqrt(growth) if self.use_rslora[name] else growth) * self.lora_alpha[name]
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Makes room for a frozen part of another rank, which a re-initialised adapter has, and keeps the bits that the
-        weight had before a start was taken from it.
-
-        Raises ValueError for another weight than the one into which adapters are merged, which `unmerge` would put out
-        again; and where the start of an adapter is in the state's weight and not in the layer's, or the reverse.
-        """
-        saved = {key: state_dict.get(f"{prefix}{key}") for key in ("weight", *self._start_keys())}
-        weight = saved["weight"]
-        if weight is not None and self.merged_adapters and not _same_bits(weight, self.weight):
-            raise ValueError(
-                f"FusedLoraLinear: {prefix}weight: adapters {self.merged_adapters} are merged into the layer's weight, "
-                "which is another one; call fastlora.unmerge(model) before load_state_dict"
-            )
-        for name in self.lora_A if weight is not None else ():
-            here = self.shifted_by == name
-            if f"{prefix}lora_A.{name}" not in state_dict or (saved[f"lora_shift.{name}"] is not None) == here:
-                continue
-            if here and self._is_shifted_by(saved, name):  # saved by a version that did not say so
-                state_dict[f"{prefix}lora_shift.{name}"] = self.lora_shift[name].detach().clone()
-                continue
-            in_state = "is not" if here else "is"
-            raise ValueError(
-                f"FusedLoraLinear: {prefix}weight: the start of adapter {name!r} (PiSSA, OLoRA, LoRA-GA's "
-                f"base='offset') {in_state} taken out of the weight in this state_dict, and "
-                f"{'is' if here else 'is not'} in the layer; want a model with the same start, or save_adapter and "
-                "load_adapter, which save an adapter of the original weight"
-            )
-        for key, factors, like in (("lora_A0", self.lora_A0, self.lora_A), ("lora_B0", self.lora_B0, self.lora_B)):
-            for name, trained in like.items():
-                start = saved[f"{key}.{name}"]
-                if start is not None and (name not in factors or factors[name].shape != start.shape):
-                    if sharding.is_sharded(trained):
-                        raise ValueError(
-                            f"FusedLoraLinear: {prefix}{key}.{name}: got a start {tuple(start.shape)} for an adapter "
-                            f"that has none of that shape, want it loaded {sharding.BEFORE}"
-                        )
-                    room = torch.zeros(start.shape, dtype=trained.dtype, device=trained.device)
-                    factors[name] = nn.Parameter(room, requires_grad=False)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._keep_bits(saved)
-
-    def _start_keys(self) -> list[str]:
-        """What a state dict has of the adapters' starts."""
-        return [f"{key}.{name}" for name in self.lora_A for key in ("lora_A0", "lora_B0", "lora_shift")]
-
-    def _is_shifted_by(self, saved: Mapping[str, Any], name: str) -> bool:
-        """Whether a state's weight is the remembered one with the state's own start taken out."""
-        product = self._saved_product(saved, name)
-        if product is None or self._weight_before_shift is None:
-            return False
-        return _same_bits(saved["weight"], self._shifted(self._weight_before_shift[1], product))
-
-    def _saved_product(self, saved: Mapping[str, Any], name: str) -> Tensor | None:
-        """−s·B₀A₀ of a state, or the layer's own where that has none; None where it is not to be had."""
-        factors = []
-        for key, own in (("lora_A0", self.lora_A0), ("lora_B0", self.lora_B0)):
-            value = own[name] if saved[f"{key}.{name}"] is None else saved[f"{key}.{name}"]
-            if value.is_meta or sharding.is_sharded(value):
-                return None
-            factors.append(value.detach().to(own[name]))
-        if factors[0].shape[1:] != self.lora_A[name].shape[1:] or factors[1].shape[:1] != self.lora_B[name].shape[:1]:
-            return None
-        return self._product(name, *factors)
-
-    def _keep_bits(self, saved: Mapping[str, Any]) -> None:
-        """After loading: the remembered bits are those from which the weight is shifted, as near as can be told."""
-        if self._weight_before_shift is None or self.merged_adapters:
-            return  # the weight that is merged into is still the one that it was
-        if self.weight.is_meta or sharding.is_sharded(self.weight):
-            return
-        name, bits = self._weight_before_shift
-        product = self._saved_product(saved, name)
-        if product is None or all(value is None for value in saved.values()):
-            return
+        elif isinstance(value, nn.Parameter):
+            factors[name] = value
+        else:
+            with torch.inference_mode(False):
+                factors[name] = nn.Parameter(value.clone(), requires_grad=False)
+    if layer._weight_before_shift and layer._weight_before_shift[0] == name:
         with torch.no_grad():
-            shifted = self._shifted(bits, product)
-            unshifted = saved[f"lora_shift.{name}"] is None and _same_bits(bits.to(self.weight), self.weight)
-            if saved["weight"] is None or unshifted:
-                self.weight.copy_(shifted)  # another start, or the base model's own weight
-            elif not _same_bits(shifted, self.weight):
-                self._weight_before_shift = name, self._shifted(self.weight, -product).to("cpu", copy=True)
+            bits = layer._weight_before_shift[1]
+            layer.weight.copy_(_shifted(layer, bits, product(layer, name, layer.lora_A0[name], layer.lora_B0[name])))
 
-    def _runs_beside(self, name: str) -> bool:
-        """Whether −B₀A₀ is part of the adapter rather than of the weight."""
-        return name in self.lora_A0 and self.shifted_by != name
 
-    def _product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """s·b a in the weight's layout."""
-        dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
-        device_type = "cpu" if self.weight.is_meta else self.weight.device.type  # autocast knows no meta device
-        with torch.no_grad(), torch.autocast(device_type, enabled=False):  # which would multiply in its own dtype
-            product = torch.mm(b.to(dtype), a.to(dtype)).mul_(self.scaling[name])
-        return product.t() if self.fan_in_fan_out else product
+def _shifted(layer: FusedLoraLinear, weight: Tensor, product: Tensor) -> Tensor:
+    """weight + product, rounded once to the weight's dtype and where the weight is."""
+    wide = torch.promote_types(layer.weight.dtype, torch.float32)
+    return (weight.to(layer.weight).to(wide) + product).to(layer.weight.dtype)
 
-    def _check_names(self, names: Iterable[str], method: str) -> None:
-        unknown = [name for name in names if name not in self.lora_A]
-        if unknown:
-            raise ValueError(f"FusedLoraLinear.{method}: name: got {unknown}, want one of {list(self.lora_A)}")
 
-    def _check_not_merged(self, method: str) -> None:
-        if self.merged_adapters:
-            raise ValueError(
-                f"FusedLoraLinear.{method}: adapters {self.merged_adapters} are merged; "
-                "call fastlora.unmerge(model) first"
-            )
+def _mark_shift(layer: FusedLoraLinear) -> None:
+    """Sets `lora_shift` by `_weight_before_shift`."""
+    for name in list(layer.lora_shift):
+        del layer.lora_shift[name]
+    if (name := layer.shifted_by) is not None:
+        with torch.inference_mode(False):
+            mark = torch.ones(1, dtype=layer.lora_A[name].dtype, device=layer.weight.device)
+            layer.lora_shift[name] = nn.Parameter(mark, requires_grad=False)
+
+
+def check_initial_factors(layer: FusedLoraLinear, name: str, exact: bool) -> None:
+    """Raises ValueError where `set_initial_factors` cannot work in the layer's present state."""
+    if name in layer.lora_E:
+        raise ValueError(
+            f"FusedLoraLinear.set_initial_factors: name: {name!r} is an AdaLoRA adapter, P Λ Q, whose own start is "
+            "Λ = 0; want one without use_adalora (LoRA-GA sets factors of B A)"
+        )
+    layer._check_not_merged("set_initial_factors")
+    factors = [factors[name] for factors in (layer.lora_A, layer.lora_B) if name in factors]  # none yet while loading
+    if any(sharding.is_sharded(p) for p in (layer.weight, *factors)):
+        raise ValueError(
+            f"FusedLoraLinear.set_initial_factors: the parameters are sharded, want this {sharding.BEFORE}"
+        )
+    if not exact and layer.shifted_by not in (None, name):
+        raise ValueError(
+            f"FusedLoraLinear.set_initial_factors: adapter {layer.shifted_by!r} has shifted this weight already; "
+            "delete it first (LoRA-GA: or use exact=True for a second one)"
+        )
+    others = [other for other in layer.lora_B if other != name]
+    if not exact and others:
+        warnings.warn(
+            f"fastlora: adapter {name!r} moves a part of the weight into itself; {others} will run on what is left",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def shifted_by(layer: FusedLoraLinear) -> str | None:
+    """The adapter whose start was subtracted from the weight, if any."""
+    return layer._weight_before_shift[0] if layer._weight_before_shift else None
+
+
+def holds(layer: FusedLoraLinear, name: str) -> bool:
+    """Whether the adapter must stay for now: it is merged, or another one is, into a weight that it has shifted."""
+    return name in layer.merged_adapters or (layer.shifted_by == name and bool(layer.merged_adapters))
+
+
+def unshifted_weight(layer: FusedLoraLinear, name: str) -> Tensor:
+    """The weight (out, in) as it is without this adapter's shift."""
+    weight = layer.weight.detach()
+    if layer._weight_before_shift and layer.shifted_by == name:
+        weight = layer._weight_before_shift[1].to(weight)
+    return weight.t() if layer.fan_in_fan_out else weight
+
+
+def forget_initial_factors(layer: FusedLoraLinear, name: str) -> None:
+    """Takes back what `set_initial_factors` did beside setting A and B; a shifted weight gets its bits back.
+
+    Raises ValueError while adapters are merged into a weight that this one has shifted.
+    """
+    if layer._weight_before_shift and layer.shifted_by == name:
+        layer._check_not_merged("forget_initial_factors")
+        with torch.no_grad():
+            layer.weight.copy_(layer._weight_before_shift[1])
+        layer._weight_before_shift = None
+        _mark_shift(layer)
+    for factors in (layer.lora_A0, layer.lora_B0):
+        if name in factors:
+            del factors[name]
+
+
+def as_plain_adapter(layer: FusedLoraLinear, name: str) -> tuple[Tensor, Tensor, int, float]:
+    """(A, B, r, alpha) of an ordinary adapter on the original weight: the adapter's own, or, where it did not start
+    at zero, [A; A₀] and [B, −B₀] of both ranks' sum, with alpha such that the scale stays what it is. AdaLoRA's
+    singular values go into A, and the ranks whose value is zero are left out, but for one where all are."""
+    layer._check_names([name], "as_plain_adapter")
+    a, b, r, alpha = layer.lora_A[name], layer.lora_B[name], layer.r[name], layer.lora_alpha[name]
+    if name in layer.lora_E:
+        a, b, values = (sharding.whole(tensor.detach()) for tensor in (a, b, layer.lora_E[name]))
+        kept = values.flatten().nonzero().flatten()
+        kept = kept if len(kept) else kept.new_zeros(1)
+        return (a * values)[kept], b[:, kept], len(kept), layer.alpha_at(name, len(kept))
+    if name not in layer.lora_A0:
+        return a, b, r, alpha
+    a, b = torch.cat((a, layer.lora_A0[name])), torch.cat((b, layer.lora_B0[name]), dim=1)
+    return a, b, len(a), layer.alpha_at(name, len(a))
+
+
+def alpha_at(layer: FusedLoraLinear, name: str, r: int) -> float:
+    """The alpha with which an adapter of rank r has this one's scale."""
+    growth = r / layer.r[name]
+    return (math.sqrt(growth) if layer.use_rslora[name] else growth) * layer.lora_alpha[name]
+
+
+def before_loading(layer: FusedLoraLinear, state_dict: Any, prefix: str) -> dict[str, Any]:
+    """What a state dict has of the weight and the adapters' starts, for `after_loading`. Makes room for a frozen part
+    of another rank, which a re-initialised adapter has.
+
+    Raises ValueError for another weight than the one into which adapters are merged, which `unmerge` would put out
+    again; and where the start of an adapter is in the state's weight and not in the layer's, or the reverse.
+    """
+    saved = {key: state_dict.get(f"{prefix}{key}") for key in ("weight", *_start_keys(layer))}
+    weight = saved["weight"]
+    if weight is not None and layer.merged_adapters and not _same_bits(weight, layer.weight):
+        raise ValueError(
+            f"FusedLoraLinear: {prefix}weight: adapters {layer.merged_adapters} are merged into the layer's weight, "
+            "which is another one; call fastlora.unmerge(model) before load_state_dict"
+        )
+    for name in layer.lora_A if weight is not None else ():
+        here = layer.shifted_by == name
+        if f"{prefix}lora_A.{name}" not in state_dict or (saved[f"lora_shift.{name}"] is not None) == here:
+            continue
+        in_state = "is not" if here else "is"
+        raise ValueError(
+            f"FusedLoraLinear: {prefix}weight: the start of adapter {name!r} (PiSSA, OLoRA, LoRA-GA's "
+            f"base='offset') {in_state} taken out of the weight in this state_dict, and "
+            f"{'is' if here else 'is not'} in the layer; want a model with the same start, or save_adapter and "
+            "load_adapter, which save an adapter of the original weight"
+        )
+    for key, factors, like in (("lora_A0", layer.lora_A0, layer.lora_A), ("lora_B0", layer.lora_B0, layer.lora_B)):
+        for name, trained in like.items():
+            start = saved[f"{key}.{name}"]
+            if start is not None and (name not in factors or factors[name].shape != start.shape):
+                if sharding.is_sharded(trained):
+                    raise ValueError(
+                        f"FusedLoraLinear: {prefix}{key}.{name}: got a start {tuple(start.shape)} for an adapter "
+                        f"that has none of that shape, want it loaded {sharding.BEFORE}"
+                    )
+                room = torch.zeros(start.shape, dtype=trained.dtype, device=trained.device)
+                factors[name] = nn.Parameter(room, requires_grad=False)
+    return saved
+
+
+def _start_keys(layer: FusedLoraLinear) -> list[str]:
+    """What a state dict has of the adapters' starts."""
+    return [f"{key}.{name}" for name in layer.lora_A for key in ("lora_A0", "lora_B0", "lora_shift")]
+
+
+def _saved_product(layer: FusedLoraLinear, saved: Mapping[str, Any], name: str) -> Tensor | None:
+    """−s·B₀A₀ of a state, or the layer's own where that has none; None where it is not to be had."""
+    factors = []
+    for key, own in (("lora_A0", layer.lora_A0), ("lora_B0", layer.lora_B0)):
+        value = own[name] if saved[f"{key}.{name}"] is None else saved[f"{key}.{name}"]
+        if value.is_meta or sharding.is_sharded(value):
+            return None
+        factors.append(value.detach().to(own[name]))
+    if factors[0].shape[1:] != layer.lora_A[name].shape[1:] or factors[1].shape[:1] != layer.lora_B[name].shape[:1]:
+        return None
+    return product(layer, name, *factors)
+
+
+def after_loading(layer: FusedLoraLinear, saved: Mapping[str, Any]) -> None:
+    """The remembered bits are those from which the weight is shifted, as near as can be told."""
+    if layer._weight_before_shift is None or layer.merged_adapters:
+        return  # the weight that is merged into is still the one that it was
+    if layer.weight.is_meta or sharding.is_sharded(layer.weight):
+        return
+    name, bits = layer._weight_before_shift
+    product = _saved_product(layer, saved, name)
+    if product is None or all(value is None for value in saved.values()):
+        return
+    with torch.no_grad():
+        shifted = _shifted(layer, bits, product)
+        unshifted = saved[f"lora_shift.{name}"] is None and _same_bits(bits.to(layer.weight), layer.weight)
+        if saved["weight"] is None or unshifted:
+            layer.weight.copy_(shifted)  # another start, or the base model's own weight
+        elif not _same_bits(shifted, layer.weight):
+            layer._weight_before_shift = name, _shifted(layer, layer.weight, -product).to("cpu", copy=True)
+
+
+def runs_beside(layer: FusedLoraLinear, name: str) -> bool:
+    """Whether −B₀A₀ is part of the adapter rather than of the weight."""
+    return name in layer.lora_A0 and layer.shifted_by != name
+
+
+def product(layer: FusedLoraLinear, name: str, a: Tensor, b: Tensor) -> Tensor:
+    """s·b a in the weight's layout; of AdaLoRA's own factors s·P Λ Q."""
+    if name in layer.lora_E and a is layer.lora_A[name]:
+        a = (a * layer.lora_E[name]).detach()
+    dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
+    device_type = "cpu" if layer.weight.is_meta else layer.weight.device.type  # autocast knows no meta device
+    with torch.no_grad(), torch.autocast(device_type, enabled=False):  # which would multiply in its own dtype
+        out = torch.mm(b.to(dtype), a.to(dtype)).mul_(layer.scaling[name])
+    return out.t() if layer.fan_in_fan_out else out
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Merging for PEFT's LoRA layer: its deltas are accumulated in fp32 and rounded once, the bits from before the first
 merge are kept, and unmerging puts them back. docs/peft.md says where this holds, and what is PEFT's subtraction.
 
-What a base layer must be for our own merge, and for the fused path of peft_layers.py, is the same thing, and is here.
+What a base layer must be for our own merge, and for the fused path of lora.py, is the same thing, and is here.
 """
 
 from __future__ import annotations
