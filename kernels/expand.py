@@ -10,7 +10,7 @@ import triton.language as tl
 
 from . import configs
 from .dropout import keep_mask, threshold_and_scale
-from .tiling import load_tile, store_tile
+from .tiling import dot, is_wide, load_tile, store_tile
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -37,6 +37,7 @@ def _expand_kernel(
     BLOCK_R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """out (M, N) = mask ∘ (alpha · S Wᵀ) + bias, accumulated in fp32 and rounded once."""
@@ -46,7 +47,7 @@ def _expand_kernel(
     for r in range(0, R, BLOCK_R):
         s = load_tile(s_ptr, row, r, M, R, stride_sm, stride_sr, BLOCK_M, BLOCK_R, False)
         w = load_tile(w_ptr, column, r, N, R, stride_wn, stride_wr, BLOCK_N, BLOCK_R, False)
-        acc = tl.dot(s, tl.trans(w.to(s.dtype)), acc, input_precision=INPUT_PRECISION)
+        acc = dot(s, tl.trans(w), acc, WIDE, INPUT_PRECISION)
     acc *= alpha
     if DROPOUT:
         seed = tl.load(seed_ptr)
@@ -71,7 +72,8 @@ def expand(
 ) -> None:
     """out (M, N) = drop(alpha · S Wᵀ) + bias for s (M, r), w (N, r) and bias (N,), all with any strides.
 
-    w may have another float dtype than s: it is cast to s's in registers. Without `seed` nothing is dropped; with it,
+    The dtype of s selects the arithmetic: in out's dtype, to which w is cast in registers; with s in fp32 and out in
+    half precision both keep their digits (`tiling.dot`). Without `seed` nothing is dropped; with it,
     element (row, column) is kept where x's element (row, column) was in the forward pass. Needs no workspace.
     """
     M, R = s.shape
@@ -79,7 +81,7 @@ def expand(
     assert (*w.shape, *out.shape) == (N, R, M, N), (s.shape, w.shape, out.shape)
     if M == 0:
         return
-    config = config or configs.expand(M, N, R, s.dtype, w.dtype, s.device)
+    config = config or configs.expand(M, N, R, out.dtype, w.dtype, s.device)
     threshold, dropout_scale = threshold_and_scale(dropout_p) if seed is not None else (0, 1.0)
     grid = (configs.cdiv(M, config.block_m), configs.cdiv(N, config.block_n))
     _expand_kernel[grid](
@@ -102,6 +104,7 @@ def expand(
         BLOCK_R=config.block_r,
         HAS_BIAS=bias is not None,
         DROPOUT=seed is not None,
+        WIDE=is_wide(s, out),
         INPUT_PRECISION=configs.input_precision(s.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

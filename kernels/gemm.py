@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .dropout import keep_mask, threshold_and_scale
-from .tiling import grouped_tile, load_tile, store_tile
+from .tiling import dot, grouped_tile, is_wide, load_tile, store_tile
 
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -79,7 +79,8 @@ def _lora_gemm_kernel(
     stride_br,
     stride_om,
     stride_on,
-    DTYPE: tl.constexpr,  # of x, w and out; other operands are cast to it
+    DTYPE: tl.constexpr,  # of x, w and out; other operands are cast to it, but for s and b with WIDE
+    WIDE: tl.constexpr,
     PRECISION: tl.constexpr,  # of fp32 products: "ieee" or "tf32"
     DESCRIPTORS: tl.constexpr,  # x_ref, w_ref and out_ref are descriptors
     W_BY_COLUMN: tl.constexpr,  # w's unit stride, if it has one, runs along N
@@ -143,11 +144,11 @@ def _lora_gemm_kernel(
             low_rank = tl.zeros((BLOCK_M, SLICE), dtype=tl.float32)
             if RANK_LOOP:
                 for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
-                    s_tile = load_tile(s_ptr, m0, r0, M, R, stride_sm, stride_sr, BLOCK_M, BLOCK_R, False).to(DTYPE)
-                    b_tile = load_tile(b_ptr, column, r0, N, R, stride_bn, stride_br, SLICE, BLOCK_R, False).to(DTYPE)
-                    low_rank = tl.dot(s_tile, b_tile.T, low_rank, input_precision=PRECISION)
+                    s_tile = load_tile(s_ptr, m0, r0, M, R, stride_sm, stride_sr, BLOCK_M, BLOCK_R, False)
+                    b_tile = load_tile(b_ptr, column, r0, N, R, stride_bn, stride_br, SLICE, BLOCK_R, False)
+                    low_rank = dot(s_tile if WIDE else s_tile.to(DTYPE), b_tile.T, low_rank, WIDE, PRECISION)
             else:
-                low_rank = tl.dot(s_tile.to(DTYPE), b_tiles[i].to(DTYPE).T, low_rank, input_precision=PRECISION)
+                low_rank = dot(s_tile if WIDE else s_tile.to(DTYPE), b_tiles[i].T, low_rank, WIDE, PRECISION)
             if DROP_LOW_RANK:
                 keep = keep_mask(seed, m0, column, threshold, BLOCK_M, SLICE)
                 low_rank = tl.where(keep, low_rank, 0.0) * dropout_scale
@@ -235,6 +236,7 @@ def _launch(
         *b.stride(),
         *out.stride(),
         DTYPE=TRITON_DTYPES[x.dtype],
+        WIDE=a is None and is_wide(s, out),
         PRECISION=configs.input_precision(x.dtype),
         DESCRIPTORS=descriptors,
         W_BY_COLUMN=w_by_column,
@@ -266,8 +268,9 @@ def forward_gemm(
 ) -> None:
     """out (M, N) = x Wᵀ + bias + scaling·S Bᵀ for x (M, K), weight (N, K), s (M, r) and lora_B (N, r).
 
-    x, weight and out have one dtype (bf16, fp16, fp32); the others may have another, and are cast to it in registers
-    (bias to fp32). Any strides; nothing is allocated.
+    x, weight and out have one dtype (bf16, fp16, fp32). s in that dtype has lora_B cast to it in registers; in fp32
+    beside half precision both keep their digits (`tiling.dot`). bias may have any dtype. Any strides; nothing is
+    allocated.
     """
     _launch(x, weight, bias, None, s, lora_B, out, scaling, None, 0.0, config)
 
@@ -309,6 +312,7 @@ def input_grad_gemm(
 ) -> None:
     """out (M, K) = dY W + drop′(dS A) for dy (M, N), weight (N, K), ds (M, r) = s·dY B and lora_A (r, K).
 
-    With `seed` the mask of the forward pass is made again and lies on the second term only.
+    ds selects the arithmetic as s does in `forward_gemm`. With `seed` the mask of the forward pass is made again and
+    lies on the second term only.
     """
     _launch(dy, weight.t(), None, None, ds, lora_A.t(), out, 1.0, seed, dropout_p, config)

@@ -14,7 +14,7 @@ import triton.language as tl
 from . import configs
 from .dropout import keep_mask, threshold_and_scale
 from .shrink import shrink, shrink_workspace
-from .tiling import load_tile, reduce_partials, store_tile
+from .tiling import dot, is_wide, load_tile, reduce_partials, store_tile
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -44,13 +44,14 @@ def _ds_db_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """dS[strip] (M, R) = scaling · dY[:, strip] B[strip] and dB[chunk] (N, R) = scaling · dY[chunk]ᵀ S[chunk]."""
     strip = tl.program_id(0)
     chunk = tl.program_id(1)
     column = strip * BLOCK_N
-    b = load_tile(b_ptr, column, 0, N, R, stride_bn, stride_br, BLOCK_N, BLOCK_R, False).to(dy_ptr.dtype.element_ty)
+    b = load_tile(b_ptr, column, 0, N, R, stride_bn, stride_br, BLOCK_N, BLOCK_R, False)
     ds_ptr += strip.to(tl.int64) * stride_ds_strip
     db_ptr += chunk.to(tl.int64) * stride_db_chunk
     db = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
@@ -58,8 +59,8 @@ def _ds_db_kernel(
     for row in range(row_start, min(M, row_start + rows_per_chunk), BLOCK_M):
         dy = load_tile(dy_ptr, row, column, M, N, stride_ym, stride_yn, BLOCK_M, BLOCK_N, False)
         s = load_tile(s_ptr, row, 0, M, R, stride_sm, stride_sr, BLOCK_M, BLOCK_R, False)
-        ds = tl.dot(dy, b, input_precision=INPUT_PRECISION)
-        db = tl.dot(tl.trans(dy), s.to(dy.dtype), db, input_precision=INPUT_PRECISION)
+        ds = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), WIDE, INPUT_PRECISION)
+        db = dot(tl.trans(dy), s, db, WIDE, INPUT_PRECISION)
         store_tile(ds_ptr, ds * scaling, row, 0, M, R, stride_ds_m, stride_ds_r, False)
     store_tile(db_ptr, db * scaling, column, 0, N, R, stride_db_n, stride_db_r, False)
 
@@ -87,6 +88,7 @@ def _weight_grad_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """out[chunk] (K, R) = scale · (x ∘ mask)[chunk]ᵀ G[chunk], accumulated in fp32.
@@ -106,7 +108,7 @@ def _weight_grad_kernel(
         g = load_tile(g_ptr, row, r, M, R, stride_gm, stride_gr, BLOCK_M, BLOCK_R, False)
         if DROPOUT:
             x = tl.where(keep_mask(seed, row, k, threshold, BLOCK_M, BLOCK_K), x, tl.zeros_like(x))
-        acc = tl.dot(tl.trans(x), g.to(x.dtype), acc, input_precision=INPUT_PRECISION)
+        acc = dot(tl.trans(x), g, acc, WIDE, INPUT_PRECISION)
     out_ptr += chunk.to(tl.int64) * stride_o_chunk
     store_tile(out_ptr, acc * scale, k, r, K, R, stride_ok, stride_or, False)
 
@@ -130,7 +132,8 @@ def weight_grad(
 ) -> None:
     """out (K, r) = scale · drop(x)ᵀ G for x (M, K) and g (M, r), all with any strides: pass `grad_A.t()` for dA.
 
-    out has any float dtype: it is rounded once, from fp32. Without `seed` nothing is dropped. `workspace`: fp32, at
+    g in x's dtype, or in fp32 beside half precision: then it keeps its digits (`tiling.dot`). out has any float dtype:
+    it is rounded once, from fp32. Without `seed` nothing is dropped. `workspace`: fp32, at
     least `weight_grad_workspace(x, r)` elements.
     """
     M, K = x.shape
@@ -168,6 +171,7 @@ def weight_grad(
         BLOCK_K=config.block_k,
         BLOCK_R=config.block_r,
         DROPOUT=seed is not None,
+        WIDE=is_wide(g, x),
         INPUT_PRECISION=configs.input_precision(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -217,9 +221,10 @@ def ds_and_db(
 ) -> None:
     """ds (M, r) = scaling · dY B and db (N, r) = scaling · dYᵀ S for dy (M, N), lora_B (N, r) and s (M, r).
 
-    Any strides. Pass None for the result that is not needed (and None for s without db). lora_B may have another
-    float dtype than dy; ds and db have any float dtype and are rounded once, from fp32. `workspace`: fp32, at least
-    as many elements as `ds_and_db_workspace` says for the same arguments.
+    Any strides. Pass None for the result that is not needed (and None for s without db). s and ds have one dtype, which
+    selects the arithmetic: dy's, to which lora_B is cast in registers, or fp32 beside half precision, where s and an
+    fp32 lora_B keep their digits (`tiling.dot`). db has any float dtype and is rounded once, from fp32. `workspace`:
+    fp32, at least as many elements as `ds_and_db_workspace` says for the same arguments.
     """
     M, N = dy.shape
     R = lora_B.shape[1]
@@ -282,6 +287,7 @@ def _ds_and_db_in_one_pass(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
+        WIDE=is_wide(s, dy),
         INPUT_PRECISION=configs.input_precision(dy.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -17,7 +17,7 @@ import triton.language as tl
 from . import configs
 from .configs import ExpandConfig, ShrinkConfig, WeightGradConfig
 from .dropout import keep_mask, threshold_and_scale
-from .tiling import load_tile, reduce_partials, store_tile
+from .tiling import dot, is_wide, load_tile, reduce_partials, store_tile
 
 MAX_MEMBERS = 3  # q, k and v; with four, masks and accumulators spill
 
@@ -67,6 +67,7 @@ def _group_shrink_kernel(
     MEMBERS: tl.constexpr,
     DROPOUT: tl.constexpr,
     SHARED_MASK: tl.constexpr,  # one mask for all members
+    WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """out[i][split] (M, Rᵢ) = scaleᵢ · (x ∘ maskᵢ)[:, split's columns] Aᵢ[:, split's columns]ᵀ, accumulated in fp32."""
@@ -87,7 +88,7 @@ def _group_shrink_kernel(
             dropped = x
             if DROPOUT and not SHARED_MASK:
                 dropped = _dropped(x, seeds[i], row, k, thresholds[i], BLOCK_M, BLOCK_K)
-            sums = sums + (tl.dot(dropped, tl.trans(a.to(x.dtype)), accs[i], input_precision=INPUT_PRECISION),)
+            sums = sums + (dot(dropped, tl.trans(a), accs[i], WIDE, INPUT_PRECISION),)
         accs = sums
     for i in tl.static_range(MEMBERS):
         strides = out_strides[i]
@@ -117,6 +118,7 @@ def _group_weight_grad_kernel(
     MEMBERS: tl.constexpr,
     DROPOUT: tl.constexpr,
     SHARED_MASK: tl.constexpr,
+    WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """out[i][chunk] (K, Rᵢ) = scaleᵢ · (x ∘ maskᵢ)[chunk]ᵀ Gᵢ[chunk], accumulated in fp32."""
@@ -137,7 +139,7 @@ def _group_weight_grad_kernel(
             dropped = x
             if DROPOUT and not SHARED_MASK:
                 dropped = _dropped(x, seeds[i], row, k, thresholds[i], BLOCK_M, BLOCK_K)
-            sums = sums + (tl.dot(tl.trans(dropped), g.to(x.dtype), accs[i], input_precision=INPUT_PRECISION),)
+            sums = sums + (dot(tl.trans(dropped), g, accs[i], WIDE, INPUT_PRECISION),)
         accs = sums
     for i in tl.static_range(MEMBERS):
         strides = out_strides[i]
@@ -166,6 +168,7 @@ def _group_expand_kernel(
     MEMBERS: tl.constexpr,
     DROPOUT: tl.constexpr,
     ACCUMULATE: tl.constexpr,  # onto what out holds
+    WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """out (M, N) = [out +] Σ maskᵢ ∘ (alphaᵢ · Sᵢ Wᵢᵀ), accumulated in fp32 and rounded once."""
@@ -178,7 +181,7 @@ def _group_expand_kernel(
         for r in range(0, R, BLOCK_R):
             s = load_tile(s_ptrs[i], row, r, M, R, s_strides[i][0], s_strides[i][1], BLOCK_M, BLOCK_R, False)
             w = load_tile(w_ptrs[i], column, r, N, R, w_strides[i][0], w_strides[i][1], BLOCK_N, BLOCK_R, False)
-            acc = tl.dot(s, tl.trans(w.to(s.dtype)), acc, input_precision=INPUT_PRECISION)
+            acc = dot(s, tl.trans(w), acc, WIDE, INPUT_PRECISION)
         acc *= alphas[i]
         if DROPOUT:
             acc = _dropped(acc, tl.load(seed_ptrs[i]), row, column, thresholds[i], BLOCK_M, BLOCK_N)
@@ -276,7 +279,8 @@ def group_shrink(
 ) -> None:
     """outs[i] (M, rᵢ) = dropᵢ(x) Aᵢᵀ for x (M, K) and lora_As[i] (rᵢ, K), all with any strides and float dtypes.
 
-    A member without a seed drops nothing. shared_mask: all members have the first one's seed and probability.
+    An out in fp32 beside x in half precision has its lora_A's digits kept, as in `shrink`; one in x's dtype has it
+    cast. A member without a seed drops nothing. shared_mask: all members have the first one's seed and probability.
     `workspace`: fp32, at least `shrink_workspace(x, lora_As)` elements.
     """
     M, K = x.shape
@@ -313,6 +317,7 @@ def group_shrink(
             MEMBERS=len(results),
             DROPOUT=dropout.any,
             SHARED_MASK=shared_mask and dropout.any,
+            WIDE=any(is_wide(out, x) for out in results),
             INPUT_PRECISION=configs.input_precision(x.dtype),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -367,6 +372,7 @@ def group_weight_grad(
             MEMBERS=len(results),
             DROPOUT=dropout.any,
             SHARED_MASK=shared_mask and dropout.any,
+            WIDE=any(is_wide(g, x) for g in several),
             INPUT_PRECISION=configs.input_precision(x.dtype),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
@@ -415,6 +421,7 @@ def group_expand(
             MEMBERS=len(several),
             DROPOUT=dropout.any,
             ACCUMULATE=accumulate or members.start > 0,
+            WIDE=any(is_wide(s, out) for s in several),
             INPUT_PRECISION=configs.input_precision(out.dtype),
             num_warps=config.num_warps,
             num_stages=config.num_stages,

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from . import configs
 from .dropout import keep_mask, threshold_and_scale
-from .tiling import load_tile, reduce_partials, store_tile
+from .tiling import dot, is_wide, load_tile, reduce_partials, store_tile
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def _activate_kernel(
     GATED: tl.constexpr,
     LOW_RANK: tl.constexpr,
     DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """h (M, K) = act(gate) ∘ up; s[split] (M, R) = scale · (h ∘ mask)[:, split's columns] A[:, split's columns]ᵀ."""
@@ -121,7 +122,7 @@ def _activate_kernel(
             a = load_tile(a_ptr, 0, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
             if DROPOUT:
                 h = tl.where(keep_mask(seed, row, k, threshold, BLOCK_M, BLOCK_K), h, tl.zeros_like(h))
-            acc = tl.dot(h, tl.trans(a.to(h.dtype)), acc, input_precision=INPUT_PRECISION)
+            acc = dot(h, tl.trans(a), acc, WIDE, INPUT_PRECISION)
     if LOW_RANK:
         s_ptr += split.to(tl.int64) * stride_ss
         store_tile(s_ptr, acc * scale, row, 0, M, R, stride_sm, stride_sr, False)
@@ -170,6 +171,7 @@ def _activate_backward_kernel(
     LOW_RANK: tl.constexpr,  # dh is to have drop′(dS A) added
     WEIGHT_GRAD: tl.constexpr,
     DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """dgate, dup (M, K) and da[chunk] (K, R) = scale · (h ∘ mask)[chunk]ᵀ dS[chunk], with h = act(gate) ∘ up."""
@@ -179,7 +181,6 @@ def _activate_backward_kernel(
         seed = tl.load(seed_ptr)
     if LOW_RANK:
         a = load_tile(a_ptr, 0, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
-        a = a.to(gate_ptr.dtype.element_ty)
     acc = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
     row_start = chunk * rows_per_chunk
     for row in range(row_start, min(M, row_start + rows_per_chunk), BLOCK_M):
@@ -194,7 +195,7 @@ def _activate_backward_kernel(
         if INPUT_GRAD:
             dh = load_tile(dh_ptr, row, k, M, K, stride_dm, stride_dk, BLOCK_M, BLOCK_K, False).to(tl.float32)
             if LOW_RANK:
-                term = tl.dot(ds, a, input_precision=INPUT_PRECISION) * scale
+                term = dot(ds, a, tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32), WIDE, INPUT_PRECISION) * scale
                 if DROPOUT:
                     term = tl.where(keep, term, 0.0)
                 dh += term
@@ -209,7 +210,7 @@ def _activate_backward_kernel(
             h = value.to(gate.dtype)
             if DROPOUT:
                 h = tl.where(keep, h, tl.zeros_like(h))
-            acc = tl.dot(tl.trans(h), ds, acc, input_precision=INPUT_PRECISION)
+            acc = dot(tl.trans(h), ds, acc, WIDE, INPUT_PRECISION)
     if WEIGHT_GRAD:
         da_ptr += chunk.to(tl.int64) * stride_dac
         store_tile(da_ptr, acc * scale, k, 0, K, R, stride_dak, stride_dar, False)
@@ -288,8 +289,9 @@ def activate(
 ) -> None:
     """h (M, K) = act(gate) ∘ up and, with lora_A (r, K), s (M, r) = drop(h) Aᵀ, all with any strides.
 
-    lora_A may have another float dtype than gate; r is at most `fused_rank(gate.dtype)`. Without `seed` nothing is
-    dropped. `workspace`: fp32, at least `activate_workspace(gate, lora_A)` elements.
+    s in gate's dtype has lora_A cast to it; in fp32 beside half precision lora_A keeps its digits. r is at most
+    `fused_rank(gate.dtype)`. Without `seed` nothing is dropped. `workspace`: fp32, at least `activate_workspace(gate,
+    lora_A)` elements.
     """
     M, K = gate.shape
     assert h.shape == gate.shape and (up is None or up.shape == gate.shape), (gate.shape, h.shape)
@@ -330,6 +332,7 @@ def activate(
         GATED=up is not None,
         LOW_RANK=low_rank,
         DROPOUT=low_rank and seed is not None,
+        WIDE=s is not None and is_wide(s, gate),
         INPUT_PRECISION=configs.input_precision(gate.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -356,9 +359,10 @@ def activate_backward(
 ) -> None:
     """dgate, dup (M, K) for dh (M, K) + drop′(dS A), and grad_A (r, K) = dSᵀ drop(h), all with any strides.
 
-    What is None is not made: without dh neither dgate nor dup; without lora_A nothing is added to dh; without grad_A
-    no dA. dgate may be dh, dup may not. ds (M, r) of gate's dtype, r at most `fused_rank(gate.dtype)`. `workspace`:
-    fp32, at least `activate_backward_workspace(gate, r)` elements where grad_A is wanted.
+    What is None is not made: without dh neither dgate nor dup; without lora_A nothing is added to dh; without grad_A no
+    dA. dgate may be dh, dup may not. ds (M, r) in fp32 beside half precision keeps its digits and lora_A's; r at most
+    `fused_rank(gate.dtype)`. `workspace`: fp32, at least `activate_backward_workspace(gate, r)` elements where grad_A
+    is wanted.
     """
     M, K = gate.shape
     if M == 0:
@@ -408,6 +412,7 @@ def activate_backward(
         LOW_RANK=low_rank,
         WEIGHT_GRAD=weight_grad,
         DROPOUT=seed is not None and (low_rank or weight_grad),
+        WIDE=ds is not None and is_wide(ds, gate),
         INPUT_PRECISION=configs.input_precision(gate.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

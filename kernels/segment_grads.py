@@ -17,7 +17,7 @@ from .dropout import keep_mask_of_rows
 from .segment_factors import Factors
 from .segment_plan import Chunks, Segments
 from .segments import load_address, rows_of_chunk, segment_shrink, segment_shrink_workspace, tile_mask, tile_pointers
-from .tiling import BLOCK, load_tile, reduce_partials, store_tile
+from .tiling import BLOCK, dot, is_wide, load_tile, reduce_partials, store_tile
 
 
 @triton.jit(do_not_specialize=["P"])
@@ -41,6 +41,7 @@ def _segment_ds_db_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ALIGNED: tl.constexpr,
+    WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """dS[strip] (P, R) = scale · dY[rows, strip] B[strip]; dB[chunk] (N, R) = scale · dY[rows of chunk]ᵀ S[chunk]."""
@@ -52,7 +53,7 @@ def _segment_ds_db_kernel(
     end = tl.load(chunks_ptr + 3 * chunk + 2)
     b_ptr, rank = load_address(addresses_ptr, ranks_ptr, segment, like_ptr, ALIGNED)
     scale = tl.load(scales_ptr + segment)
-    b = load_tile(b_ptr, column, 0, N, rank, rank, 1, BLOCK_N, BLOCK_R, False).to(dy_ptr.dtype.element_ty)
+    b = load_tile(b_ptr, column, 0, N, rank, rank, 1, BLOCK_N, BLOCK_R, False)
     ds_ptr += strip.to(tl.int64) * P * R_MAX
     db_ptr += chunk.to(tl.int64) * N * R_MAX
     db = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
@@ -61,8 +62,8 @@ def _segment_ds_db_kernel(
         mask = tile_mask(inside, column, N, BLOCK_N)
         dy = tl.load(tile_pointers(dy_ptr, rows, column, stride_ym, stride_yn, BLOCK_N), mask=mask, other=0.0)
         s = load_tile(s_ptr, position, 0, end, R_MAX, R_MAX, 1, BLOCK_M, BLOCK_R, False)
-        ds = tl.dot(dy, b, input_precision=INPUT_PRECISION)
-        db = tl.dot(tl.trans(dy), s.to(dy.dtype), db, input_precision=INPUT_PRECISION)
+        ds = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), WIDE, INPUT_PRECISION)
+        db = dot(tl.trans(dy), s, db, WIDE, INPUT_PRECISION)
         store_tile(ds_ptr, ds * scale, position, 0, end, R_MAX, R_MAX, 1, False)
     store_tile(db_ptr, db * scale, column, 0, N, R_MAX, R_MAX, 1, False)
 
@@ -87,6 +88,7 @@ def _segment_weight_grad_kernel(
     BLOCK_R: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """out[chunk] = scale · G[chunk]ᵀ (x ∘ mask)[rows of chunk], accumulated in fp32 with K along the rows."""
@@ -108,7 +110,7 @@ def _segment_weight_grad_kernel(
         g = load_tile(g_ptr, position, r, end, R_MAX, R_MAX, 1, BLOCK_M, BLOCK_R, False)
         if DROPOUT:
             x = tl.where(keep_mask_of_rows(seed, rows, k, threshold, BLOCK_M, BLOCK_K), x, tl.zeros_like(x))
-        acc = tl.dot(tl.trans(x), g.to(x.dtype), acc, input_precision=INPUT_PRECISION)
+        acc = dot(tl.trans(x), g, acc, WIDE, INPUT_PRECISION)
     acc *= tl.load(scales_ptr + segment)
     out_ptr += chunk.to(tl.int64) * K * R_MAX
     if TRANSPOSED:
@@ -184,8 +186,9 @@ def segment_ds_db(
 ) -> None:
     """ds (positions, largest rank) = s·dY B, and db, each segment's dB = s·dYᵀ S (N, r) one after the other.
 
-    dy (rows, N) has any strides; s and ds are contiguous, db is flat. Where the partials of dS would cost more than a
-    second pass over dY (`configs.ds_db`), two passes run. `workspace`: at least `segment_ds_db_workspace` elements.
+    dy (rows, N) has any strides; s and ds are contiguous and select the arithmetic (`tiling.dot`), db is flat. Where
+    the partials of dS would cost more than a second pass over dY (`configs.ds_db`), two passes run. `workspace`: at
+    least `segment_ds_db_workspace` elements.
     """
     config = _ds_db_config(dy, segments, factors)
     if config is None:
@@ -218,6 +221,7 @@ def segment_ds_db(
         BLOCK_N=config.block_n,
         BLOCK_R=config.block_r,
         ALIGNED=factors.aligned,
+        WIDE=is_wide(s, dy),
         INPUT_PRECISION=configs.input_precision(dy.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -251,8 +255,8 @@ def segment_weight_grad(
     """out, flat: each segment's dA = dSᵀ drop(x) (r, K) for g = dS, one after the other; or with `of_b` each dB =
     s·dYᵀ S (N, r) for x = dY and g = S.
 
-    x (rows, K) has any strides, g (positions, largest rank) is contiguous. `workspace`: at least
-    `segment_weight_grad_workspace` elements.
+    x (rows, K) has any strides, g (positions, largest rank) is contiguous and selects the arithmetic. `workspace`: at
+    least `segment_weight_grad_workspace` elements.
     """
     K, R = x.shape[1], factors.max_rank
     assert g.shape == (segments.num_positions, R) and g.is_contiguous(), (g.shape, segments.num_positions, R)
@@ -277,6 +281,7 @@ def segment_weight_grad(
         BLOCK_R=config.block_r,
         TRANSPOSED=of_b,
         DROPOUT=seed is not None,
+        WIDE=is_wide(g, x),
         INPUT_PRECISION=configs.input_precision(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

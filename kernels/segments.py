@@ -19,7 +19,7 @@ from . import configs
 from .dropout import keep_mask_of_rows
 from .segment_factors import Factors
 from .segment_plan import Segments
-from .tiling import load_tile, reduce_partials, store_tile
+from .tiling import dot, is_wide, load_tile, reduce_partials, store_tile
 
 
 @triton.jit
@@ -84,6 +84,7 @@ def _segment_shrink_kernel(
     TRANSPOSED: tl.constexpr,
     ALIGNED: tl.constexpr,
     DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """out[split] (P, R) = scale · (x ∘ mask)[rows, split's columns] A[:, split's columns]ᵀ, accumulated in fp32."""
@@ -108,7 +109,7 @@ def _segment_shrink_kernel(
         a = _load_factor(a_ptr, r, k, rank, K, BLOCK_R, BLOCK_K, TRANSPOSED)
         if DROPOUT:
             x = tl.where(keep_mask_of_rows(seed, rows, k, threshold, BLOCK_M, BLOCK_K), x, tl.zeros_like(x))
-        acc = tl.dot(x, tl.trans(a.to(x.dtype)), acc, input_precision=INPUT_PRECISION)
+        acc = dot(x, tl.trans(a), acc, WIDE, INPUT_PRECISION)
     acc *= tl.load(scales_ptr + segment)
     out_ptr += split.to(tl.int64) * P * R_MAX
     store_tile(out_ptr, acc, start, r, end, R_MAX, R_MAX, 1, False)
@@ -140,6 +141,7 @@ def _segment_expand_kernel(
     HAS_BIAS: tl.constexpr,
     ACCUMULATE: tl.constexpr,  # onto what out holds
     DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """out[rows] (P, N) = [out[rows] +] mask ∘ (scale · S W) + bias, accumulated in fp32 and rounded once."""
@@ -154,7 +156,7 @@ def _segment_expand_kernel(
     for r in range(0, rank, BLOCK_R):
         s = load_tile(s_ptr, start, r, end, R_MAX, R_MAX, 1, BLOCK_M, BLOCK_R, False)
         w = _load_factor(w_ptr, r, column, rank, N, BLOCK_R, BLOCK_N, TRANSPOSED)
-        acc = tl.dot(s, w.to(s.dtype), acc, input_precision=INPUT_PRECISION)
+        acc = dot(s, w, acc, WIDE, INPUT_PRECISION)
     acc *= tl.load(scales_ptr + segment)
     if DROPOUT:
         threshold = tl.load(thresholds_ptr + segment).to(tl.int32)
@@ -205,8 +207,8 @@ def segment_shrink(
 ) -> None:
     """out (positions, largest rank) = S = drop(x) Aᵀ for x (rows, K), or dS = s·dY B for x = dY with `by_b`.
 
-    x has any strides, out is contiguous and of any float dtype. Without `seed` nothing is dropped. `workspace`: fp32,
-    at least `segment_shrink_workspace` elements.
+    x has any strides, out is contiguous; its dtype selects the arithmetic, as in `shrink`. Without `seed` nothing is
+    dropped. `workspace`: fp32, at least `segment_shrink_workspace` elements.
     """
     P, R, K = segments.num_positions, factors.max_rank, x.shape[1]
     assert out.shape == (P, R) and out.is_contiguous(), (out.shape, (P, R))
@@ -239,6 +241,7 @@ def segment_shrink(
         TRANSPOSED=by_b,
         ALIGNED=factors.aligned,
         DROPOUT=seed is not None,
+        WIDE=is_wide(out, x),
         INPUT_PRECISION=configs.input_precision(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -272,8 +275,8 @@ def segment_expand(
 ) -> None:
     """out (rows, N) [+]= s·S Bᵀ + bias in the adapted rows; or drop′(dS A) for S = dS with `by_a`.
 
-    s (positions, largest rank) is contiguous, out has any strides. Rows without an adapter are not touched. Needs no
-    workspace.
+    s (positions, largest rank) is contiguous and selects the arithmetic, as in `expand`; out has any strides. Rows
+    without an adapter are not touched. Needs no workspace.
     """
     R, N = factors.max_rank, out.shape[1]
     assert s.shape == (segments.num_positions, R) and s.is_contiguous(), (s.shape, segments.num_positions, R)
@@ -303,6 +306,7 @@ def segment_expand(
         HAS_BIAS=bias is not None,
         ACCUMULATE=accumulate,
         DROPOUT=seed is not None,
+        WIDE=is_wide(s, out),
         INPUT_PRECISION=configs.input_precision(s.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from . import configs
 from .dropout import keep_mask, threshold_and_scale
-from .tiling import load_tile, reduce_partials, store_tile
+from .tiling import dot, is_wide, load_tile, reduce_partials, store_tile
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
@@ -35,6 +35,7 @@ def _shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """out[split] (M, R) = scale · (x ∘ mask)[:, split's columns] A[:, split's columns]ᵀ, accumulated in fp32."""
@@ -50,7 +51,7 @@ def _shrink_kernel(
         a = load_tile(a_ptr, r, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
         if DROPOUT:
             x = tl.where(keep_mask(seed, row, k, threshold, BLOCK_M, BLOCK_K), x, tl.zeros_like(x))
-        acc = tl.dot(x, tl.trans(a.to(x.dtype)), acc, input_precision=INPUT_PRECISION)
+        acc = dot(x, tl.trans(a), acc, WIDE, INPUT_PRECISION)
     out_ptr += split.to(tl.int64) * stride_os
     store_tile(out_ptr, acc * scale, row, r, M, R, stride_om, stride_or, False)
 
@@ -79,8 +80,9 @@ def shrink(
 ) -> None:
     """out (M, r) = scale · drop(x) Aᵀ for x (M, K) and lora_A (r, K), all with any strides.
 
-    lora_A may have another float dtype than x: it is cast to x's in registers. out has any float dtype. Without
-    `seed` nothing is dropped. `workspace`: fp32, at least `shrink_workspace(x, lora_A)` elements.
+    The dtype of out selects the arithmetic: in x's dtype, to which lora_A is cast in registers; in fp32 for x in half
+    precision, an fp32 lora_A keeps its digits (`tiling.dot`: 1e-5 relative, and fp32's range). Without `seed` nothing
+    is dropped. `workspace`: fp32, at least `shrink_workspace(x, lora_A)` elements.
     """
     M, K = x.shape
     R = lora_A.shape[0]
@@ -116,6 +118,7 @@ def shrink(
         BLOCK_K=config.block_k,
         BLOCK_R=config.block_r,
         DROPOUT=seed is not None,
+        WIDE=is_wide(out, x),
         INPUT_PRECISION=configs.input_precision(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -75,6 +75,61 @@ def store_tile(
         tl.store(pointers, value.to(ref.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _bf16_parts(wide):
+    """(high, low) in bf16 with high + low = wide to 2^-17."""
+    high = wide.to(tl.bfloat16)
+    return high, (wide.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _fp16_parts(wide):
+    """(high, low, scale (columns,)) in fp16: (high + low)·scale is wide to 2^-22, or to 2^-39 of its column's largest.
+
+    A power of two for each column puts its largest number into [2^14, 2^15), the top of fp16's range.
+    """
+    exponent = tl.max(wide.to(tl.int32, bitcast=True) >> 23 & 0xFF, axis=0)
+    exponent = tl.maximum(exponent, 15)  # so that both powers are normal numbers
+    scaled = wide * (268 - exponent << 23).to(tl.float32, bitcast=True)[None, :]
+    high = scaled.to(tl.float16)
+    low = (scaled - high.to(tl.float32)).to(tl.float16)
+    return high, low, (exponent - 14 << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot(x, w, acc, WIDE: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x w in fp32. w of another dtype than x is cast to x's, or with WIDE, for w in fp32, keeps its digits.
+
+    WIDE splits w into two parts that tensor cores multiply exactly, the smaller one first: bf16 ones, to 2^-17 in all
+    of fp32's range, or for x in fp16 scaled fp16 ones. (Two tf32 parts hold fp16's x exactly too, but x then passes
+    through 64 registers more a thread, and where it is transposed Triton loads it without asynchronous copies.) x in
+    fp32 (S, dS) is split as well, and the product of the two low parts, 2^-18 of the result, is left out: what it
+    adds to leaves in half precision.
+    """
+    if not WIDE or (w.dtype == x.dtype and x.dtype != tl.float32):
+        acc = tl.dot(x, w.to(x.dtype), acc, input_precision=PRECISION)
+    elif x.dtype == tl.float16:
+        high, low, scale = _fp16_parts(w.to(tl.float32))
+        part = tl.dot(x, low)
+        acc += tl.dot(x, high, part) * scale[None, :]
+    elif x.dtype == tl.bfloat16:
+        high, low = _bf16_parts(w)
+        acc = tl.dot(x, low, acc)
+        acc = tl.dot(x, high, acc)
+    else:
+        x_high, x_low = _bf16_parts(x)
+        w_high, w_low = _bf16_parts(w)
+        acc = tl.dot(x_low, w_high, acc)
+        acc = tl.dot(x_high, w_low, acc)
+        acc = tl.dot(x_high, w_high, acc)
+    return acc
+
+
+def is_wide(low_rank: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether S or dS is wider than x, dY or y: then their products with the adapters keep fp32's digits (`dot`)."""
+    return low_rank.dtype.itemsize > x.dtype.itemsize
+
+
 BLOCK = 1024
 
 
