@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..introspect import sharding
 from ..layers.checks import check_adapter_arguments
 from ..layers.linear import FusedLoraLinear
-from ..linalg import native
+from ..linalg.lowrank import balanced
 from ..runtime import progress
 from .switch import require_layers
 
@@ -90,13 +90,9 @@ def add_weighted_adapter(
 def truncated(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
     """(A (r, in), B (out, r), captured share) of the best approximation of b a of rank r, for a (R, in) and b (out, R),
     by the SVD of the R×R core in float64; the singular values' roots go to either side."""
-    q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().t())
-    u, s, vh = native.svd(r_b @ r_a.t())
-    root = s[:r].sqrt()
-    energy = s.square()
-    captured = float(energy[:r].sum() / energy.sum()) if bool(energy.sum() > 0) else 1.0
-    return root[:, None] * (vh[:r] @ q_a.t()), (q_b @ u[:, :r]) * root, captured
+    new_a, new_b, sigma = balanced(a, b, r)
+    energy = sigma.square()
+    return new_a, new_b, float(energy[:r].sum() / energy.sum()) if bool(energy.any()) else 1.0
 
 
 def _stacked(layer: FusedLoraLinear, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:

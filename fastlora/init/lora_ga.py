@@ -26,6 +26,7 @@ from ..layers.starts import check_not_shared
 from ..runtime import messages, progress
 from .factors import SPLITS, split_factors
 from .place import PlainStart
+from .report import DRIFT
 from .sign import SignFactors
 from .sketch import GradientSketch
 
@@ -285,8 +286,12 @@ def _factors(
             yield name, sketch.layers[name].a.to(device), sketch.layers[name].b.to(device)
         return
     most = max((places[name].r for name in seen), default=1)
-    for name, (u, _, vh) in zip(seen, sketch.triplets(seen, 2 * most)):
+    cancelled = []
+    for name, (u, s, vh) in zip(seen, sketch.triplets(seen, 2 * most)):
+        if sketch.layers[name].measure(u, s, vh).drift > DRIFT:
+            cancelled.append(name)
         yield name, *_halves(places[name], u, vh, split, seed)
+    sketch.warn_of_cancelled("init_lora_ga", cancelled)
 
 
 def _halves(place: PlainStart | PeftStart, u: Tensor, vh: Tensor, split: str, seed: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from .sketch import GradientSketch, check_alike
-from .streaming import PROBES, StreamingSketch
+from .streaming import StreamingSketch
 
 
 def merge_across_ranks(sketch: GradientSketch) -> None:
@@ -37,8 +37,11 @@ def merge_across_ranks(sketch: GradientSketch) -> None:
             _sum(updates, device)
             mine.refined_updates = int(updates)
             continue
-        merged = _merged([_unpack(packed, mine) for packed in _gather(_pack(mine), device)])
-        mine.q, mine.z, mine.probed = merged.q, merged.z, merged.probed
+        merged, *others = (_unpack(packed, mine) for packed in _gather(_pack(mine), device))
+        for other in others:
+            merged.merge(other)
+        for key in mine.STATE:
+            setattr(mine, key, getattr(merged, key))
         counts = torch.tensor([mine.tokens, mine.updates, mine.skipped])
         _sum(counts, device)
         mine.tokens, mine.updates, mine.skipped = counts.tolist()
@@ -52,13 +55,6 @@ def _merge_rounds(sketch: GradientSketch, device: torch.device) -> None:
     weight = torch.tensor([now.weight], dtype=torch.float64)
     _sum(weight, device)
     now.weight = float(weight)
-
-
-def _merged(parts: list[StreamingSketch]) -> StreamingSketch:
-    first, *rest = parts
-    for part in rest:
-        first.merge(part)
-    return first
 
 
 def _sum(tensor: torch.Tensor, device: torch.device) -> None:
@@ -75,13 +71,14 @@ def _gather(packed: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
 
 
 def _pack(layer: StreamingSketch) -> torch.Tensor:
-    return torch.cat((layer.q.flatten(), layer.z.flatten(), layer.probed.flatten()))
+    return torch.cat([part.flatten() for part in layer.state().values()])
 
 
 def _unpack(packed: torch.Tensor, like: StreamingSketch) -> StreamingSketch:
-    part = StreamingSketch(like.n, like.m, like.width, like.seed, like.device)
-    q, z, probed = packed.to(like.device).split([like.n * like.width, like.m * like.width, like.n * PROBES])
-    part.q, part.z, part.probed = q.view_as(like.q), z.view_as(like.z), probed.view_as(like.probed)
+    part = type(like)(like.n, like.m, like.width, like.seed, like.device)
+    own = [getattr(part, key) for key in part.STATE]
+    for key, old, new in zip(part.STATE, own, packed.split([tensor.numel() for tensor in own])):
+        setattr(part, key, new.view_as(old).to(old))
     return part
 
 
@@ -103,6 +100,8 @@ def combine(sketches: Sequence[GradientSketch], weights: Sequence[float] | None,
         raise ValueError(f"{_WHERE}: weights: got {weights}, want {len(sketches)} positive numbers")
     if normalize not in NORMALIZATIONS:
         raise ValueError(f"{_WHERE}: normalize: got {normalize!r}, want one of {', '.join(NORMALIZATIONS)}")
+    if sketches[0].accumulate == "components":
+        raise ValueError(f'{_WHERE}: sketches: got some with accumulate="components", want "sum" or "signed"')
     scales = [weight / _size(sketch, normalize) for sketch, weight in zip(sketches, weights)]
     first = sketches[0]
     joint = GradientSketch.like(first, width=max(sketch.width for sketch in sketches))
@@ -129,7 +128,8 @@ def _size(sketch: GradientSketch, normalize: str) -> float:
 
 def _joined(parts: list[StreamingSketch], scales: list[float], into: StreamingSketch) -> StreamingSketch:
     device = into.device
-    into.probed = _total([part.probed for part in parts], scales, device)
+    for key in into.STATE[2:]:
+        setattr(into, key, _total([getattr(part, key) for part in parts], scales, device))
     into.tokens, into.updates, into.skipped = (
         sum(getattr(part, count) for part in parts) for count in ("tokens", "updates", "skipped")
     )

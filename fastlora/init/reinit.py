@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..introspect import names, sharding, targets
 from ..layers.linear import FusedLoraLinear
+from ..linalg.lowrank import balanced
 from ..optim import moments as optim_moments
 from ..runtime import messages, progress
 from .factors import SPLITS, smoothed, split_factors
@@ -199,17 +200,6 @@ def layers_to_restart(
     return layers
 
 
-def compressed(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """A (rank, m), B (n, rank) nearest to b a, and the norm of what is lost."""
-    q_b, core_b = torch.linalg.qr(b.double())
-    q_a, core_a = torch.linalg.qr(a.double().t())
-    u, sigma, vh = torch.linalg.svd(core_b @ core_a.t(), full_matrices=False)
-    rank = min(rank, len(sigma))
-    root = sigma[:rank].sqrt()
-    new_a, new_b = root.unsqueeze(1) * (vh[:rank] @ q_a.t()), (q_b @ u[:, :rank]) * root
-    return new_a.to(a.dtype), new_b.to(b.dtype), float(sigma[rank:].norm())
-
-
 @dataclass(frozen=True)
 class _Plan:
     """All that is to be written to one layer, in its parameters' dtypes."""
@@ -254,7 +244,8 @@ def _plan(name: str, layer: FusedLoraLinear, sketch: StreamingSketch, adapter_na
     learned_a, learned_b = _learned(layer, adapter_name)
     dropped = 0.0
     if options.max_rank is not None and len(learned_a) > options.max_rank:
-        learned_a, learned_b, lost = compressed(learned_a, learned_b, options.max_rank)
+        a, b, sigma = balanced(learned_a, learned_b, options.max_rank)
+        learned_a, learned_b, lost = a.to(lora_a), b.to(lora_b), float(sigma[options.max_rank :].norm())
         norm = float(torch.linalg.vector_norm(layer.unshifted_weight(adapter_name), dtype=torch.float64))
         dropped = abs(s) * lost / max(norm, torch.finfo(torch.float32).tiny)
     frozen_a, frozen_b = torch.cat((learned_a, new_a)), torch.cat((learned_b, -new_b), dim=1)

@@ -9,13 +9,17 @@ from typing import Any
 
 from ..runtime import messages
 
+DRIFT = 0.1
+
 
 @dataclass(frozen=True)
 class LayerReport:
     """One layer: G is its weight's gradient (n, m), summed over the passes with their weights.
 
-    `captured`: the share of ‖G‖² in its 2r leading triplets. `error`: what the best update of rank 2r misses,
-    ‖G − G_2r‖/‖G‖. `sigma`: the 2r singular values. ‖G‖ is an estimate from random probes.
+    `captured`: the share of ‖G‖² in the 2r leading triplets found; `error`: what they miss, √(1 − captured); `sigma`:
+    their singular values. ‖G‖ and `captured` are measured with random probes, whatever the sketch takes G for; `drift`
+    is how far that is from G in these triplets: above DRIFT, micro-batches have cancelled and the sketch has not kept
+    what is left of them.
     """
 
     name: str
@@ -28,16 +32,40 @@ class LayerReport:
     captured: float
     error: float
     sigma: tuple[float, ...]
+    drift: float = 0.0
 
 
 @dataclass(frozen=True)
 class SketchReport:
-    """A line per layer, in the model's order."""
+    """A line per layer, in the model's order; `str` of it is a summary."""
 
     r: int
     layers: list[LayerReport]
 
     def __str__(self) -> str:
+        known = sorted((line for line in self.layers if line.sigma), key=lambda line: line.captured)
+        lines = [f"{len(self.layers)} layers sketched, {len(known)} with a gradient"]
+        if known:
+            least, middle, most = known[0], known[len(known) // 2], known[-1]
+            lines[0] += (
+                f": 2r = {2 * self.r} triplets hold {_percent(middle.captured)} of ‖G‖² (median), from "
+                f"{_percent(least.captured)} in {least.name} to {_percent(most.captured)} in {most.name}"
+            )
+        what = {
+            "no gradient": [line.name for line in self.layers if not line.sigma],
+            "micro-batches that were not finite were left out": [line.name for line in self.layers if line.skipped],
+            "micro-batches cancelled, refine() the sketch": self.cancelled,
+        }
+        lines += messages.by_reason((name, reason) for reason, names in what.items() for name in names)
+        return "\n".join(lines)
+
+    @property
+    def cancelled(self) -> list[str]:
+        """The layers whose micro-batches have cancelled, and whose sketch is not to be trusted."""
+        return [line.name for line in self.layers if line.drift > DRIFT]
+
+    def table(self) -> str:
+        """Every layer: size, tokens, ‖G‖, what 2r triplets hold of it and miss, σ."""
         rows = [("layer", "n×m", "tokens", "skipped", "‖G‖", "captured", "error", f"σ1 … σ{2 * self.r}")]
         rows += [
             (

@@ -253,7 +253,7 @@ def sign_factors(
     single_pass: bool = False,
     rounds: int = ROUNDS,
     dropout: bool = False,
-    weighting: str = "tokens",
+    weighting: str = "equal",
     seed: int = 0,
 ) -> SignFactors:
     """Adapters' factors for Adam, whose first step is sign(G): A and B such that its first step on them is nearest.
@@ -423,7 +423,7 @@ def _run(
         restore.append(taps.freeze(model))
         if not dropout:
             restore.append(taps.turn_dropout_off(model))
-        restore.append(taps.attach(model, modules, chosen._start_pass, add))
+        restore.append(taps.attach(model, modules, lambda name, x, dy, now: add(name, x, dy, chosen.weight_of(now))))
         passes()
     finally:
         while restore:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,18 +24,20 @@ from ..introspect import taps, targets
 from ..runtime import progress
 from ..runtime.messages import some
 from .report import LayerReport, SketchReport
-from .streaming import StreamingSketch, svd_of_each
+from .streaming import SKETCHES, StreamingSketch, svd_of_each
 
-WEIGHTINGS = ("tokens", "equal")
+WEIGHTINGS = ("equal", "tokens")
 FORMAT = "fastlora-gradient-sketch-1"
 
 
 @dataclass
 class Round:
-    """A round of passes: how many steps it has ended, and the discounted sum of its passes' weights."""
+    """A round of passes: how many steps it has ended, and the discounted sum of the weights of the backward passes that
+    gave it something; `last` is autograd's number of the latest."""
 
     steps: int = 0
     weight: float = 0.0
+    last: int = taps.NO_BACKWARD
 
 
 class GradientSketch:
@@ -55,8 +58,13 @@ class GradientSketch:
             4·c·(n + 2m) more while refining.
         seed: of the random start; the same seed and passes give the same sketch.
         dropout: leave dropout on.
-        weighting: "tokens", each pass counts by its labels (those that are not -100), or by its tokens where the model
-            is called without labels: right for losses that are means. "equal": right for sums.
+        weighting: "equal", what autograd would accumulate in `weight.grad` over the same backward passes. "tokens":
+            each backward counts by the labels (those that are not -100), or else the tokens, of the forwards since the
+            one before, all of them: right for losses that are means over numbers of tokens that differ.
+        accumulate: "sum", G = Σ Gᵢ over the backward passes. "signed", the same where they cancel (advantages of zero
+            mean, chosen minus rejected): a linear sketch is kept next to it, 2.5 times the memory. "components": the
+            principal components of the Gᵢ, the eigenvectors of Σ GᵢGᵢᵀ and Σ GᵢᵀGᵢ, which cannot cancel; twice the
+            memory, no refining and no `combine`.
         discount: β, by which each call of `step` multiplies what was sketched before it.
         freeze: False leaves `requires_grad` alone, so that the backward passes of a training run can be sketched as
             they are (with dropout=True, which leaves its dropout alone too).
@@ -84,7 +92,8 @@ class GradientSketch:
         *,
         exclude_modules: str | list[str] | None = None,
         dropout: bool = False,
-        weighting: str = "tokens",
+        weighting: str = "equal",
+        accumulate: str = "sum",
         discount: float = 1.0,
         freeze: bool = True,
     ) -> None:
@@ -101,10 +110,13 @@ class GradientSketch:
             raise ValueError(f"GradientSketch: width: got {width!r}, want an integer of at least 2r = {2 * r}")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"GradientSketch: weighting: got {weighting!r}, want one of {', '.join(WEIGHTINGS)}")
+        if accumulate not in SKETCHES:
+            raise ValueError(f"GradientSketch: accumulate: got {accumulate!r}, want one of {', '.join(SKETCHES)}")
         if not _is_number(discount) or not 0 < discount < math.inf:
             raise ValueError(f"GradientSketch: discount: got {discount!r}, want a positive number")
         self.r, self.width, self.seed = r, max(6 * r, 32) if width is None else width, seed
         self.dropout, self.weighting, self.discount, self.freeze = dropout, weighting, float(discount), freeze
+        self.accumulate = accumulate
         self._modules = dict(targets.sketchable(model, target_modules, exclude_modules))
         if not self._modules:
             raise ValueError(
@@ -137,7 +149,7 @@ class GradientSketch:
                 self._restore.append(taps.freeze(self._model))
             if not self.dropout:
                 self._restore.append(taps.turn_dropout_off(self._model))
-            self._restore.append(taps.attach(self._model, self._modules, self._start_pass, self._observe))
+            self._restore.append(taps.attach(self._model, self._modules, self._observe))
         except BaseException:
             self._undo()
             raise
@@ -172,19 +184,20 @@ class GradientSketch:
             else:
                 del self.layers[name]
 
-    def _start_pass(self, args: tuple, kwargs: dict) -> float:
-        now = self._present_round
+    def weight_of(self, now: taps.Pass) -> float:
+        """What a backward pass counts in this round."""
         # β > 1 is applied to what comes after instead, so that nothing overflows; the factors are the same.
-        weight = min(1.0, 1.0 / self.discount) ** now.steps
-        weight *= taps.pass_weight(args, kwargs) if self.weighting == "tokens" else 1.0
-        if torch.is_grad_enabled():
-            now.weight += weight
-        return weight
+        weight = min(1.0, 1.0 / self.discount) ** self._present_round.steps
+        return weight * (now.tokens if self.weighting == "tokens" else 1.0)
 
-    def _observe(self, name: str, x: Tensor, dy: Tensor, weight: float) -> None:
+    def _observe(self, name: str, x: Tensor, dy: Tensor, now: taps.Pass) -> None:
+        weight, present = self.weight_of(now), self._present_round
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-            self.layer(name, dy.shape[1], x.shape[1], x.device).update(x, dy, weight)
+            added = self.layer(name, dy.shape[1], x.shape[1], x.device).update(x, dy, weight, now.number)
+        if added and now.number != present.last:
+            present.last = now.number
+            present.weight += weight
 
     def step(self) -> None:
         """Ends an optimiser step: what was sketched so far counts `discount` times as much beside what comes.
@@ -235,8 +248,9 @@ class GradientSketch:
         Args:
             sketches: of the same layers with the same r and seed.
             weights: one a task, positive; by default all 1.
-            normalize: what a task counts before its weight. "mean": its gradient by token (the mean over its passes
-                with their weights), so that more data does not make it count more. "norm": its gradient over its norm,
+            normalize: what a task counts before its weight. "mean": its gradient by pass (the mean over the
+                backward passes that gave it something, with their weights), so that more data does not make it count
+                more. "norm": its gradient over its norm,
                 all layers together, so that neither data nor the size of its loss do. "sum": as it was summed.
 
         Returns:
@@ -269,7 +283,8 @@ class GradientSketch:
         """One layer's sketch, an empty one (on the layer's device) where it has seen nothing yet."""
         if name not in self.layers:
             device = next(self._modules[name].parameters()).device if device is None else device
-            self.layers[name] = StreamingSketch(n, m, self.width, zlib.crc32(name.encode()) ^ self.seed, device)
+            kind = SKETCHES[self.accumulate]
+            self.layers[name] = kind(n, m, self.width, zlib.crc32(name.encode()) ^ self.seed, device)
         return self.layers[name]
 
     def has_gradient(self, name: str) -> bool:
@@ -301,7 +316,8 @@ class GradientSketch:
         return svd_of_each([self.layers[name] for name in names], rank)
 
     def report(self) -> SketchReport:
-        """What the sketch holds, a line per layer; `str` of it is a table."""
+        """What the sketch holds; `str` of it is a summary, `table()` has every layer. Warns where micro-batches have
+        cancelled and the sketch has lost what is left of them."""
         lines = []
         triplets = self.triplets([name for name in self.names if self.has_gradient(name)], 2 * self.r)
         for name, (n, m) in progress.bar(self.sizes.items(), "sketch report", len(self._modules)):
@@ -310,16 +326,30 @@ class GradientSketch:
                 skipped = layer.skipped if layer else 0
                 lines.append(LayerReport(name, n, m, 0, 0, skipped, 0.0, math.nan, math.nan, ()))
                 continue
-            sigma = next(triplets)[1].double()
-            squared = layer.squared_norm()
-            captured = min(1.0, float(sigma.square().sum()) / squared)
+            u, sigma, vh = next(triplets)
+            squared, captured, drift = layer.measure(u, sigma, vh)
             lines.append(
                 LayerReport(
                     name, n, m, layer.tokens, layer.updates, layer.skipped, math.sqrt(squared), captured,
-                    math.sqrt(1.0 - captured), tuple(sigma.tolist()),
+                    math.sqrt(1.0 - captured), tuple(sigma.double().tolist()), drift,
                 )
             )  # fmt: skip
-        return SketchReport(self.r, lines)
+        report = SketchReport(self.r, lines)
+        self.warn_of_cancelled("GradientSketch.report", report.cancelled)
+        return report
+
+    def warn_of_cancelled(self, caller: str, names: list[str]) -> None:
+        """One warning of the layers whose micro-batches cancelled."""
+        if names:
+            remedy = "another round" if self._counted_round is not self._round else "a round"
+            other = ', or sketch with accumulate="signed"' if self.accumulate == "sum" else ""
+            warnings.warn(
+                f"fastlora.{caller}: in {len(names)} of {len(self._modules)} layers ({some(names)}) micro-batches "
+                f"cancelled, and the sketch lost most of what is left of them; run {remedy} of the same passes inside "
+                f"`with sketch.refine():`{other}",
+                UserWarning,
+                stacklevel=3,
+            )
 
     @classmethod
     def like(cls, other: GradientSketch, width: int | None = None) -> GradientSketch:
@@ -336,8 +366,7 @@ class GradientSketch:
         """Writes the sketch as one safetensors file. A refining round that was prepared and not run is not saved."""
         tensors, counts = {}, {}
         for name, layer in self.layers.items():
-            q, z = layer.factors()
-            kept = {"q": q, "z": z, "probed": layer.probed}
+            kept = layer.state()
             tensors |= {f"{name}:{key}": tensor.detach().cpu().contiguous() for key, tensor in kept.items()}
             counts[name] = (layer.tokens, layer.updates, layer.skipped)
         about = {
@@ -346,6 +375,7 @@ class GradientSketch:
             "width": self.width,
             "seed": self.seed,
             "weighting": self.weighting,
+            "accumulate": self.accumulate,
             "discount": self.discount,
             "steps": self._counted_round.steps,
             "weight": self.total_weight,
@@ -371,10 +401,10 @@ class GradientSketch:
         names = "|".join(re.escape(name) for name in about["names"])
         sketch = cls(
             model, names, about["r"], about["width"], about["seed"],
-            weighting=about["weighting"], discount=about.get("discount", 1.0),
+            weighting=about["weighting"], accumulate=about.get("accumulate", "sum"), discount=about["discount"],
         )  # fmt: skip
-        sketch._round = Round(about.get("steps", 0), about.get("weight", 0.0))
-        sketch.joint = about.get("joint", False)
+        sketch._round = Round(about["steps"], about["weight"])
+        sketch.joint = about["joint"]
         sizes = sketch.sizes
         if list(sizes) != about["names"]:
             raise ValueError(
@@ -382,14 +412,15 @@ class GradientSketch:
                 f"{type(model).__name__} has {some(sizes)} of them"
             )
         for name, (tokens, updates, skipped) in counts.items():
-            q, z, probed = (tensors[f"{name}:{key}"] for key in ("q", "z", "probed"))
+            q, z = tensors[f"{name}:q"], tensors[f"{name}:z"]
             if sizes[name] != (q.shape[0], z.shape[0]):
                 raise ValueError(
                     f"GradientSketch.load: model: the sketch has {name!r} as {q.shape[0]}×{z.shape[0]}, this "
                     f"{type(model).__name__} as {sizes[name][0]}×{sizes[name][1]}"
                 )
             layer = sketch.layer(name, q.shape[0], z.shape[0])
-            layer.q, layer.z, layer.probed = (tensor.to(layer.device) for tensor in (q, z, probed))
+            for key in layer.STATE:
+                setattr(layer, key, tensors[f"{name}:{key}"].to(layer.device))
             layer.tokens, layer.updates, layer.skipped = tokens, updates, skipped
         return sketch
 
@@ -398,7 +429,7 @@ def check_alike(where: str, sketches: Sequence[GradientSketch]) -> None:
     """Raises ValueError where sketches are of other layers, or have another r or seed (their random probes differ)."""
     first = sketches[0]
     for other in sketches[1:]:
-        for what in ("sizes", "r", "seed"):
+        for what in ("sizes", "r", "seed", "accumulate", *(["width"] if first.accumulate == "signed" else [])):
             mine, theirs = getattr(first, what), getattr(other, what)
             if mine != theirs:
                 raise ValueError(f"{where}: got sketches of {what} {_few(mine)} and {_few(theirs)}, want the same")

@@ -6,15 +6,14 @@ Each of `freeze`, `turn_dropout_off` and `attach` changes the model and returns 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-Observe = Callable[[str, Tensor, Tensor, float], None]
-StartPass = Callable[[tuple, dict], float]
 FIRST_LAYERS = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # what turns a model's input into activations
 DROPOUTS = (
     functional.dropout,
@@ -25,6 +24,25 @@ DROPOUTS = (
     functional.dropout3d,
     torch.dropout,
 )
+
+
+class Pass(NamedTuple):
+    """One backward: autograd's number for it, and what the losses of the forwards before it are means over, together
+    (`tokens_of` each)."""
+
+    number: int
+    tokens: float
+
+
+Observe = Callable[[str, Tensor, Tensor, Pass], None]
+
+
+@dataclass
+class _Forwards:
+    """The model's forwards since the last backward, which the next one goes through."""
+
+    tokens: float = 0.0
+    seen: bool = False  # by a backward
 
 
 def freeze(model: nn.Module) -> Callable[[], None]:
@@ -77,28 +95,37 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def attach(
-    model: nn.Module, layers: dict[str, nn.Module], start_pass: StartPass, observe: Observe
-) -> Callable[[], None]:
-    """Calls `start_pass` with the model's arguments before each forward, which gives the pass's weight, and
-    `observe(name, X, dY, weight)` for each call of each layer in the backward passes that train: those that leave
-    gradients in all leaves, not `torch.autograd.grad` of something else, nor `backward(inputs=...)`.
+def attach(model: nn.Module, layers: dict[str, nn.Module], observe: Observe) -> Callable[[], None]:
+    """Calls `observe(name, X, dY, pass)` for each call of each layer in the backward passes that train: those that
+    leave gradients in all leaves, not `torch.autograd.grad` of something else, nor `backward(inputs=...)`.
 
     Its hooks come before those that are there, and see what the layer itself made. A second derivative, whose part in
     the weight no dYᵀX shows, raises RuntimeError in the backward pass that would need it.
     """
-    weight: list[float] = []
+    forwards = _Forwards()
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        weight[:] = [start_pass(args, kwargs)]
+        nonlocal forwards
+        if forwards.seen:
+            forwards = _Forwards()
+        elif forwards.tokens and _backward() != NO_BACKWARD:
+            return  # a checkpoint recomputes the model
+        if torch.is_grad_enabled():
+            forwards.tokens += tokens_of(args, kwargs)
 
     def tap(name: str) -> Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             x = _input(args, kwargs)
             if not torch.is_grad_enabled() or not isinstance(output, Tensor) or x is None:
                 return output
-            scale = weight[0] if weight else 1.0
-            return _shown(output, x, lambda x, dy: observe(name, x, dy, scale))
+            now, outer = forwards, _backward()  # a reentrant checkpoint runs a backward of its own within another
+
+            def look(x: Tensor, dy: Tensor) -> None:
+                now.seen = True
+                number = _backward() if outer == NO_BACKWARD else outer
+                observe(name, x, dy, Pass(number, max(now.tokens, 1.0)))
+
+            return _shown(output, x, look)
 
         return Hook(hook)
 
@@ -143,6 +170,14 @@ def watch(layers: dict[str, nn.Module], observe: Callable[[str, Tensor, Tensor],
             handle.remove()
 
     return restore
+
+
+NO_BACKWARD = -1
+
+
+def _backward() -> int:
+    """Autograd's number for the backward that runs now."""
+    return torch._C._current_graph_task_id()
 
 
 class Hook:
@@ -238,7 +273,7 @@ def _same(tensor: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(tensor, tensor.shape)
 
 
-def pass_weight(args: tuple, kwargs: dict) -> float:
+def tokens_of(args: tuple, kwargs: dict) -> float:
     """What the loss of one forward is the mean over: its labels that are not -100, else its tokens but for padding,
     else its rows. Only the model's arguments tell: an expert of a mixture sees a part of the tokens."""
     labels, ids, mask = kwargs.get("labels"), kwargs.get("input_ids"), kwargs.get("attention_mask")

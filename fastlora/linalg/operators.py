@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 CHUNK = 1024  # tokens cast to the working dtype at a time, so that no cast copy of a whole factor exists
+
+
+def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """The function with autocast off: half-precision products would leave bases that are not orthonormal."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return run
 
 
 @runtime_checkable

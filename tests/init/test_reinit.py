@@ -18,7 +18,6 @@ import fastlora
 from fastlora import FusedLoraLinear
 from fastlora.init import reinit
 from fastlora.init.factors import align, smoothed
-from fastlora.init.reinit import compressed
 
 R = 2
 NAMES = LINEARS[:-1]  # the head is 3×6: too small for 2r
@@ -241,17 +240,6 @@ def test_an_adapter_that_has_learned_nothing_is_not_averaged_with():
         assert torch.allclose(gram, gram[0, 0] * torch.eye(R), atol=1e-5 * gram[0, 0].item())
         assert len(layer.lora_A0["default"]) == R
     assert torch.allclose(model(inputs()), Net()(inputs()), atol=1e-5)
-
-
-def test_compressed_is_the_best_of_its_rank():
-    generator = torch.Generator().manual_seed(2)
-    a, b = torch.randn(6, 9, generator=generator), torch.randn(8, 6, generator=generator)
-    new_a, new_b, lost = compressed(a, b, 4)
-    assert (new_a.shape, new_b.shape) == ((4, 9), (8, 4))
-    sigma = torch.linalg.svdvals(b @ a)
-    assert (new_b @ new_a - b @ a).norm().item() == pytest.approx(sigma[4:].norm().item(), rel=1e-4)
-    assert lost == pytest.approx(sigma[4:].norm().item(), rel=1e-4)
-    assert compressed(a, b, 6)[2] < 1e-5
 
 
 # Files.

@@ -137,7 +137,7 @@ def passes_of(model: nn.Module, batches: list[Tensor] = BATCHES, scale: float = 
 def exact(batches: list[Tensor] = BATCHES) -> dict[str, Tensor]:
     model = make_model(torch.float64).eval()
     weights = [model.get_submodule(name).weight for name in NAMES]
-    loss = sum(len(x) * loss_of(model, x.double()) for x in batches)  # the loss is a mean over rows
+    loss = sum(loss_of(model, x.double()) for x in batches)
     return dict(zip(NAMES, torch.autograd.grad(loss, weights)))  # type: ignore[arg-type]
 
 
@@ -266,7 +266,7 @@ def adams_first_step(model: nn.Module, batches: list[Tensor]) -> dict[str, Tenso
 
     before = products()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-6, eps=1e-30)
-    sum(len(x) * loss_of(model, x) for x in batches).backward()  # type: ignore[union-attr]
+    sum(loss_of(model, x) for x in batches).backward()  # type: ignore[union-attr]
     optimizer.step()
     return {name: product - before[name] for name, product in products().items()}
 

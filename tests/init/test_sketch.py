@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -101,14 +102,14 @@ def test_transformers_models(architecture, kind):
         )
         model = peft.get_peft_model(model, config).eval()
     losses, weights = losses_of(architecture, torch.float64)
-    sketch = sketched(model, losses)
+    sketch = sketched(model, losses, weighting="tokens")
     assert_is(sketch, exact_gradients(model, sketch.names, losses, weights), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("wrapper", ["fastlora", "autocast"])
 def test_half_precision(wrapper):
     model = tiny_model("llama")
-    losses, weights = losses_of("llama")
+    losses, _ = losses_of("llama")
     if wrapper == "autocast":
         plain = losses
 
@@ -124,7 +125,7 @@ def test_half_precision(wrapper):
         model = model.bfloat16()
     sketch = sketched(model, losses)
     assert all(layer.z.dtype == torch.float32 for layer in sketch.layers.values())
-    assert_is(sketch, exact_gradients(model, sketch.names, losses, weights), tolerance=2e-2)
+    assert_is(sketch, exact_gradients(model, sketch.names, losses, [1.0] * len(losses)), tolerance=2e-2)
 
 
 class OddBlock(nn.Module):
@@ -168,7 +169,6 @@ class Odd(nn.Module):
 TOKENS = torch.randint(0, 11, (3, 9), generator=torch.Generator().manual_seed(0))
 ODD_BATCHES = [TOKENS, TOKENS[:1, :4] // 2 * 2, TOKENS[1:, 2:]]
 ODD_LOSSES: list[Loss] = [lambda model, batch=batch: model(batch).square().mean() for batch in ODD_BATCHES]
-ODD_WEIGHTS = [float(batch.numel()) for batch in ODD_BATCHES]
 
 
 @pytest.mark.parametrize("use_reentrant", [None, False, True], ids=["no-checkpoint", "non-reentrant", "reentrant"])
@@ -176,8 +176,8 @@ ODD_WEIGHTS = [float(batch.numel()) for batch in ODD_BATCHES]
 def test_odd_layers(training, use_reentrant):
     model = Odd(use_reentrant).train(training)
     sketch = sketched(model, ODD_LOSSES, exclude_modules=["block.experts.2"])
-    assert_is(sketch, exact_gradients(model, sketch.names, ODD_LOSSES, ODD_WEIGHTS))
-    assert sketch.layers["block.twice"].tokens == 2 * sum(ODD_WEIGHTS)
+    assert_is(sketch, exact_gradients(model, sketch.names, ODD_LOSSES, [1.0] * 3))
+    assert sketch.layers["block.twice"].tokens == 2 * sum(batch.numel() for batch in ODD_BATCHES)
     assert sketch.layers["block.experts.1"].updates < sketch.layers["block.experts.0"].updates == 3
 
 
@@ -187,21 +187,21 @@ def test_transformers_checkpointing(architecture, use_reentrant):
     model: Any = tiny_model(architecture, hidden_dropout=0.3)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.train()
-    losses, weights = losses_of(architecture)
+    losses, _ = losses_of(architecture)
     recomputed = []
     handle = model.get_submodule(GradientSketch(model).names[0]).register_forward_hook(lambda *_: recomputed.append(1))
     sketch = sketched(model, losses)
     handle.remove()
     assert len(recomputed) == 2 * len(losses)  # checkpointing was on indeed
-    assert_is(sketch, exact_gradients(model, sketch.names, losses, weights))
+    assert_is(sketch, exact_gradients(model, sketch.names, losses, [1.0] * len(losses)))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert", "t5"])
 def test_dropout_is_off_unless_asked_for(architecture):
     model = tiny_model(architecture, hidden_dropout=0.4).train()
-    losses, weights = losses_of(architecture)
+    losses, _ = losses_of(architecture)
     sketch = sketched(model, losses)
-    expected = exact_gradients(model, sketch.names, losses, weights)
+    expected = exact_gradients(model, sketch.names, losses, [1.0] * len(losses))
     assert_is(sketch, expected)
     torch.manual_seed(0)
     with_dropout = sketched(model, losses, dropout=True)
@@ -234,11 +234,75 @@ def test_no_operation_of_a_pass_returns_anything_of_a_weights_size(sketching):
     assert largest.elements < n * n if sketching else largest.elements == n * n
 
 
-def test_passes_of_equal_weight():
-    losses, _ = losses_of("llama")
-    model = tiny_model("llama")
-    sketch = sketched(model, losses, weighting="equal")
-    assert_is(sketch, exact_gradients(model, sketch.names, losses, [1.0] * 3))
+class TwoTowers(nn.Module):
+    """Names and texts, of different lengths, whose similarities are the loss: one backward through two forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.up, self.down = nn.Embedding(50, 24), nn.Linear(24, 48), nn.Linear(48, 24)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.normalize(self.down(self.up(self.embedding(tokens)).tanh()).mean(1), dim=-1)
+
+
+def contrastive(tokens: list[Tensor]) -> Loss:
+    def loss(model: nn.Module) -> Tensor:
+        names, *texts = (model(part) for part in tokens)
+        similar = names @ torch.stack(texts).sum(0).t() / 0.1
+        return F.cross_entropy(similar, torch.arange(len(names)))
+
+    return loss
+
+
+@pytest.mark.parametrize("forwards", [2, 5])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_backward_through_several_forwards_is_the_gradient_of_its_loss(forwards, checkpointed):
+    """Forwards of 2 to 90 tokens a row: weighted by them one by one, nobody has the sum's gradient."""
+    generator = torch.Generator().manual_seed(0)
+    losses: list[Loss] = []
+    for _ in range(4):
+        lengths = [2, *(30 * (i + 1) for i in range(forwards - 1))]
+        losses.append(contrastive([torch.randint(0, 50, (6, n), generator=generator) for n in lengths]))
+    model: Any = TwoTowers()
+    if checkpointed:
+        model.up.forward = lambda x, plain=model.up.forward: checkpoint(plain, x, use_reentrant=False)
+    expected = exact_gradients(TwoTowers(), ["up", "down"], losses, [1.0] * 4)
+    sketch = sketched(model, losses)
+    assert_is(sketch, expected)
+    assert sketch.total_weight == 4.0
+    by_tokens = sketched(model, losses, weighting="tokens")  # all losses are over as many tokens
+    tokens = 6.0 * (2 + sum(30 * (i + 1) for i in range(forwards - 1)))
+    assert by_tokens.total_weight == 4 * tokens
+    assert_is(by_tokens, {name: tokens * g for name, g in expected.items()})
+
+
+@pytest.mark.parametrize("weighting", ["equal", "tokens"])
+def test_only_passes_that_gave_something_count(weighting):
+    model = TwoTowers()
+    short, long = torch.arange(12).view(4, 3), torch.arange(36).view(4, 9)
+    with GradientSketch(model, r=2, width=64, weighting=weighting) as sketch:
+        model(long)  # a validation pass that nobody switched autograd off for
+        with torch.no_grad():
+            model(long)
+        (model(long).sum() * math.nan).backward()
+        model(short)[:, 0].sum().backward()
+        one, two = model(short)[:, 1].sum(), model(short)[:, 2].sum()
+        one.backward()
+        two.backward()
+    # Two forwards before two backwards: each counts by the tokens of both.
+    assert sketch.total_weight == (3 if weighting == "equal" else 12 + 24 + 24)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_backward_counts_once(use_reentrant):
+    model = Odd(use_reentrant).train()
+    sketch = sketched(model, ODD_LOSSES, exclude_modules=["block.experts.2"])
+    assert sketch.total_weight == 3.0
+    sketch = sketched(model, ODD_LOSSES, exclude_modules=["block.experts.2"], weighting="tokens")
+    weights = [float(batch.numel()) for batch in ODD_BATCHES]
+    assert sketch.total_weight == sum(weights)
+    assert_is(sketch, exact_gradients(model, sketch.names, ODD_LOSSES, weights))
 
 
 @pytest.mark.parametrize(
@@ -254,8 +318,8 @@ def test_passes_of_equal_weight():
     ],
     ids=["tokens", "mask", "labels", "all-masked", "positional", "features", "no-tensor"],
 )
-def test_the_weight_of_a_pass(args, kwargs, weight):
-    assert taps.pass_weight(args, kwargs) == weight
+def test_the_tokens_of_a_forward(args, kwargs, weight):
+    assert taps.tokens_of(args, kwargs) == weight
 
 
 class Quantised(nn.Linear):
@@ -279,7 +343,7 @@ def test_quantised_layers():
         for name, layer in layers.items():
             layer.weight.copy_(quantised[name].weight * quantised[name].scale)
     losses: list[Loss] = [lambda m: m(x).square().sum()]
-    expected = exact_gradients(model, list(layers), losses, [4.0])
+    expected = exact_gradients(model, list(layers), losses, [1.0])
     model.head, model.blocks[1].up = quantised["head"], quantised["blocks.1.up"]
     model.blocks[1].listed[0] = model.blocks[1].up  # type: ignore[union-attr,index]
     sketch = sketched(model, losses, target_modules=["head", "blocks.1.up"])
@@ -343,7 +407,7 @@ def test_passes_of_several_contexts_add_up_and_none_is_active_twice():
             loss(model).backward()
             with pytest.raises(RuntimeError, match="active already"):
                 sketch.__enter__()
-    assert_is(sketch, exact_gradients(model, sketch.names, losses, [4.0, 2.0]))
+    assert_is(sketch, exact_gradients(model, sketch.names, losses, [1.0, 1.0]))
 
 
 def test_non_finite_passes_are_left_out():
@@ -353,7 +417,7 @@ def test_non_finite_passes_are_left_out():
     with sketch:
         ODD_LOSSES[0](model).backward()
         (ODD_LOSSES[1](model) * float("nan")).backward()
-    assert_is(sketch, exact_gradients(model, names, ODD_LOSSES[:1], ODD_WEIGHTS))
+    assert_is(sketch, exact_gradients(model, names, ODD_LOSSES[:1], [1.0]))
     assert [layer.skipped for layer in sketch.layers.values()] == [1, 2, 1] or sketch.layers["block.twice"].skipped == 2
 
 
@@ -374,9 +438,9 @@ def test_layers_without_a_gradient_are_named():
 
 def test_refining_uses_a_second_round_of_passes():
     model = tiny_model("llama")
-    losses, weights = losses_of("llama")
+    losses, _ = losses_of("llama")
     sketch = sketched(model, losses, width=6)
-    expected = exact_gradients(model, sketch.names, losses, weights)
+    expected = exact_gradients(model, sketch.names, losses, [1.0] * len(losses))
 
     def errors() -> Tensor:
         out = []
@@ -396,19 +460,69 @@ def test_refining_uses_a_second_round_of_passes():
 
 def test_the_report_says_how_much_is_held():
     model = tiny_model("llama")
-    losses, weights = losses_of("llama")
+    losses, _ = losses_of("llama")
     sketch = sketched(model, losses, r=1, target_modules=["q_proj", "up_proj"])
     report = sketch.report()
-    for line, (name, g) in zip(report.layers, exact_gradients(model, sketch.names, losses, weights).items()):
+    for line, (name, g) in zip(
+        report.layers, exact_gradients(model, sketch.names, losses, [1.0] * len(losses)).items()
+    ):
         sigma = torch.linalg.svdvals(g)
         assert (line.name, line.n, line.m, line.updates, line.tokens) == (name, *g.shape, 3, 58)
         assert line.norm == pytest.approx(g.norm().item(), rel=1e-3)
         assert line.captured == pytest.approx((sigma[:2].square().sum() / sigma.square().sum()).item(), rel=1e-3)
         assert line.error == pytest.approx((sigma[2:].norm() / sigma.norm()).item(), rel=1e-2)
         assert line.sigma == pytest.approx(sigma[:2].tolist(), rel=1e-3)
-    table = str(report).splitlines()
+    table = report.table().splitlines()
     assert len(table) == 1 + len(report.layers) and "40×24" in table[2]
-    assert "no gradient" in str(GradientSketch(model).report())
+    (summary,) = str(report).splitlines()
+    assert summary.startswith(f"{len(report.layers)} layers sketched, {len(report.layers)} with a gradient: 2r = 2")
+    shares = [f"{100 * line.captured:.1f} % in {line.name}" for line in report.layers]
+    assert sum(share in summary for share in shares) == 2  # the least and the most
+    empty = str(GradientSketch(model).report()).splitlines()
+    assert len(empty) == 2 and empty[1].endswith("and 11 more: no gradient")
+
+
+def cancel(model: nn.Module, sketch: GradientSketch) -> None:
+    x, other = torch.randn(2, 60, 24)
+    target = torch.randn(2, 60, 30)
+    with sketch:
+        for sign, inputs, wanted in ((1.0, x, target[0]), (-1.0, x, target[0]), (0.02, other, target[1])):
+            (sign * (model(inputs) * wanted).sum()).backward()
+
+
+def test_passes_that_cancelled_are_a_warning_that_names_the_remedy():
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 30))
+    sketch = GradientSketch(model, r=2, width=6)
+    cancel(model, sketch)
+    message = (
+        r"in 2 of 2 layers \(0, 1\) micro-batches cancelled.*run a round.*sketch\.refine\(\).*accumulate=\"signed\""
+    )
+    with pytest.warns(UserWarning, match="fastlora.GradientSketch.report: " + message):
+        report = sketch.report()
+    assert report.cancelled == ["0", "1"] and "0, 1: micro-batches cancelled, refine() the sketch" in str(report)
+    with pytest.warns(UserWarning, match="fastlora.init_lora_ga: " + message):
+        fastlora.init_lora_ga(copy.deepcopy(model), sketch)
+
+
+@pytest.mark.parametrize("accumulate", ["signed", "components"])
+def test_other_accumulations_are_saved_and_used(tmp_path, accumulate):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 30))
+    sketch = GradientSketch(model, r=2, width=12, accumulate=accumulate)
+    cancel(model, sketch)
+    sketch.save(tmp_path / "sketch")
+    back = GradientSketch.load(tmp_path / "sketch", model)
+    assert back.accumulate == accumulate
+    for name in sketch.names:
+        one, other = sketch.layers[name].svd(4), back.layers[name].svd(4)
+        assert torch.allclose((one[0] * one[1]) @ one[2], (other[0] * other[1]) @ other[2], atol=1e-4)
+    assert list(fastlora.init_lora_ga(model, back)) == ["0", "1"]
+    if accumulate == "components":
+        with pytest.raises(ValueError, match='refine: accumulate: got "components", which has no refining'):
+            back.refine()
+        with pytest.raises(ValueError, match='combine: sketches: got some with accumulate="components"'):
+            GradientSketch.combine([back, back])
 
 
 @pytest.mark.parametrize("refined", [False, True])
@@ -456,7 +570,8 @@ def test_files_that_are_no_sketch_of_this_model(tmp_path):
         ({"r": 0}, "r: got 0, want an integer of at least 1"),
         ({"r": True}, "r: got True, want an integer of at least 1"),
         ({"r": 4, "width": 7}, "width: got 7, want an integer of at least 2r = 8"),
-        ({"weighting": "rows"}, "weighting: got 'rows', want one of tokens, equal"),
+        ({"weighting": "rows"}, "weighting: got 'rows', want one of equal, tokens"),
+        ({"accumulate": "mean"}, "accumulate: got 'mean', want one of sum, signed, components"),
         ({"target_modules": ["none"]}, r"target_modules: \['none'\] selects no linear layer of this Net"),
         ({"target_modules": "("}, r"GradientSketch: target_modules: got '\(', want a regular expression"),
         ({"exclude_modules": 3}, "GradientSketch: exclude_modules: got 3, want a string or a list of strings"),

@@ -94,13 +94,13 @@ def sketch_steps(sketch: GradientSketch, scale: float = 1.0) -> None:
 
 
 def exact_steps(discount: float) -> tuple[dict[str, Tensor], float]:
-    """Σ βᵀ⁻ᵗ Σ tokens·gradient, and Σ βᵀ⁻ᵗ tokens."""
+    """Σ βᵀ⁻ᵗ Σ gradient, and Σ βᵀ⁻ᵗ passes."""
     model, parts, total = make_model(), [], 0.0
     for t, batches in enumerate(STEPS):
         beta = discount ** (len(STEPS) - 1 - t)
         for batch in batches:
-            parts.append((beta * len(batch[0]), gradients(model, loss_of(double(batch)))))
-            total += beta * len(batch[0])
+            parts.append((beta, gradients(model, loss_of(double(batch)))))
+            total += beta
         trained(model, t)
     return weighted(parts), total
 
@@ -159,7 +159,7 @@ def test_steps_may_be_made_inside_the_context_of_a_training_run():
             optimizer.zero_grad()
             loss = loss_of(batches[0])
             expected = gradients(model, loss_of(double(batches[0])))
-            parts.append((0.5 ** (2 - t) * len(batches[0][0]), expected))
+            parts.append((0.5 ** (2 - t), expected))
             loss(model).backward()
             grads.append((model[0].weight.grad.double() - expected["0"]).norm() / expected["0"].norm())
             optimizer.step()
@@ -179,9 +179,9 @@ def test_steps_are_saved(tmp_path):
             loss_of(batches[0])(sketch._model).backward()
         sketch.step()
     same = make_model()
-    expected = weighted([(0.5**t * len(b[0][0]), gradients(same, loss_of(double(b[0])))) for t, b in enumerate(STEPS)])
+    expected = weighted([(0.5**t, gradients(same, loss_of(double(b[0])))) for t, b in enumerate(STEPS)])
     assert_is(sketch, expected)
-    assert sketch.total_weight == pytest.approx(sum(0.5**t * len(b[0][0]) for t, b in enumerate(STEPS)))
+    assert sketch.total_weight == pytest.approx(1.75)
 
 
 @pytest.mark.parametrize("discount", [0, -0.5, float("inf"), float("nan"), "0.9", True])
@@ -204,16 +204,16 @@ def sketch_task(task: int, scale: float = 1.0, **options: Any) -> GradientSketch
 
 
 def exact_task(task: int) -> tuple[dict[str, Tensor], float]:
-    """The sum over tokens, and how many they are."""
-    parts = [(float(len(batch[0])), gradients(make_model(), loss_of(double(batch)))) for batch in TASKS[task]]
-    return weighted(parts), sum(tokens for tokens, _ in parts)
+    """The sum over passes, and how many they are."""
+    parts = [(1.0, gradients(make_model(), loss_of(double(batch)))) for batch in TASKS[task]]
+    return weighted(parts), float(len(parts))
 
 
 def exact_joint(normalize: str) -> dict[str, Tensor]:
     parts = []
     for task, weight in enumerate(WEIGHTS):
-        g, tokens = exact_task(task)
-        size = {"sum": 1.0, "mean": tokens, "norm": sum(part.square().sum().item() for part in g.values()) ** 0.5}
+        g, passes = exact_task(task)
+        size = {"sum": 1.0, "mean": passes, "norm": sum(part.square().sum().item() for part in g.values()) ** 0.5}
         parts.append((weight / size[normalize], g))
     return weighted(parts)
 
@@ -229,6 +229,18 @@ def test_tasks_are_joined_with_their_weights(normalize):
     )
     assert report.layers[0].tokens == 21 + 90 + 5
     assert list(fastlora.init_lora_ga(make_model(), joint)) == NAMES
+
+
+def test_the_mean_is_over_passes_that_gave_something():
+    """Forwards without a backward, and passes that were not finite, are no part of a mean."""
+    task = sketch_task(0)
+    with GradientSketch(make_model(), r=2, width=64) as sparse:
+        for batch in TASKS[1]:
+            sparse._model(batch[0])
+            (loss_of(batch)(sparse._model) * float("inf")).backward()
+            loss_of(batch)(sparse._model).backward()
+    expected = weighted([(1.0 / exact_task(i)[1], exact_task(i)[0]) for i in (0, 1)])
+    assert_is(GradientSketch.combine([task, sparse]), expected)
 
 
 def test_only_the_norm_takes_the_tasks_loss_scale_away():
@@ -278,10 +290,9 @@ def test_a_task_that_does_not_reach_a_layer_counts_nothing_there():
     task = sketch_task(0)
     with GradientSketch(model, r=2, width=64) as other:
         model[0](TASKS[1][0][0]).square().sum(-1).mean().backward()
-    other._round.weight = 90.0  # the model itself was not called, so its tokens were not counted
     joint = GradientSketch.combine([task, other])
-    assert torch.allclose(held(joint)["2"], held(task)["2"] / 21, atol=1e-6)
-    assert not torch.allclose(held(joint)["0"], held(task)["0"] / 21, atol=1e-3)
+    assert torch.allclose(held(joint)["2"], held(task)["2"] / 2, atol=1e-6)
+    assert not torch.allclose(held(joint)["0"], held(task)["0"] / 2, atol=1e-3)
 
 
 def test_tasks_that_cannot_be_joined():

@@ -8,6 +8,7 @@ from largest import Largest
 from torch import Tensor
 
 from fastlora.init import StreamingSketch
+from fastlora.init.streaming import SKETCHES
 
 N, M, WIDTH, RANK = 70, 90, 32, 8
 Batches = list[tuple[Tensor, Tensor, float]]
@@ -200,3 +201,108 @@ def test_nothing_of_the_weights_size_is_allocated():
         sketch.squared_norm()
     assert 0 < largest.elements <= max(tokens, WIDTH) * n < n * m
     assert sketch.nbytes == 4 * WIDTH * (n + m) + 32 * n + 4 * WIDTH * (n + 2 * m)  # what the docstrings say
+
+
+# Micro-batches that cancel.
+def share(sketch: StreamingSketch, g: Tensor) -> float:
+    """What LoRA-GA's first step can follow of G (ArB2r), as a share of what the best factors can."""
+    u, _, vh = (part.double() for part in sketch.svd(2 * RANK))
+    a, b = vh[:RANK], u[:, RANK:]
+    left, right = b @ (b.t() @ g), (g @ a.t()) @ a
+    reached = (left + right - (left @ a.t()) @ a).norm().square()
+    return (reached / torch.linalg.svdvals(g)[: 2 * RANK].square().sum()).item()
+
+
+def flat_batches(weights: list[float], seed: int = 5) -> Batches:
+    """Of flat spectrum: what a sketch cuts off a micro-batch is no small part of it."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((400, 192), (400, 256))
+    return [tuple(torch.randn(shape, generator=generator) for shape in shapes) + (w,) for w in weights]  # type: ignore[misc]
+
+
+def cancelling(kind: str) -> Batches:
+    if kind == "+G -G small":
+        first, last = flat_batches([1.0, 0.02])
+        return [first, (first[0], first[1], -1.0), last]
+    advantages = torch.randn(12, generator=torch.Generator().manual_seed(1))
+    return flat_batches((advantages - advantages.mean()).tolist())
+
+
+def sketched_by(accumulate: str, batches: Batches, width: int = 48) -> StreamingSketch:
+    sketch = SKETCHES[accumulate](batches[0][1].shape[1], batches[0][0].shape[1], width, 0)
+    for number, batch in enumerate(batches):
+        sketch.update(*batch, number=number)
+    return sketch
+
+
+def test_a_sketch_of_what_cancelled_says_so_and_refining_finds_it():
+    """The residue of +G and -G, which the sketch cut, is not what it says that it holds."""
+    batches = cancelling("+G -G small")
+    g, sketch = exact_sum(batches), sketched_by("sum", batches)
+    u, s, vh = sketch.svd(2 * RANK)
+    held = (u.double().t() @ g).square().sum() / g.square().sum()
+    assert s.double().square().sum() > 3 * held * g.square().sum()  # by its own singular values it holds far more
+    measured = sketch.measure(u, s, vh)
+    assert measured.drift > 1
+    assert measured.captured == pytest.approx(held.item(), rel=0.35)  # 8 probes
+    assert math.sqrt(measured.squared_norm) == pytest.approx(g.norm().item(), rel=0.25)
+    for _ in range(3):
+        sketch.start_refining()
+        for batch in batches:
+            sketch.update(*batch)
+    u, s, vh = sketch.svd(2 * RANK)
+    held = (u.double().t() @ g).square().sum() / g.square().sum()
+    assert sketch.measure(u, s, vh).captured == pytest.approx(held.item(), rel=0.1)
+    assert share(sketch, g) > 0.8 and sketch.measure(u, s, vh).drift < 0.3
+
+
+@pytest.mark.parametrize("kind, least", [("+G -G small", 0.6), ("advantages", 0.6)])
+def test_a_signed_sketch_keeps_what_is_left(kind, least):
+    batches = cancelling(kind)
+    g, plain, signed = exact_sum(batches), sketched_by("sum", batches), sketched_by("signed", batches)
+    assert share(signed, g) > max(least, share(plain, g) - 1e-6)
+    u, s, vh = signed.svd(2 * RANK)
+    held = (u.double().t() @ g).square().sum() / g.square().sum()
+    assert signed.measure(u, s, vh).captured == pytest.approx(held.item(), rel=0.2)
+
+
+def test_a_signed_sketch_of_what_does_not_cancel_is_the_plain_one():
+    batches = micro_batches()
+    plain, signed = sketched_by("sum", batches, WIDTH), sketched_by("signed", batches, WIDTH)
+    assert all(torch.equal(one, other) for one, other in zip(plain.svd(8), signed.svd(8)))
+    assert signed.nbytes > plain.nbytes
+
+
+@pytest.mark.parametrize("kind", ["+G -G small", "advantages", "decaying"])
+def test_components_are_those_of_the_stacked_gradients(kind):
+    batches = micro_batches() if kind == "decaying" else cancelling(kind)
+    sketch = sketched_by("components", batches)
+    gradients = [w * dy.double().t() @ x.double() for x, dy, w in batches]
+    u, s, vh = (part.double() for part in sketch.svd(2 * RANK))
+    for found, parts in ((u, gradients), (vh.t(), [g.t() for g in gradients])):
+        stacked = torch.cat(parts, dim=1)  # Σ GᵢGᵢᵀ is its product with its transpose
+        best = torch.linalg.svdvals(stacked)[: 2 * RANK].square().sum()
+        assert (found.t() @ stacked).square().sum() > (0.995 if kind == "decaying" else 0.95) * best
+    energy = torch.stack([g.square().sum() for g in gradients]).sum()
+    held = (u.t() @ torch.cat(gradients, dim=1)).square().sum() / energy
+    assert 0.8 * held < sketch.measure(u, s, vh).captured < 1.02 * held  # what was cut off on the way counts as missed
+    assert sketch.squared_norm() == pytest.approx(energy.item(), rel=0.05)
+
+
+def test_calls_of_one_pass_are_one_gradient_among_the_components():
+    batches = micro_batches(count=4, tokens=20)
+    calls = SKETCHES["components"](N, M, 64, 0)
+    for number, batch in zip((3, 3, 9, 9), batches):
+        calls.update(*batch, number=number)
+    gradients = [exact_sum(batches[:2]), exact_sum(batches[2:])]
+    gram = sum(g @ g.t() for g in gradients)
+    values = torch.linalg.eigvalsh(gram).flip(0)[:8].sqrt()
+    assert torch.allclose(calls.svd(8)[1].double(), values, rtol=1e-3)
+    other = SKETCHES["components"](N, M, 64, 0)
+    for batch in batches[2:]:
+        other.update(*batch, number=5)
+    one = SKETCHES["components"](N, M, 64, 0)
+    for batch in batches[:2]:
+        one.update(*batch, number=1)
+    one.merge(other)
+    assert torch.allclose(one.svd(8)[1].double(), values, rtol=1e-3)

@@ -127,7 +127,7 @@ def factored(
     seen = [weight for weight, names in owners.items() if names and None not in names]
     tapped = {name: layers[name] for weight in seen for name in owners[weight] if name is not None}
 
-    def look(name: str, x: Tensor, dy: Tensor, _: float) -> None:
+    def look(name: str, x: Tensor, dy: Tensor, _: taps.Pass) -> None:
         layer = tapped[name]
         weight: Tensor = layer.weight  # type: ignore[assignment]
         if weight in idle:
@@ -136,7 +136,7 @@ def factored(
             x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
             observe(weight, Factors(dy, x) if targets.is_conv1d(layer) else Factors(x, dy))
 
-    detach = taps.attach(model, tapped, lambda args, kwargs: 1.0, look)
+    detach = taps.attach(model, tapped, look)
     for weight in seen:
         weight.requires_grad_(False)
     _taken.update(map(id, seen))
