@@ -28,14 +28,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import settings as options
-from comparison_settings import Comparison, parse
-from contestants import CONTESTANTS
-from settings import UsageError
+from study import settings as options
+from study.comparison import Comparison, parse
+from study.contestants import CONTESTANTS
+from study.settings import UsageError
 
 if TYPE_CHECKING:
-    from tasks import Task
-    from trials import Store, Trial
+    from study.tasks.task import Task
+    from study.trials import Store, Trial
 
 INTERRUPTED = 130
 SEARCH_SEED = 1000  # the first seed for choosing learning rates; the others are 0, 1, ...
@@ -62,13 +62,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def compare(settings: Comparison) -> None:
     """The whole comparison, from where an earlier one stopped."""
-    import alignment
-    import comparison_report
-    import costs
-    from files import kept
     from finetune import choose_device
-    from tasks import load_task
-    from trials import Store
+    from study import alignment, costs
+    from study import report as comparison_report
+    from study.files import kept
+    from study.tasks.task import load_task
+    from study.trials import Store
 
     task = load_task(settings, choose_device(settings.device))
     print(task.description, flush=True)
@@ -92,7 +91,7 @@ def compare(settings: Comparison) -> None:
 def shared_facts(task: Task) -> dict[str, Any]:
     """What every trial of a comparison has in common: settings, data, machine."""
     import torch
-    from report import machine
+    from study.finetune_report import machine
 
     where = {"device": machine(task.device)["device"], "torch": torch.__version__, "threads": torch.get_num_threads()}
     return {**task.settings.shared_by_trials, **task.facts, **where}
@@ -125,7 +124,7 @@ class Trainer:
         return {name: [trials[name] for trials in by_seed] for name in rates}
 
     def search(self, name: str) -> Rates:
-        from curves import best_rate
+        from study.curves import best_rate
 
         if self.settings.quick:
             return Rates(self.settings.lr, {}, False)
@@ -139,7 +138,7 @@ class Trainer:
         return rates
 
     def trial(self, name: str, lr: float, seed: int, *, test: bool) -> Trial:
-        from trials import run_trial
+        from study.trials import run_trial
 
         trial = self.store.get(name, lr, seed, tested=test)
         made = trial is None

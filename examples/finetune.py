@@ -19,13 +19,13 @@ import warnings
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from settings import ORDINARY_INITS, Settings, UsageError, parse, require_packages, require_writable
+from study.settings import ORDINARY_INITS, Settings, UsageError, parse, require_packages, require_writable
 
 if TYPE_CHECKING:
     import torch
-    from batches import TokenizedExamples
-    from docstrings import Dataset
-    from training import Run
+    from study.data.batches import TokenizedExamples
+    from study.data.docstrings import Dataset
+    from study.training import Run
 
 INTERRUPTED = 130
 
@@ -66,10 +66,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def finetune(settings: Settings) -> int:
     """The whole run; returns the exit status."""
-    import docstrings
-    import encoder
-    from batches import TokenizedExamples, training_order
-    from training import Run, train
+    from study.data import docstrings, encoder
+    from study.data.batches import TokenizedExamples, training_order
+    from study.training import Run, train
 
     start = time.perf_counter()
     device = choose_device(settings.device)
@@ -132,8 +131,8 @@ def fresh_models(
     source: str, dataset: Dataset, train: TokenizedExamples, settings: Settings, device: torch.device
 ) -> list[tuple[str, Any]]:
     """A classifier per method, the LoRA ones with the same initial adapter weights where --init is an ordinary one."""
-    import methods
-    from batches import sketch_batches
+    from study import methods
+    from study.data.batches import sketch_batches
 
     batches = [
         batch.to(device) for batch in sketch_batches(train, settings.batch_size, settings.sketch_batches, settings.seed)
@@ -162,8 +161,8 @@ def conclude(
     start: float,
 ) -> None:
     """Tests (only after a complete run), saves the adapter, checks it with PEFT, and writes the report."""
-    import report
-    from training import accuracy, predict
+    from study import finetune_report as report
+    from study.training import accuracy, predict
 
     test_accuracy: dict[str, float] = {}
     agreement: Agreement | None = None
@@ -209,10 +208,10 @@ def save_and_check(
     """Saves fastlora's adapter and head; given the trained model's logits, compares those of a fresh encoder with the
     files loaded by PEFT.
     """
-    import encoder
     import torch
     from peft import PeftModel
-    from training import predict
+    from study.data import encoder
+    from study.training import predict
 
     import fastlora
 

@@ -63,9 +63,8 @@ def docstring_task(micro_batches: int, batch_size: int, max_length: int = 64) ->
     folder = str(machine.ROOT / "examples")
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    import docstrings
-    import encoder
-    from batches import TokenizedExamples, training_order
+    from study.data import docstrings, encoder
+    from study.data.batches import TokenizedExamples, training_order
 
     source = encoder.find_model(encoder.DEFAULT_MODEL)
     dataset = docstrings.load()

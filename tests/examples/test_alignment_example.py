@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("sklearn")
 
-import alignment
-import learners
-from alignment import BOUND, STARTS
+from study import alignment
+from study import learner as learners
+from study.alignment import BOUND, STARTS
 from tiny_examples import digits_task
 
 LAYERS = ("0", "2", "4")

@@ -11,22 +11,18 @@ pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 
 import compare
-import comparison_report
-import contestants
-import curves
-import docstrings
-import files
-import task_gpt
-import topics
-import trials
-from byte_gpt import Shape
-from comparison_settings import DEFAULTS, QUICK, parse
-from contestants import CONTESTANTS
 from safetensors import SafetensorError
-from settings import UsageError
-from tasks import ACCURACY, Scores
+from study import contestants, curves, files, trials
+from study import report as comparison_report
+from study.comparison import DEFAULTS, QUICK, parse
+from study.contestants import CONTESTANTS
+from study.data import docstrings, topics
+from study.data.byte_gpt import Shape
+from study.settings import UsageError
+from study.tasks import gpt as task_gpt
+from study.tasks.task import ACCURACY, Scores
+from study.trials import Store, Trial, Validation
 from tiny_examples import save_tiny_encoder, write_library
-from trials import Store, Trial, Validation
 
 SMALL = [
     "--steps",
@@ -414,10 +410,10 @@ def test_a_rate_that_is_far_too_large_is_recorded_as_diverged(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "writes", ["pathlib.Path.write_text", "pretraining.save_file", "matplotlib.figure.Figure.savefig"]
+    "writes", ["pathlib.Path.write_text", "study.data.pretraining.save_file", "matplotlib.figure.Figure.savefig"]
 )
 def test_a_full_disk_is_an_error_in_a_line_and_leaves_no_piece(tmp_path, monkeypatch, capsys, writes):
-    error = SafetensorError("full") if writes == "pretraining.save_file" else OSError(28, "No space left on device")
+    error = SafetensorError("full") if writes.endswith("save_file") else OSError(28, "No space left on device")
     options = ["--task", "digits", "--quick", "--device", "cpu", "--contestants", "lora", "--out", str(tmp_path)]
     monkeypatch.setattr(writes, lambda *_, **__: (_ for _ in ()).throw(error))
     assert compare.main(options) == 1

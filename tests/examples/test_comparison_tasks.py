@@ -9,16 +9,14 @@ import torch
 
 pytest.importorskip("sklearn")
 
-import byte_gpt
-import pretraining
-import task_digits
-import task_gpt
-import tasks
-import topics
-from byte_gpt import ByteGPT, Shape
-from comparison_settings import parse
-from pretraining import pretrained, weights_hash
-from tasks import load_task, shuffled_epochs
+from study.comparison import parse
+from study.data import byte_gpt, pretraining, topics
+from study.data.byte_gpt import ByteGPT, Shape
+from study.data.pretraining import pretrained, weights_hash
+from study.tasks import digits as task_digits
+from study.tasks import gpt as task_gpt
+from study.tasks import task as tasks
+from study.tasks.task import load_task, shuffled_epochs
 from tiny_examples import digits_task
 from torch import nn
 
@@ -106,8 +104,8 @@ def test_the_gpt_is_pretrained_once_and_adapted_below_its_head(small_gpt, monkey
     again = small_gpt()
     assert again.facts == task.facts
     assert task.facts["weights"] == weights_hash(model.state_dict())
-    import learners
-    from contestants import CONTESTANTS
+    from study import learner as learners
+    from study.contestants import CONTESTANTS
 
     adapted = learners.lora_layers(learners.prepared_model(task, CONTESTANTS["lora"], 0))
     names = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -235,7 +233,7 @@ def test_epochs_have_every_example_once():
 
 
 def test_a_task_is_one_module_with_a_load(tmp_path, monkeypatch):
-    module = ModuleType("task_digits")
+    module = ModuleType("study.tasks.digits")
     module.load = lambda settings, device: (settings.task, device)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "task_digits", module)
+    monkeypatch.setitem(sys.modules, "study.tasks.digits", module)
     assert load_task(parse(["--task", "digits", "--out", str(tmp_path)]), CPU) == ("digits", CPU)

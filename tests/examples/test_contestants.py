@@ -8,10 +8,10 @@ import torch
 
 pytest.importorskip("sklearn")
 
-import costs
-import learners
-from contestants import CONTESTANTS
-from learners import Learner
+from study import costs
+from study import learner as learners
+from study.contestants import CONTESTANTS
+from study.learner import Learner
 from tiny_examples import digits_task
 
 import fastlora

@@ -13,15 +13,12 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-import docstrings
 import finetune
-import memory
-import methods
-import settings
-import training
-from batches import TokenizedExamples, sketch_batches, training_order
-from docstrings import Example
-from encoder import SentenceClassifier, find_model, load_encoder, load_tokenizer
+from study import memory, methods, settings, training
+from study.data import docstrings
+from study.data.batches import TokenizedExamples, sketch_batches, training_order
+from study.data.docstrings import Example
+from study.data.encoder import SentenceClassifier, find_model, load_encoder, load_tokenizer
 from tiny_examples import save_tiny_encoder, write_library
 
 import fastlora

@@ -41,8 +41,8 @@ def write_library(root: Path, modules: int = 3, functions: int = 40) -> Path:
 
 def digits_task(out: Path, *options: str) -> Any:
     """The comparison's task on scikit-learn's digits, with its model pretrained under `out` (a second or two)."""
-    from comparison_settings import parse
-    from tasks import load_task
+    from study.comparison import parse
+    from study.tasks.task import load_task
 
     arguments = ["--task", "digits", "--device", "cpu", "--out", str(out), *options]
     return load_task(parse(arguments), torch.device("cpu"))

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from docstrings import Example
+
+from study.data.docstrings import Example
 
 BUCKET_BATCHES = 8
 SKETCH_SEED = 2**32  # beyond every seed of a run

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from settings import Settings
-from training import Run
+
+from study.settings import Settings
+from study.training import Run
 
 SMOOTHING = 10
 

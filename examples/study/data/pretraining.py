@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from files import replacing
-from progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from schedule import share_of_peak
 from torch import nn
+
+from study.files import replacing
+from study.progress import Progress
+from study.schedule import share_of_peak
 
 Weights = dict[str, torch.Tensor]
 

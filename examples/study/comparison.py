@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import settings as options
-from contestants import CONTESTANTS, OPTIMIZERS, Contestant
+from study import settings as options
+from study.contestants import CONTESTANTS, OPTIMIZERS, Contestant
 
 TASKS = ("docstrings", "gpt", "digits")
 # What a task does unless told otherwise, and by that which options it has. `lr`: the rate of the protocol with one rate

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from adapting import set_training
-from batches import SKETCH_SEED
-from comparison_settings import Comparison
 from torch import nn
+
+from study.adapting import set_training
+from study.comparison import Comparison
+from study.data.batches import SKETCH_SEED
 
 PARTS = ("train", "validation", "test")
 
@@ -106,7 +107,7 @@ class Task(ABC):
 
 def load_task(settings: Comparison, device: torch.device) -> Task:
     """The task that the settings name, its data read and its model pretrained."""
-    module = importlib.import_module(f"task_{settings.task}")
+    module = importlib.import_module(f"study.tasks.{settings.task}")
     return module.load(settings, device)
 
 

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import alignment
-from comparison_settings import by_optimizer
-from contestants import BASELINE, CONTESTANTS
-from curves import running_mean, steps_to
-from files import write_atomically
-from report import format_table, machine
-from tasks import Metric, Task
-from trials import Trial, commit, plain
+from study import alignment
+from study.comparison import by_optimizer
+from study.contestants import BASELINE, CONTESTANTS
+from study.curves import running_mean, steps_to
+from study.files import write_atomically
+from study.finetune_report import format_table, machine
+from study.tasks.task import Metric, Task
+from study.trials import Trial, commit, plain
 
 if TYPE_CHECKING:
     from compare import Rates
@@ -254,7 +254,7 @@ def save(results: Results) -> list[Path]:
     write_atomically(files[0], text(results))
     write_atomically(files[1], json.dumps(content, allow_nan=False) + "\n")
     if settings.plot:
-        from comparison_plots import plot
+        from study.plots import plot
 
         files.append(plot(results, settings.folder / "loss.png"))
     return files

@@ -14,7 +14,7 @@ import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 
-from docstrings import normalised, part_of, source_files
+from study.data.docstrings import normalised, part_of, source_files
 
 
 def sources(root: Path | None = None) -> bytes:

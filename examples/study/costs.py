@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from contestants import CONTESTANTS
-from learners import Learner
-from progress import Progress
-from tasks import Task
+
+from study.contestants import CONTESTANTS
+from study.learner import Learner
+from study.progress import Progress
+from study.tasks.task import Task
 
 UNTIMED_ROUNDS = 3  # the first steps pay for page faults, and on a GPU for compilation
 

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import CONTESTANTS
-from curves import running_mean
-from files import write_atomically
-from learners import Learner
-from progress import Progress
-from settings import UsageError
-from tasks import Scores, Task
+
+from study.contestants import CONTESTANTS
+from study.curves import running_mean
+from study.files import write_atomically
+from study.learner import Learner
+from study.progress import Progress
+from study.settings import UsageError
+from study.tasks.task import Scores, Task
 
 FORMAT = 2  # of the file; the first held contestants' `overrides` and a test accuracy alone
 SHOWN = 20  # steps that the loss beside the progress bar is the mean of

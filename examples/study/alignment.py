@@ -18,11 +18,12 @@ import statistics
 from typing import Any
 
 import torch
-from contestants import Contestant
-from learners import lora_layers, prepared_model
-from progress import Progress
-from report import format_table
-from tasks import Task
+
+from study.contestants import Contestant
+from study.finetune_report import format_table
+from study.learner import lora_layers, prepared_model
+from study.progress import Progress
+from study.tasks.task import Task
 
 GAMMA = {"gamma": 16.0}  # which has no influence: factors of another size step in the same direction
 STARTS = {

@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import docstrings
-import encoder
 import torch
-from batches import Batch, TokenizedExamples, training_order
-from comparison_settings import Comparison
-from encoder import SentenceClassifier
-from tasks import PARTS, Task
 from torch import nn
+
+from study.comparison import Comparison
+from study.data import docstrings, encoder
+from study.data.batches import Batch, TokenizedExamples, training_order
+from study.data.encoder import SentenceClassifier
+from study.tasks.task import PARTS, Task
 
 EVAL_BATCH_SIZE = 64
 QUICK_SHARE = 8  # one of so many texts is validated and tested on in a quick run

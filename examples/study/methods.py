@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from adapting import set_training, start_from_gradients
-from batches import Batch
-from encoder import SentenceClassifier, load_encoder
-from settings import Settings
 from torch import nn
+
+from study.adapting import set_training, start_from_gradients
+from study.data.batches import Batch
+from study.data.encoder import SentenceClassifier, load_encoder
+from study.settings import Settings
 
 TITLES = {
     "head": "head alone (encoder frozen)",

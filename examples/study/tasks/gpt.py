@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import byte_gpt
-import topics
 import torch
-from byte_gpt import ByteGPT, Shape
-from comparison_settings import Comparison
-from pretraining import fit, pretrained, weights_hash
-from tasks import PARTS, Metric, Task, shuffled_epochs
 from torch import nn
+
+from study.comparison import Comparison
+from study.data import byte_gpt, topics
+from study.data.byte_gpt import ByteGPT, Shape
+from study.data.pretraining import fit, pretrained, weights_hash
+from study.tasks.task import PARTS, Metric, Task, shuffled_epochs
 
 PRETRAINING = {"steps": 1200, "batch_size": 16, "lr": 3e-3, "seed": 0}
 QUICK_PRETRAINING = PRETRAINING | {"steps": 2, "batch_size": 2}

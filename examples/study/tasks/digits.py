@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from comparison_settings import Comparison
-from docstrings import part_of
-from pretraining import fit, pretrained, weights_hash
-from tasks import PARTS, Task, shuffled_epochs
 from torch import nn
+
+from study.comparison import Comparison
+from study.data.docstrings import part_of
+from study.data.pretraining import fit, pretrained, weights_hash
+from study.tasks.task import PARTS, Task, shuffled_epochs
 
 PRETRAINING = {"steps": 600, "batch_size": 32, "lr": 1e-3, "seed": 0}
 WIDTH, SIDE, CLASSES = 256, 8, 10

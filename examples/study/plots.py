@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from comparison_report import WINDOW, Finals, Results, finished, summarise
-from contestants import CONTESTANTS
-from curves import Band, band, running_mean
-from files import replacing
-from tasks import Metric
+from study.contestants import CONTESTANTS
+from study.curves import Band, band, running_mean
+from study.files import replacing
+from study.report import WINDOW, Finals, Results, finished, summarise
+from study.tasks.task import Metric
 
 COLORS = (*(f"C{i}" for i in range(10)), "black", "gold")
 STYLES = ("-", "--")  # past twelve contestants colours repeat

@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from adapting import set_training, start_from_gradients
-from contestants import Contestant
-from memory import peak_growth, tensor_bytes
-from schedule import share_of_peak
-from tasks import Task
 from torch import nn
 
 import fastlora
+from study.adapting import set_training, start_from_gradients
+from study.contestants import Contestant
+from study.memory import peak_growth, tensor_bytes
+from study.schedule import share_of_peak
+from study.tasks.task import Task
 
 
 class Learner:

@@ -10,15 +10,16 @@ from types import FrameType
 from typing import Any
 
 import torch
-from adapting import set_training
-from batches import Batch, TokenizedExamples
-from encoder import SentenceClassifier
-from memory import peak_growth, tensor_bytes
-from methods import title
-from progress import Progress
-from schedule import share_of_peak
-from settings import Settings
 from torch import nn
+
+from study.adapting import set_training
+from study.data.batches import Batch, TokenizedExamples
+from study.data.encoder import SentenceClassifier
+from study.memory import peak_growth, tensor_bytes
+from study.methods import title
+from study.progress import Progress
+from study.schedule import share_of_peak
+from study.settings import Settings
 
 UNTIMED_STEPS = 3  # the first steps of a method pay for page faults, and on a GPU for compilation
 EVAL_BATCH_SIZE = 64
