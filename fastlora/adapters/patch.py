@@ -17,9 +17,16 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..introspect import sharding
-from ..introspect.fused import FusedPeftLayer, FusedPeftTuner
+from ..introspect.fused import FusedPeftLayer, FusedPeftTuner, rebind_forward
 from ..introspect.names import from_pattern
-from ..introspect.targets import Selection, candidates, check_holder, peft_lora_layers, why_not_patchable
+from ..introspect.targets import (
+    Selection,
+    candidates,
+    check_holder,
+    expert_weights,
+    peft_lora_layers,
+    why_not_patchable,
+)
 from ..layers import group as grouping
 from ..layers import mlp as mlps
 from ..layers.checks import check_adapter_arguments, check_backend
@@ -27,7 +34,8 @@ from ..layers.kinds import FROZEN, TRAINED, check_kinds
 from ..layers.linear import FusedLoraLinear
 from ..layers.starts import check_init, check_not_shared, shifts_weight
 from ..runtime import progress
-from .report import ModuleReport, PatchReport
+from ..runtime.messages import by_reason
+from .report import ModuleReport, PatchReport, refusal
 
 _FROZEN = "_fastlora_requires_grad"  # on each module of a patched model: {its own parameter: requires_grad before}
 _ORIGINAL_CLASS = "_fastlora_class"  # on a patched layer
@@ -138,8 +146,6 @@ def patch(
         if targeted:
             why_not = why_not_patchable(module)
         if why_not is not None:
-            if targeted and strict:
-                raise ValueError(f"patch: strict=True, and {name!r} cannot be patched: {why_not}")
             report.modules.append(ModuleReport(name, _original_kind(module), False, why_not, targeted))
             continue
         own = settings_of[name] = settings | {
@@ -151,6 +157,8 @@ def patch(
             plan[name] = module
         reason = status or f"adapter {adapter_name!r}, r={own['r']}"
         report.modules.append(ModuleReport(name, _original_kind(module), True, reason))
+    for name, why_not, asked in expert_weights(model, selection):
+        report.modules.append(ModuleReport(name, "Parameter", False, why_not, asked))
     _check_something_matched(model, report, selection, strict)
     if shifts_weight(init_lora_weights):
         weights = {name: cast(Tensor, module.weight) for name, module in plan.items()}
@@ -164,7 +172,7 @@ def patch(
 
 
 def _log(model: nn.Module, report: PatchReport) -> None:
-    logger.info("patch: %s: %s", type(model).__name__, report.summary.removeprefix("fastlora: "))
+    logger.info("patch: %s: %s", type(model).__name__, report.counts.removeprefix("fastlora: "))
     for line in report.modules:
         logger.debug("patch: %s: %s: %s", line.name, "patched" if line.patched else "left alone", line.reason)
 
@@ -288,19 +296,29 @@ def _check_something_matched(model: nn.Module, report: PatchReport, selection: S
         kinds = ("Linear", "Conv1D", FusedLoraLinear.__name__)
         linear = sorted({line.name.rpartition(".")[2] for line in report.modules if line.kind in kinds})
         found = f"its linear layers are called {', '.join(linear)}" if linear else "it has no linear layers"
-        reasons = "; ".join(f"{line.name}: {line.reason}" for line in report.modules if line.targeted)
+        reasons = "; ".join(by_reason(report.refused.items()))
         raise ValueError(
             f"patch: target_modules: {selection.targets!r} selects nothing that can be patched in this "
             f"{type(model).__name__}; {found}"
             + (f" ({reasons})" if reasons else "")
             + _hint(selection.targets, {line.name.rpartition(".")[2] for line in report.modules})
         )
+    if report.refused and strict:
+        raise ValueError(f"patch: strict=True, and {refusal(report.refused)}")
     if selection.unused and not selection.all_linear:
         message = f"patch: target_modules: no module is called {', '.join(map(repr, sorted(selection.unused)))}"
         if strict:
             raise ValueError(f"{message} (strict=True)")
         hint = _hint(selection.unused, {line.name.rpartition(".")[2] for line in report.modules})
         warnings.warn(f"fastlora.{message}; the other targets were patched{hint}", UserWarning, stacklevel=3)
+    if report.refused:
+        lines = "\n  ".join(by_reason(report.refused.items()))
+        warnings.warn(
+            f"fastlora.patch: {len(report.refused)} of the targets were left as they were, and will not be trained "
+            f"(exclude_modules, where that is meant):\n  {lines}",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _hint(targets: str | Iterable[str], names: set[str]) -> str:
@@ -308,9 +326,17 @@ def _hint(targets: str | Iterable[str], names: set[str]) -> str:
     if isinstance(targets, str):
         meant = [name for name in re.split(r"[\s,|]+", targets) if name in names]
         return f". A string is a regular expression that matches whole names; want a list, {meant}" if meant else ""
-    close = {target: difflib.get_close_matches(target.rpartition(".")[2], names, n=1) for target in sorted(targets)}
-    likely = [f"{found[0]!r} for {target!r}" for target, found in close.items() if found and found[0] != target]
+    likely = [f"{found!r} for {target!r}" for target in sorted(targets) if (found := _meant(target, names))]
     return f". Did you mean {', '.join(likely)}?" if likely else ""
+
+
+def _meant(target: str, names: set[str]) -> str | None:
+    """The name that a target is a misspelling or a part of; 'o_proj' is no 'down_proj'."""
+    last = target.rpartition(".")[2]
+    for name in difflib.get_close_matches(last, names, n=3, cutoff=0.7):
+        if name != target and (name[:1].lower() == last[:1].lower() or f"_{name}".endswith(f"_{last}")):
+            return name
+    return None
 
 
 # The swap.
@@ -381,6 +407,7 @@ def _swap_class(module: nn.Module, backend: str) -> None:
     module.__dict__[_ORIGINAL_CLASS] = original
     if original is not nn.Linear:  # a Conv1D does not say its sizes in these words
         module.in_features, module.out_features = module.weight.shape  # type: ignore[misc]
+    rebind_forward(module, FusedLoraLinear)
     module.__class__ = FusedLoraLinear
     assert isinstance(module, FusedLoraLinear)
     module._init_adapter_state(fan_in_fan_out=original is not nn.Linear, backend=backend)
@@ -395,6 +422,7 @@ def restore_layer(layer: FusedLoraLinear) -> None:
     original = layer.__dict__.pop(_ORIGINAL_CLASS)
     if original is not nn.Linear:
         del layer.in_features, layer.out_features
+    rebind_forward(layer, original)
     cast(nn.Module, layer).__class__ = original
 
 

@@ -14,7 +14,8 @@ from ..integrations.peft import adopt as peft_adopt
 from ..integrations.peft import tuner as peft_tuner
 from ..introspect.fused import FusedPeftLayer
 from ..introspect.targets import Selection
-from .report import ModuleReport, PatchReport
+from ..runtime.messages import by_reason
+from .report import ModuleReport, PatchReport, refusal
 
 
 def patch(model: nn.Module, layers: dict[str, Any], selection: Selection, backend: str, strict: bool) -> PatchReport:
@@ -22,6 +23,7 @@ def patch(model: nn.Module, layers: dict[str, Any], selection: Selection, backen
     would be left alone."""
     report = PatchReport()
     plan = []
+    asked: dict[str, str] = {}
     for name, layer in layers.items():
         kind = type(layer).__name__
         why_not = None
@@ -30,29 +32,37 @@ def patch(model: nn.Module, layers: dict[str, Any], selection: Selection, backen
         elif selection.excludes(name):
             why_not = "in exclude_modules"
         targeted = why_not is None
-        if isinstance(layer, FusedPeftLayer):
-            report.modules.append(ModuleReport(name, kind, True, "was patched already", targeted))
-            continue
         why_not = why_not or peft_adopt.unsupported(layer)
-        if targeted and why_not is not None and strict:
-            raise ValueError(f"patch: strict=True, and {name!r} cannot be patched: {why_not}")
-        if why_not is None:
+        if why_not is None and not isinstance(layer, FusedPeftLayer):
             plan.append(layer)
-        reason = why_not or peft_adopt.prediction(layer) or "PEFT's adapters, run fused"
-        report.modules.append(ModuleReport(name, kind, why_not is None, reason, targeted))
+        falls_back = why_not or peft_adopt.prediction(layer)
+        done = "was patched already" if isinstance(layer, FusedPeftLayer) else "PEFT's adapters, run fused"
+        report.modules.append(ModuleReport(name, kind, falls_back is None, falls_back or done, targeted))
+        # PEFT's layers on embeddings and convolutions are no linear layers that were asked for.
+        if targeted and falls_back and (why_not is None or not selection.all_linear):
+            asked[name] = falls_back
+    if report.refused and strict:
+        raise ValueError(f"patch: strict=True, and {refusal(report.refused)}")
     if not any(line.targeted for line in report.modules):
         raise ValueError(
             f"patch: target_modules: {selection.targets!r} selects none of this model's PEFT layers: "
             f"{', '.join(list(layers)[:8])}{', ...' if len(layers) > 8 else ''}"
         )
-    for layer in plan:
-        peft_adopt.adopt(layer, backend)
-    peft_tuner.follow(model, selection, backend)
     if not report.patched:
+        lines = "\n  ".join(by_reason(report.left_alone.items()))
         warnings.warn(
-            "fastlora.patch: none of this model's PEFT layers can run fused; they stay with PEFT. Reasons:\n"
-            + str(report),
+            f"fastlora.patch: none of this model's PEFT layers can run fused; they stay with PEFT. Reasons:\n  {lines}",
             UserWarning,
             stacklevel=3,
         )
+    elif asked:
+        lines = "\n  ".join(by_reason(asked.items()))
+        warnings.warn(
+            f"fastlora.patch: {len(asked)} PEFT layers cannot run fused; they stay with PEFT:\n  {lines}",
+            UserWarning,
+            stacklevel=3,
+        )
+    for layer in plan:
+        peft_adopt.adopt(layer, backend)
+    peft_tuner.follow(model, selection, backend)
     return report

@@ -1,16 +1,17 @@
-"""What `patch` did to a model, and why: a line per module."""
+"""What `patch` did to a model, and why: a line per module, and many modules with one reason in one line."""
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
-_REPR_ROWS = 40
+from ..runtime.messages import by_reason, table
+
+_LINES = 20  # of reasons in a summary
 
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One module: `patched` or not, and why (for a patched one: what it got)."""
+    """One module, or one expert weight: `patched` or not, and why (for a patched one: what it got)."""
 
     name: str
     kind: str
@@ -21,7 +22,7 @@ class ModuleReport:
 
 @dataclass
 class PatchReport:
-    """What `patch` did, a line per module; `str(report)` is the table."""
+    """What `patch` did. `print(report)` shows its `summary`; `table()` has a line per module."""
 
     modules: list[ModuleReport] = field(default_factory=list)
     groups: list[tuple[str, ...]] = field(default_factory=list)  # names of the layers that `group` has put together
@@ -35,36 +36,51 @@ class PatchReport:
 
     @property
     def left_alone(self) -> dict[str, str]:
-        """Name -> reason for every linear layer or target that was left as it was."""
+        """Name -> reason for every linear layer, expert weight or target that was left as it was."""
         return {line.name: line.reason for line in self.modules if not line.patched}
 
-    def __str__(self) -> str:
-        rows = [("module", "kind", "", "why")]
-        rows += [
-            (line.name or "(the model itself)", line.kind, "patched" if line.patched else "left alone", line.reason)
-            for line in self.modules
-        ]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        table = "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + f"  {row[3]}"
-            for row in rows
-        )
-        return f"{self.summary}\n{table}"
+    @property
+    def refused(self) -> dict[str, str]:
+        """Name -> reason for every target that was left as it was."""
+        return {line.name: line.reason for line in self.modules if line.targeted and not line.patched}
 
     @property
-    def summary(self) -> str:
-        """The table's first line: how many modules were patched and left alone."""
+    def counts(self) -> str:
+        """The summary's first line."""
         grouped = f", {len(self.groups)} groups" if self.groups else ""
         grouped += f", {len(self.mlps)} MLPs" if self.mlps else ""
         return f"fastlora: {len(self.patched)} modules patched, {len(self.left_alone)} left alone{grouped}"
 
-    def __repr__(self) -> str:
-        """The table, or for a model of many layers what a prompt can show: how many have which reason."""
-        if len(self.modules) <= _REPR_ROWS:
-            return str(self)
-        counts = Counter((line.patched, line.kind, line.reason) for line in self.modules)
+    @property
+    def summary(self) -> str:
+        """How many modules were patched and left alone, and a line for each reason."""
+        patched = [(_shown(line.name), line.reason) for line in self.modules if line.patched]
+        left = [(_shown(name), reason) for name, reason in self.left_alone.items()]
+        mlps = [(_shown(name), reason) for name, reason in self.mlps_left_alone.items()]
+        lines = [f"  patched     {line}" for line in by_reason(patched)]
+        lines += [f"  left alone  {line}" for line in by_reason(left)]
+        lines += [f"  no MLP      {line}" for line in by_reason(mlps)]
+        more = [f"  and {len(lines) - _LINES} more reasons: report.table()"] if len(lines) > _LINES else []
+        return "\n".join([self.counts, *lines[:_LINES], *more])
+
+    def table(self) -> str:
+        """A line per module: its kind, patched or left alone, and why."""
         rows = [
-            f"  {count} × {kind} {'patched' if patched else 'left alone'}: {reason}"
-            for (patched, kind, reason), count in counts.most_common(_REPR_ROWS)
+            (_shown(line.name), line.kind, "patched" if line.patched else "left alone", line.reason)
+            for line in self.modules
         ]
-        return "\n".join([self.summary, *rows, "  (print the report for a line each)"])
+        return table([("module", "kind", "", "why"), *rows])
+
+    def __str__(self) -> str:
+        return self.summary
+
+    __repr__ = __str__
+
+
+def _shown(name: str) -> str:
+    return name or "(the model itself)"
+
+
+def refusal(refused: dict[str, str]) -> str:
+    """Of targets that cannot be patched, in one line for an error: who and why."""
+    return "; ".join(by_reason(((repr(name), why) for name, why in refused.items()), verb=" cannot be patched"))

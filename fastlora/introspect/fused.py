@@ -1,6 +1,12 @@
-"""The marks of what fastlora has put into a model, by which the lower floors know it without importing it."""
+"""The marks of what fastlora has put into a model, by which the lower floors know it without importing it; and what a
+class swap must know of a module's forward."""
 
 from __future__ import annotations
+
+import types
+from typing import Any
+
+from torch import nn
 
 
 class OwnLayer:
@@ -13,3 +19,29 @@ class FusedPeftLayer:
 
 class FusedPeftTuner:
     """The mark of a PEFT tuner that fuses the adapters it adds later."""
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward: nothing on the instance replaces it but accelerate's hook that
+    only moves inputs to the weight's device (`device_map`), or what such a hook leaves when it is removed."""
+    attributes = module.__dict__
+    forward = attributes.get("forward")
+    if forward is None or _is_own(forward, module):
+        return True
+    hook = attributes.get("_hf_hook")
+    placed = type(hook).__name__ == "AlignDevicesHook" and not hook.offload  # type: ignore[union-attr]
+    return placed and _is_own(attributes.get("_old_forward"), module)
+
+
+def rebind_forward(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Before an instance gets another class: a forward kept on it becomes that class's."""
+    attributes = module.__dict__
+    if _is_own(attributes.get("forward"), module):
+        del attributes["forward"]
+    if _is_own(attributes.get("_old_forward"), module):
+        attributes["_old_forward"] = types.MethodType(cls.forward, module)
+
+
+def _is_own(forward: Any, module: nn.Module) -> bool:
+    own = getattr(forward, "__func__", None) is type(module).forward
+    return own and forward.__self__ is module  # type: ignore[union-attr]

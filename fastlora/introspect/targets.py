@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .fused import OwnLayer
+from .fused import OwnLayer, has_own_forward
 from .names import named_modules, peeled, unwrapped
 
 
@@ -98,11 +98,33 @@ def unwrap(model: nn.Module, caller: str) -> nn.Module:
 
 def candidates(model: nn.Module, selection: Selection) -> Iterator[tuple[str, nn.Module]]:
     """Every linear layer, and whatever else was named as a target, once each."""
+    inside: set[int] = set()
     for name, module in named_modules(model):
+        if isinstance(module, OwnLayer):
+            inside.update(id(child) for child in module.modules())
         linear = isinstance(module, nn.Linear) or is_conv1d(module)
-        leaf = not any(True for _ in module.children()) and not isinstance(module, nn.ParameterDict)
-        if linear or (leaf and not selection.all_linear and selection.names(name)):
+        # A regular expression that ends in ".*" means layers, not what they are in.
+        meant = not isinstance(selection.targets, str) or not any(True for _ in module.children())
+        if linear or (id(module) not in inside and not selection.all_linear and meant and selection.names(name)):
             yield name, module
+
+
+def expert_weights(model: nn.Module, selection: Selection) -> Iterator[tuple[str, str, bool]]:
+    """(name, why it is left alone, whether it was asked for) of every 3-D parameter that is no convolution's kernel:
+    the weights of several linear layers, as transformers has experts."""
+    for name, module in named_modules(model):
+        if isinstance(module, (OwnLayer, nn.modules.conv._ConvNd, nn.ParameterDict)):
+            continue
+        for key, parameter in module._parameters.items():
+            if parameter is None or parameter.dim() != 3 or min(parameter.shape) < 2:
+                continue
+            path = f"{name}.{key}" if name else key
+            if selection.excludes(path):
+                yield path, "in exclude_modules", False
+                continue
+            suffix = ".".join(path.split(".")[-2:])
+            why = f"a 3-D parameter (experts?): PEFT adapts it, by LoraConfig(target_parameters=[{suffix!r}])"
+            yield path, why, not selection.all_linear and selection.names(path)
 
 
 def sketchable(
@@ -152,8 +174,13 @@ def why_not_patchable(module: nn.Module) -> str | None:
         if isinstance(module, nn.Linear):
             return f"{kind} is a subclass of nn.Linear with behaviour of its own (quantised, parametrised or custom)"
         return f"{kind} is not a linear layer"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance (an accelerate hook, say), so a swapped layer would not run"
+    if not has_own_forward(module):
+        if hasattr(module, "_hf_hook"):
+            return (
+                "accelerate's hook offloads its weight or replaces its forward: patch before that, or take hooks off "
+                "(accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+            )
+        return "its forward was replaced on the instance, so a swapped layer would not run"
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is computed by a hook (weight_norm, pruning), not a plain parameter"

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..introspect.fused import has_own_forward
 from ..ops.lora import choice
 
 
@@ -27,7 +28,7 @@ def is_overridden(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or ("forward" in module.__dict__ and not has_own_forward(module))
     )
 
 

@@ -17,13 +17,13 @@ def some(names: Iterable[str], most: int = 5) -> str:
     return _shortened(sorted(names), most)
 
 
-def by_reason(reasons: Iterable[tuple[str, str]], most: int = 3) -> list[str]:
-    """Of (name, reason) pairs a line per reason, the most common first: "a, b, c and 11 more: reason"."""
+def by_reason(reasons: Iterable[tuple[str, str]], most: int = 3, verb: str = "") -> list[str]:
+    """Of (name, reason) pairs a line per reason, the most common first: "a, b, c and 11 more{verb}: reason"."""
     names: dict[str, list[str]] = {}
     for name, reason in reasons:
         names.setdefault(reason, []).append(name)
     ordered = sorted(names.items(), key=lambda item: -len(item[1]))
-    return [f"{_shortened(found, most)}: {reason}" for reason, found in ordered]
+    return [f"{_shortened(found, most)}{verb}: {reason}" for reason, found in ordered]
 
 
 def _shortened(names: list[str], most: int) -> str:

@@ -119,18 +119,24 @@ def test_report_has_a_line_per_module_and_reads_as_a_table():
         "blocks.1.down": "not among target_modules",
         "head": "not among target_modules",
     }
-    lines = str(report).splitlines()
-    assert lines[0] == "fastlora: 3 modules patched, 6 left alone"
-    assert lines[1].split() == ["module", "kind", "why"]
-    assert len(lines) == 2 + 9 and repr(report) == str(report)
-    assert lines[2].split(maxsplit=3) == ["blocks.0.up", "Linear", "patched", "adapter 'default', r=3"]
-    assert lines[3].split()[:4] == ["blocks.0.norm", "LayerNorm", "left", "alone"]
+    assert str(report) == repr(report) == report.summary
+    assert report.summary.splitlines() == [
+        "fastlora: 3 modules patched, 6 left alone",
+        "  patched     blocks.0.up, blocks.0.conv, blocks.1.conv: adapter 'default', r=3",
+        "  left alone  blocks.0.down, blocks.1.down, head: not among target_modules",
+        "  left alone  blocks.0.norm, blocks.1.norm: LayerNorm is not a linear layer",
+        "  left alone  blocks.1.up: in exclude_modules",
+    ]
+    lines = report.table().splitlines()
+    assert lines[0].split() == ["module", "kind", "why"] and len(lines) == 1 + 9
+    assert lines[1].split(maxsplit=3) == ["blocks.0.up", "Linear", "patched", "adapter 'default', r=3"]
+    assert lines[2].split()[:4] == ["blocks.0.norm", "LayerNorm", "left", "alone"]
     kinds = ["Linear", "LayerNorm", "Conv1D", "Linear", "Linear", "LayerNorm", "Conv1D", "Linear", "Linear"]
     assert [line.kind for line in report.modules] == kinds
     again = fastlora.patch(model, r=3, target_modules=["conv", "norm"], exclude_modules=["norm"])
     assert [line.kind for line in again.modules] == kinds, "a patched layer's kind is its former one"
-    column = lines[1].index("why")
-    assert all(line[column - 2 : column] == "  " for line in lines[2:]), "the columns do not line up"
+    column = lines[0].index("why")
+    assert all(line[column - 2 : column] == "  " for line in lines[1:]), "the columns do not line up"
 
 
 def test_a_model_that_is_itself_a_linear_layer():

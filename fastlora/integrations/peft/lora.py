@@ -151,6 +151,8 @@ def read_base(layer: Any, x: Tensor | None) -> Terms | str:
     if weight.dim() != 2:
         return "base weight is sharded or offloaded"
     if x is not None:
+        if x.device != weight.device and "forward" in base.__dict__:
+            return "an input on another device than the base layer, to which accelerate's hook moves it"
         reason = _why_not_input(x, weight)
         if reason is not None:
             return reason
