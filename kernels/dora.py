@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .launch import launch
 from .tiling import load_tile, reduce_partials, store_tile
 
 ROOT_BLOCK = 256
@@ -156,7 +157,9 @@ def dora_norm(
         assert workspace.numel() >= splits * N
         target = workspace
     blocks = configs.cdiv(K, config.block_k)
-    _dora_norm_kernel[(configs.cdiv(N, config.block_n), splits)](
+    launch(
+        _dora_norm_kernel,
+        (configs.cdiv(N, config.block_n), splits),
         weight,
         lora_A,
         lora_B,
@@ -179,7 +182,7 @@ def dora_norm(
         num_stages=config.num_stages,
     )
     if splits > 1:
-        _root_kernel[(configs.cdiv(N, ROOT_BLOCK),)](target, out, N, splits, BLOCK=ROOT_BLOCK, num_warps=4)
+        launch(_root_kernel, (configs.cdiv(N, ROOT_BLOCK),), target, out, N, splits, BLOCK=ROOT_BLOCK, num_warps=4)
 
 
 @dataclass(frozen=True)
@@ -310,7 +313,9 @@ def scale(
     if M == 0:
         return
     config = scale_config(z)
-    _scale_kernel[(configs.cdiv(M, config.block_m), configs.cdiv(N, config.block_n))](
+    launch(
+        _scale_kernel,
+        (configs.cdiv(M, config.block_m), configs.cdiv(N, config.block_n)),
         z,
         magnitude,
         norm,
@@ -363,7 +368,9 @@ def scale_backward(
         assert workspace.numel() >= chunks * 2 * N
         target = workspace
     blocks = configs.cdiv(M, config.block_m)
-    _scale_backward_kernel[(configs.cdiv(N, config.block_n), chunks)](
+    launch(
+        _scale_backward_kernel,
+        (configs.cdiv(N, config.block_n), chunks),
         dy,
         z,
         magnitude,

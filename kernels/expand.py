@@ -10,6 +10,7 @@ import triton.language as tl
 
 from . import configs
 from .dropout import keep_mask, threshold_and_scale
+from .launch import launch
 from .tiling import dot, is_wide, load_tile, store_tile
 
 
@@ -84,7 +85,9 @@ def expand(
     config = config or configs.expand(M, N, R, out.dtype, w.dtype, s.device)
     threshold, dropout_scale = threshold_and_scale(dropout_p) if seed is not None else (0, 1.0)
     grid = (configs.cdiv(M, config.block_m), configs.cdiv(N, config.block_n))
-    _expand_kernel[grid](
+    launch(
+        _expand_kernel,
+        grid,
         s,
         w,
         bias,

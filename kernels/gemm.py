@@ -23,6 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs
 from .dropout import keep_mask, threshold_and_scale
+from .launch import launch
 from .tiling import dot, grouped_tile, is_wide, load_tile, store_tile
 
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -212,7 +213,9 @@ def _launch(
     threshold, dropout_scale = threshold_and_scale(dropout_p) if seed is not None else (0, 1.0)
     tiles = configs.cdiv(M, config.block_m) * configs.cdiv(N, config.block_n)
     grid = (min(tiles, configs.num_sms(x.device) * config.programs_per_sm),)
-    _lora_gemm_kernel[grid](
+    launch(
+        _lora_gemm_kernel,
+        grid,
         _descriptor(x, config.block_m, config.block_k) if descriptors else x,
         _descriptor(w_rows, *w_block) if descriptors else w,
         bias,

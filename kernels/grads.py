@@ -13,6 +13,7 @@ import triton.language as tl
 
 from . import configs
 from .dropout import keep_mask, threshold_and_scale
+from .launch import launch
 from .shrink import shrink, shrink_workspace
 from .tiling import dot, is_wide, load_tile, reduce_partials, store_tile
 
@@ -153,7 +154,9 @@ def weight_grad(
         transposed = out.t() if out.stride(0) < out.stride(1) else out
         target = workspace
         strides = (K * R, 1, K) if transposed is not out else (K * R, R, 1)
-    _weight_grad_kernel[(configs.cdiv(R, config.block_r), configs.cdiv(K, config.block_k), chunks)](
+    launch(
+        _weight_grad_kernel,
+        (configs.cdiv(R, config.block_r), configs.cdiv(K, config.block_k), chunks),
         x,
         g,
         target,
@@ -268,7 +271,9 @@ def _ds_and_db_in_one_pass(
             ds_target, ds_strides = workspace[:ds_size], (M * R, R, 1)
         if db_size:
             db_target, db_strides = workspace[ds_size:], (N * R, R, 1)
-    _ds_db_kernel[(strips, chunks)](
+    launch(
+        _ds_db_kernel,
+        (strips, chunks),
         dy,
         lora_B,
         s,

@@ -17,6 +17,7 @@ import triton.language as tl
 from . import configs
 from .configs import ExpandConfig, ShrinkConfig, WeightGradConfig
 from .dropout import keep_mask, threshold_and_scale
+from .launch import launch
 from .tiling import dot, is_wide, load_tile, reduce_partials, store_tile
 
 MAX_MEMBERS = 3  # q, k and v; with four, masks and accumulators spill
@@ -297,7 +298,9 @@ def group_shrink(
         splits = config.num_splits
         targets, strides = _targets(results, splits, workspace)
         grid = (configs.cdiv(M, config.block_m), splits, configs.cdiv(max(ranks), config.block_r))
-        _group_shrink_kernel[grid](
+        launch(
+            _group_shrink_kernel,
+            grid,
             x,
             tuple(several),
             targets,
@@ -352,7 +355,9 @@ def group_weight_grad(
         dropout = _Dropout(seeds[members], dropout_ps[members], x)
         chunks = config.num_chunks
         targets, strides = _targets(results, chunks, workspace)
-        _group_weight_grad_kernel[(configs.cdiv(max(ranks), config.block_r), configs.cdiv(K, config.block_k), chunks)](
+        launch(
+            _group_weight_grad_kernel,
+            (configs.cdiv(max(ranks), config.block_r), configs.cdiv(K, config.block_k), chunks),
             x,
             tuple(several),
             targets,
@@ -402,7 +407,9 @@ def group_expand(
         ranks = tuple(s.shape[1] for s in several)
         config = expand_config(out, ranks)
         dropout = _Dropout(seeds[members], dropout_ps[members], out)
-        _group_expand_kernel[(configs.cdiv(M, config.block_m), configs.cdiv(N, config.block_n))](
+        launch(
+            _group_expand_kernel,
+            (configs.cdiv(M, config.block_m), configs.cdiv(N, config.block_n)),
             tuple(several),
             tuple(others),
             out,

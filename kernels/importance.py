@@ -21,6 +21,7 @@ import triton.language as tl
 
 from . import configs
 from .importance_plan import Layout
+from .launch import launch
 
 MAX_BLOCK_R = 64
 _PARTS = 16  # of a layer's sums, added up at a time
@@ -200,7 +201,9 @@ def update(
     weights = (1.0 - beta1, 1.0 - beta2)
     aligned = aligned and all(size % 4 == 0 for sizes in layout.sizes for size in sizes)
     for tiles, partials, of_p in ((tables.q_tiles, q_partials, False), (tables.p_tiles, p_partials, True)):
-        _update_kernel[(len(tiles),)](
+        launch(
+            _update_kernel,
+            (len(tiles),),
             tables.layers,
             addresses,
             tiles,
@@ -217,7 +220,9 @@ def update(
             num_warps=config.num_warps,
         )
     blocks = configs.cdiv(max(r for r, _, _ in layout.sizes), config.block_r)
-    _score_kernel[(len(layout.sizes), blocks)](
+    launch(
+        _score_kernel,
+        (len(layout.sizes), blocks),
         tables.layers,
         addresses,
         like,

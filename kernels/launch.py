@@ -1,13 +1,30 @@
-"""What every launcher needs: dtypes, the largest rank, a workspace, the device."""
+"""What every launcher needs: dtypes, the largest rank, buffers, the launch itself; and launches that are kept.
+
+A launch through `kernel[grid](...)` costs the host 20 to 55 µs: the launcher's rules, then Triton's binder, which looks
+at every argument again. `planned` pays that once for each kind of call. The first call of a kind runs the function and
+records what it allocates and launches; a later one allocates the same, puts its own tensors' addresses among the kept
+arguments and calls the compiled kernels' C launcher, 1 µs each. A plan holds addresses of nothing and keeps no tensor.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import configs
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -19,10 +36,284 @@ MAX_RANK = 512  # what the kernels are compiled and tested for
 INTERPRETED = not isinstance(tl.cdiv, JITFunction)
 
 
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+KNOWN = ((3, 6), (3, 7), (3, 8), (3, 9))  # Tritons whose C launcher's arguments we know
+
+
+MAX_PLANS = 2048  # of one function: every number of tokens is a kind of its own. A plan is a few KB
+
+
+_here = threading.local()  # `tape`: what records this thread's calls
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """kernel[grid](*args, **options): the one way in which launchers launch, so that it can be recorded."""
+    compiled = kernel[grid](*args, **options)
+    tape = getattr(_here, "tape", None)
+    if tape is not None:
+        tape.launches.append((kernel, compiled, (*grid, 1, 1)[:3], args, options))
+
+
+def new(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty contiguous tensor on like's device: the one way in which a planned function allocates."""
+    tensor = like.new_empty(shape, dtype=dtype)
+    tape = getattr(_here, "tape", None)
+    if tape is not None:
+        tape.allocated.append(tensor)
+    return tensor
+
+
 def new_workspace(like: Tensor, size: int) -> Tensor | None:
-    return like.new_empty(size, dtype=torch.float32) if size else None
+    return new(like, size, dtype=torch.float32) if size else None
 
 
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, whatever device its arguments are on."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+    index = tensor.get_device()
+    return contextlib.nullcontext() if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
+
+
+class planned:
+    """Makes plans of the calls of `function`, one for each kind.
+
+    The function allocates with `new`, launches, and does nothing else to tensors. Its arguments are tensors, None,
+    sequences of these, and what can be hashed; it returns a tensor, or a tuple of Nones and of tensors that it
+    allocated or was given. What it allocates and does not return becomes one buffer. It runs on its first tensor's
+    device.
+
+    A kind is all that Triton and the launchers' rules ask: the shape, dtype and strides of each tensor, its alignment
+    to 16 bytes, which arguments are one tensor, all other arguments, the device, and how fp32 is multiplied, where the
+    first tensor is fp32.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.plans: dict[tuple, Plan | None] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        key: list[Any] = []
+        tensors: list[Any] = []
+        addresses: list[Any] = []
+        unaligned = _describe(args, key, tensors, addresses)
+        device = tensors[0].get_device()
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(*args)
+        key.append(device)
+        if tensors[0].dtype is torch.float32:
+            key.append(configs.input_precision(torch.float32))
+        if unaligned:
+            key.append(tuple(address & 15 for address in addresses))
+        if len(set(addresses)) < len(addresses):
+            key.append(tuple(map(addresses.index, addresses)))
+        kind = tuple(key)
+        plan = self.plans.get(kind)
+        if getattr(_here, "tape", None) is not None or _is_watched():
+            return self.function(*args)  # part of another function's plan, or to be seen with Triton's metadata
+        if plan is not None:
+            return plan(tensors, addresses)
+        if kind in self.plans or 0 in addresses:  # tried in vain; or empty
+            return self.function(*args)
+        return self._first_call(kind, args, tensors)
+
+    def _first_call(self, kind: tuple, args: tuple, tensors: list[Tensor]) -> Any:
+        tape = _here.tape = Tape(tensors)
+        try:
+            result = self.function(*args)
+        finally:
+            _here.tape = None
+        if len(self.plans) >= MAX_PLANS:
+            self.plans.clear()
+        try:
+            self.plans[kind] = tape.plan(result)
+        except Unplannable:
+            self.plans[kind] = None
+        return result
+
+
+def _describe(args: Sequence[Any], key: list[Any], tensors: list[Any], addresses: list[Any]) -> int:
+    """Appends what the arguments are to the key. Returns the low bits of all addresses."""
+    bits = 0
+    for arg in args:
+        if isinstance(arg, Tensor):
+            address = arg.data_ptr()
+            bits |= address
+            tensors.append(arg)
+            addresses.append(address)
+            key += (arg.shape, arg.dtype, arg.is_contiguous() or arg.stride())
+        elif isinstance(arg, (list, tuple)):
+            key.append(len(arg))
+            bits |= _describe(arg, key, tensors, addresses)
+        else:
+            key.append(arg)
+    return bits & 15
+
+
+def _is_watched() -> bool:
+    """Whether hooks, a profiler's for example, want to see launches with their metadata."""
+    runtime = knobs.runtime
+    return bool(getattr(runtime.launch_enter_hook, "calls", 1) or getattr(runtime.launch_exit_hook, "calls", 1))
+
+
+class Plan:
+    """What a call allocates and launches, on a list of registers: the addresses of its tensors, of what it allocates,
+    and what is derived from those. (In the interpreter, the tensors themselves.)"""
+
+    def __init__(self, device: int, allocations: list, derived: list, launches: list, pick: Callable) -> None:
+        self.device = max(0, device)
+        self.allocations = allocations  # (a tensor of its dtype or None, shape, dtype)
+        self.derived = derived  # functions of the registers
+        self.launches = (
+            launches  # (function of a stream and arguments; arguments; those to fill in, and their register)
+        )
+        self.pick = pick  # the results among tensors, allocations and None
+        triton_driver: Any = driver  # `active` raises where there is no GPU
+        self.current_stream = (lambda device: 0) if INTERPRETED else triton_driver.active.get_current_stream
+
+    def __call__(self, tensors: list[Any], registers: list[Any]) -> Any:
+        if INTERPRETED:
+            registers = tensors.copy()
+        for like, shape, dtype in self.allocations:
+            tensor = tensors[0].new_empty(shape, dtype=dtype) if like is None else tensors[like].new_empty(shape)
+            tensors.append(tensor)
+            registers.append(tensor if INTERPRETED else tensor.data_ptr())
+        for derive in self.derived:
+            registers.append(derive(registers))
+        stream = self.current_stream(self.device)
+        for send, template, slots in self.launches:
+            arguments = template.copy()  # not the template itself: another thread's call may be under way
+            for place, register in slots:
+                arguments[place] = registers[register]
+            send(stream, arguments)
+        tensors.append(None)
+        return self.pick(tensors)
+
+
+class Unplannable(Exception):
+    """A call that does what a plan cannot say."""
+
+
+class Tape:
+    """What a call of a planned function allocates and launches, while it is recorded."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        self.inputs = list(inputs)
+        self.allocated: list[Tensor] = []
+        self.launches: list[tuple] = []
+        self.derived: dict[Any, Callable] = {}
+
+    def plan(self, result: Any) -> Plan:
+        inputs, results = self.inputs, result if isinstance(result, tuple) else (result,)
+        returned = {id(one) for one in results}
+        # The interpreter's registers are tensors, so each temporary one stays a tensor of its own.
+        kept = [tensor for tensor in self.allocated if INTERPRETED or id(tensor) in returned]
+        allocations = [_allocation(inputs, tuple(tensor.shape), tensor.dtype) for tensor in kept]
+        self.places = [(tensor, i, 0) for i, tensor in enumerate([*inputs, *kept])]
+        size, buffer = 0, len(self.places)
+        for tensor in self.allocated:
+            if all(tensor is not one for one in kept):
+                self.places.append((tensor, buffer, size))
+                size += -(-tensor.nbytes // 256) * 256
+        if size:
+            allocations.append((None, (size,), torch.uint8))
+        self.base = len(inputs) + len(allocations)  # the first derived register
+        launches = [self._launch(*launched) for launched in self.launches]
+        order = {id(tensor): i for i, tensor in reversed([*enumerate([*inputs, *kept])])}
+        if not all(one is None or id(one) in order for one in results):
+            raise Unplannable("returns what it neither allocated nor was given")
+        pick = itemgetter(*(-1 if one is None else order[id(one)] for one in results))
+        return Plan(inputs[0].get_device(), allocations, list(self.derived.values()), launches, pick)
+
+    def _launch(self, kernel: Any, compiled: Any, grid: tuple, args: tuple, options: dict) -> tuple:
+        """(function of a stream and arguments, arguments, [(place, register) of those to fill in])"""
+        if compiled is None and not INTERPRETED:
+            raise Unplannable("nothing was compiled")
+        values = [*args, *(options[name] for name in kernel.arg_names[len(args) :])]
+        registers = [(place, self._register(value)) for place, value in enumerate(values)]
+        slots = [(place, register) for place, register in registers if register is not None]
+        template = [None if register is not None else value for value, (_, register) in zip(values, registers)]
+        return _sender(kernel, compiled, grid), template, slots
+
+    def _register(self, value: Any) -> int | None:
+        """Where an argument is found; None for a constant."""
+        if isinstance(value, Tensor):
+            return self._address(value)
+        if isinstance(value, TensorDescriptor):
+            register, rest = self._address(value.base), _without_base(value)
+            return self._derive((register, id(value)), lambda registers: rest(registers[register]))
+        if isinstance(value, tuple) and any(isinstance(one, Tensor) for one in value):
+            members = tuple(self._register(one) for one in value)
+            return self._derive(members, lambda registers: tuple([registers[member] for member in members]))
+        return None
+
+    def _address(self, tensor: Tensor) -> int:
+        address = tensor.data_ptr()
+        exact = [(one, register, place) for one, register, place in self.places if one.data_ptr() == address]
+        around = [at for at in self.places if at[0].data_ptr() < address < at[0].data_ptr() + at[0].nbytes]
+        if not exact and len(around) != 1:
+            raise Unplannable("launches with what it neither allocated nor was given")
+        one, register, place = (exact or around)[0]
+        offset = place + address - one.data_ptr()
+        if not offset:
+            return register
+        if INTERPRETED:
+            start = offset // one.itemsize
+            return self._derive((register, offset), lambda registers: registers[register].flatten()[start:])
+        return self._derive((register, offset), lambda registers: registers[register] + offset)
+
+    def _derive(self, key: Any, function: Callable) -> int:
+        self.derived.setdefault(key, function)
+        return self.base + list(self.derived).index(key)
+
+
+def _allocation(inputs: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> tuple:
+    """`new_empty` is faster without a dtype: 0.9 against 1.5 µs."""
+    alike = [i for i, tensor in enumerate(inputs) if tensor.dtype == dtype]
+    return (alike[0], shape, None) if alike else (None, shape, dtype)
+
+
+class Described:
+    """A tensor descriptor as Triton's launchers read it, without the checks and without a tensor."""
+
+    __slots__ = ("address", "padding", "round_f32_to_tf32", "shape", "strides")
+
+    def __init__(self, address: int, like: TensorDescriptor) -> None:
+        self.address = address
+        self.shape, self.strides, self.padding = like.shape, like.strides, like.padding
+        self.round_f32_to_tf32 = getattr(like, "round_f32_to_tf32", False)
+
+    @property
+    def base(self) -> Described:
+        return self
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _without_base(descriptor: TensorDescriptor) -> Callable[[Any], Any]:
+    """A function that makes such a descriptor of an address (in the interpreter, of a tensor)."""
+    if INTERPRETED:
+        shape, strides, block = descriptor.shape, descriptor.strides, descriptor.block_shape
+        return lambda tensor: TensorDescriptor(tensor, shape, strides, block)
+    like = Described(0, descriptor)
+    return lambda address: Described(address, like)  # type: ignore[arg-type]
+
+
+def _sender(kernel: Any, compiled: Any, grid: tuple[int, int, int]) -> Callable[[int, list[Any]], Any]:
+    """What launches with a stream and all of the kernel's parameters: the C launcher in the Tritons that we know, with
+    the arguments that `CompiledKernel.run` would give it; else Triton's public runner, which takes 3 µs more."""
+    if INTERPRETED:
+        return lambda stream, arguments: kernel[grid](*arguments)
+    run = compiled.run
+    scratch = run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False)
+    if scratch or VERSION not in KNOWN:
+        runner = compiled[grid]
+        return lambda stream, arguments: runner(*arguments, stream=stream)
+    call, function, metadata = run.launch, compiled.function, compiled.packed_metadata
+    cooperative, pdl = run.launch_cooperative_grid, run.launch_pdl
+    if VERSION == (3, 6):
+        rest = (function, cooperative, pdl, None, None, metadata, None, None, None)
+        return lambda stream, arguments: call(*grid, stream, *rest, *arguments)
+    rest = (function, cooperative, pdl, metadata, *[None] * 5, run.arg_annotations, run.kernel_signature)
+    return lambda stream, arguments: call(*grid, stream, *rest, arguments)

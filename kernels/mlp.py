@@ -17,6 +17,7 @@ import triton.language as tl
 
 from . import configs
 from .dropout import keep_mask, threshold_and_scale
+from .launch import launch
 from .tiling import dot, is_wide, load_tile, reduce_partials, store_tile
 
 
@@ -307,7 +308,9 @@ def activate(
     if low_rank and splits > 1:
         assert workspace is not None and workspace.numel() >= splits * M * R, "a split of K needs a workspace"
         target, strides = workspace, (M * R, R, 1)
-    _activate_kernel[(configs.cdiv(M, config.block_m), splits)](
+    launch(
+        _activate_kernel,
+        (configs.cdiv(M, config.block_m), splits),
         gate,
         up,
         lora_A,
@@ -379,7 +382,9 @@ def activate_backward(
     if weight_grad and chunks > 1:
         assert workspace is not None and workspace.numel() >= chunks * K * R, "parts of the rows need a workspace"
         target, strides = workspace, (K * R, 1, K)  # as grad_A lies
-    _activate_backward_kernel[(configs.cdiv(K, config.block_k), chunks)](
+    launch(
+        _activate_backward_kernel,
+        (configs.cdiv(K, config.block_k), chunks),
         dh,
         ds,
         gate,

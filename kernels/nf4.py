@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .launch import launch
 
 NESTED_BLOCK = 256  # the block of doubly quantised maxima: bitsandbytes knows no other
 
@@ -102,7 +103,9 @@ def dequantise_4bit(
         return
     config = config or dequantise_config(block, out.device)
     per_program = max(1, config.elements // block)
-    _dequantise_kernel[(configs.cdiv(blocks, per_program),)](
+    launch(
+        _dequantise_kernel,
+        (configs.cdiv(blocks, per_program),),
         packed,
         code,
         absmax,

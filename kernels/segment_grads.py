@@ -14,6 +14,7 @@ import triton.language as tl
 
 from . import configs
 from .dropout import keep_mask_of_rows
+from .launch import launch
 from .segment_factors import Factors
 from .segment_plan import Chunks, Segments
 from .segments import load_address, rows_of_chunk, segment_shrink, segment_shrink_workspace, tile_mask, tile_pointers
@@ -202,7 +203,9 @@ def segment_ds_db(
     ds_target, db_target = workspace[:ds_size] if ds_size else ds, workspace[ds_size:]
     strips = configs.cdiv(N, config.block_n)
     chunks = segments.chunks(_chunk_length(segments, config.block_m, config.num_chunks), dy.device)
-    _segment_ds_db_kernel[(strips, chunks.count)](
+    launch(
+        _segment_ds_db_kernel,
+        (strips, chunks.count),
         dy,
         segments.rows(dy.device),
         chunks.table,
@@ -263,7 +266,9 @@ def segment_weight_grad(
     assert out.numel() == factors.total_rank * K, (out.shape, factors.total_rank, K)
     config, chunks = _weight_grad_plan(x, segments, factors)
     assert workspace.numel() >= chunks.count * K * R
-    _segment_weight_grad_kernel[(configs.cdiv(R, config.block_r), configs.cdiv(K, config.block_k), chunks.count)](
+    launch(
+        _segment_weight_grad_kernel,
+        (configs.cdiv(R, config.block_r), configs.cdiv(K, config.block_k), chunks.count),
         x,
         segments.rows(x.device),
         chunks.table,
@@ -293,7 +298,9 @@ def _reduce(
     partials: torch.Tensor, chunks: Chunks, factors: Factors, out: torch.Tensor, width: int, transposed: bool
 ) -> None:
     segments = factors.ranks.shape[0]
-    _segment_reduce_kernel[(configs.cdiv(factors.max_rank * width, BLOCK), segments)](
+    launch(
+        _segment_reduce_kernel,
+        (configs.cdiv(factors.max_rank * width, BLOCK), segments),
         partials,
         chunks.first,
         factors.ranks,

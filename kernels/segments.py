@@ -17,6 +17,7 @@ import triton.language as tl
 
 from . import configs
 from .dropout import keep_mask_of_rows
+from .launch import launch
 from .segment_factors import Factors
 from .segment_plan import Segments
 from .tiling import dot, is_wide, load_tile, reduce_partials, store_tile
@@ -219,7 +220,9 @@ def segment_shrink(
         assert workspace is not None and workspace.numel() >= splits * P * R
         target = workspace
     tiles = segments.chunks(config.block_m, x.device)
-    _segment_shrink_kernel[(tiles.count, splits, configs.cdiv(R, config.block_r))](
+    launch(
+        _segment_shrink_kernel,
+        (tiles.count, splits, configs.cdiv(R, config.block_r)),
         x,
         segments.rows(x.device),
         tiles.table,
@@ -282,7 +285,9 @@ def segment_expand(
     assert s.shape == (segments.num_positions, R) and s.is_contiguous(), (s.shape, segments.num_positions, R)
     config = _expand_config(s, segments, factors, out)
     tiles = segments.chunks(config.block_m, s.device)
-    _segment_expand_kernel[(tiles.count, configs.cdiv(N, config.block_n))](
+    launch(
+        _segment_expand_kernel,
+        (tiles.count, configs.cdiv(N, config.block_n)),
         s,
         segments.rows(s.device),
         tiles.table,

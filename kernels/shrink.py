@@ -9,6 +9,7 @@ import triton.language as tl
 
 from . import configs
 from .dropout import keep_mask, threshold_and_scale
+from .launch import launch
 from .tiling import dot, is_wide, load_tile, reduce_partials, store_tile
 
 
@@ -100,7 +101,9 @@ def shrink(
     else:
         target, strides = out, (0, out.stride(0), out.stride(1))
     grid = (configs.cdiv(M, config.block_m), splits, configs.cdiv(R, config.block_r))
-    _shrink_kernel[grid](
+    launch(
+        _shrink_kernel,
+        grid,
         x,
         lora_A,
         target,

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 
 @triton.jit
 def grouped_tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
@@ -163,6 +165,16 @@ def reduce_partials(partials: torch.Tensor, out: torch.Tensor, num_parts: int) -
     assert partials.dtype == torch.float32
     assert partials.is_contiguous()
     assert partials.numel() >= num_parts * size
-    _reduce_kernel[(triton.cdiv(size, BLOCK),)](
-        partials, out, num_parts, size, columns, out.stride(0), out.stride(1), BLOCK=BLOCK, num_warps=4
+    launch(
+        _reduce_kernel,
+        (triton.cdiv(size, BLOCK),),
+        partials,
+        out,
+        num_parts,
+        size,
+        columns,
+        out.stride(0),
+        out.stride(1),
+        BLOCK=BLOCK,
+        num_warps=4,
     )

@@ -1,6 +1,7 @@
 """The rooms of docs/architecture.md, read from the source: floors, circles, file lengths."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -70,6 +71,13 @@ def test_kernels_is_no_regular_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert (ROOT / "fastlora" / "kernels").resolve() == ROOT / "kernels"
     assert (ROOT / "fastlora" / "csrc").resolve() == ROOT / "csrc"
+
+
+def test_launchers_launch_in_one_way():
+    """`launch.launch`, which can be recorded: a plan would leave out a `kernel[grid](...)`."""
+    sources = [path for path in (ROOT / "kernels").glob("*.py") if path.name != "launch.py"]
+    others = [path.name for path in sources if re.search(r"_kernel\[[^:\]]+\]\(", path.read_text())]
+    assert len(sources) > 10 and not others
 
 
 def test_modules_are_found_by_imports_and_not_by_name():

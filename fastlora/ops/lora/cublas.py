@@ -19,7 +19,7 @@ from torch import Tensor
 from ...kernels.dropout import new_seed
 from ...kernels.expand import expand
 from ...kernels.grads import ds_and_db, ds_and_db_workspace, weight_grad, weight_grad_workspace
-from ...kernels.launch import DTYPES, INTERPRETED, MAX_RANK, device_of, new_workspace
+from ...kernels.launch import DTYPES, INTERPRETED, MAX_RANK, new, new_workspace, planned
 from ...kernels.shrink import shrink, shrink_workspace
 
 
@@ -59,15 +59,28 @@ def forward(
 
     Shapes: docs/architecture.md, "The backend interface".
     """
-    with device_of(x):
-        if dropout_p > 0.0 and dropout_state is None:
-            dropout_state = new_seed(x.device)
-        seed = dropout_state if dropout_p > 0.0 else None
-        s = x.new_empty(x.shape[0], lora_A.shape[0])
-        shrink(x, lora_A, s, new_workspace(x, shrink_workspace(x, lora_A)), seed=seed, dropout_p=dropout_p)
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        expand(s, lora_B, y, alpha=scaling, bias=bias)
-        return y.addmm_(x, weight.t()), s, dropout_state
+    if dropout_p > 0.0 and dropout_state is None:
+        dropout_state = new_seed(x.device)
+    y, s = _low_rank_output(x, lora_A, lora_B, bias, dropout_state if dropout_p > 0.0 else None, scaling, dropout_p)
+    return y.addmm_(x, weight.t()), s, dropout_state
+
+
+@planned
+def _low_rank_output(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """(y, S): S = drop(x) Aᵀ and y = s·S Bᵀ + b, onto which the frozen layer is added."""
+    s = new(x, x.shape[0], lora_A.shape[0])
+    shrink(x, lora_A, s, new_workspace(x, shrink_workspace(x, lora_A)), seed=seed, dropout_p=dropout_p)
+    y = new(x, x.shape[0], lora_B.shape[0])
+    expand(s, lora_B, y, alpha=scaling, bias=bias)
+    return y, s
 
 
 def backward(
@@ -84,21 +97,38 @@ def backward(
     narrow: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX, dA, dB), None where `needs` (x, lora_A, lora_B) is False."""
-    needs_x = needs[0]
     seed = dropout_state if dropout_p > 0.0 else None
-    with device_of(dy):
-        ds, grad_a, grad_b = low_rank_gradients(dy, x, lora_A, lora_B, s, seed, scaling, dropout_p, needs)
-        dx = None
-        if needs_x:
-            assert ds is not None
-            assert lora_A is not None
-            assert weight is not None
-            dx = dy.new_empty(dy.shape[0], weight.shape[1])
-            expand(ds, lora_A.t(), dx, seed=seed, dropout_p=dropout_p)
-            dx.addmm_(dy, weight)
-        return dx, grad_a, grad_b
+    dx, grad_a, grad_b = _low_rank_backward(dy, x, lora_A, lora_B, s, seed, scaling, dropout_p, needs)
+    if dx is not None:
+        assert weight is not None
+        dx.addmm_(dy, weight)
+    return dx, grad_a, grad_b
 
 
+@planned
+def _low_rank_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    s: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(drop′(dS A), dA, dB): onto the first the frozen layer's part of dX is added."""
+    ds, grad_a, grad_b = low_rank_gradients(dy, x, lora_A, lora_B, s, seed, scaling, dropout_p, needs)
+    if not needs[0]:
+        return None, grad_a, grad_b
+    assert ds is not None
+    assert lora_A is not None
+    dx = new(dy, dy.shape[0], lora_A.shape[1])
+    expand(ds, lora_A.t(), dx, seed=seed, dropout_p=dropout_p)
+    return dx, grad_a, grad_b
+
+
+@planned
 def low_rank_gradients(
     dy: Tensor,
     x: Tensor | None,
@@ -117,15 +147,15 @@ def low_rank_gradients(
     if needs_ds or needs_b:
         assert lora_B is not None
         rank = lora_B.shape[1]
-        ds = dy.new_empty(dy.shape[0], rank) if needs_ds else None
-        grad_b = lora_B.new_empty(lora_B.shape) if needs_b else None
+        ds = new(dy, dy.shape[0], rank) if needs_ds else None
+        grad_b = new(lora_B, *lora_B.shape) if needs_b else None
         workspace = new_workspace(dy, ds_and_db_workspace(dy, lora_B, needs_ds=needs_ds, needs_db=needs_b))
         ds_and_db(dy, lora_B, s, ds, grad_b, workspace, scaling=scaling)
     if needs_a:
         assert x is not None
         assert lora_A is not None
         assert ds is not None
-        grad_a = lora_A.new_empty(lora_A.shape)
+        grad_a = new(lora_A, *lora_A.shape)
         workspace = new_workspace(x, weight_grad_workspace(x, lora_A.shape[0]))
         weight_grad(x, ds, grad_a.t(), workspace, seed=seed, dropout_p=dropout_p)
     return ds, grad_a, grad_b

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...kernels.dropout import new_seed
 from ...kernels.gemm import forward_gemm, input_grad_gemm
-from ...kernels.launch import device_of, new_workspace
+from ...kernels.launch import new, new_workspace, planned
 from ...kernels.shrink import shrink, shrink_workspace
 from .cublas import low_rank_gradients, unsupported
 
@@ -37,16 +37,29 @@ def forward(
 
     Shapes: docs/architecture.md, "The backend interface".
     """
-    N, rank = lora_B.shape
-    with device_of(x):
-        if dropout_p > 0.0 and dropout_state is None:
-            dropout_state = new_seed(x.device)
-        seed = dropout_state if dropout_p > 0.0 else None
-        s = x.new_empty(x.shape[0], rank)
-        y = x.new_empty(x.shape[0], N)
-        shrink(x, lora_A, s, new_workspace(x, shrink_workspace(x, lora_A)), seed=seed, dropout_p=dropout_p)
-        forward_gemm(x, weight, bias, s, lora_B, y, scaling)
-        return y, s, dropout_state
+    if dropout_p > 0.0 and dropout_state is None:
+        dropout_state = new_seed(x.device)
+    seed = dropout_state if dropout_p > 0.0 else None
+    y, s = _forward(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p)
+    return y, s, dropout_state
+
+
+@planned
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    s = new(x, x.shape[0], lora_A.shape[0])
+    y = new(x, x.shape[0], lora_B.shape[0])
+    shrink(x, lora_A, s, new_workspace(x, shrink_workspace(x, lora_A)), seed=seed, dropout_p=dropout_p)
+    forward_gemm(x, weight, bias, s, lora_B, y, scaling)
+    return y, s
 
 
 def backward(
@@ -63,14 +76,30 @@ def backward(
     narrow: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX, dA, dB), None where `needs` (x, lora_A, lora_B) is False."""
-    seed = dropout_state if dropout_p > 0.0 else None
-    with device_of(dy):
-        ds, grad_a, grad_b = low_rank_gradients(dy, x, lora_A, lora_B, s, seed, scaling, dropout_p, needs)
-        dx = None
-        if needs[0]:
-            assert ds is not None
-            assert lora_A is not None
-            assert weight is not None
-            dx = dy.new_empty(dy.shape[0], weight.shape[1])
-            input_grad_gemm(dy, weight, ds, lora_A, dx, seed=seed, dropout_p=dropout_p)
-        return dx, grad_a, grad_b
+    return _backward(
+        dy, x, weight, lora_A, lora_B, s, dropout_state if dropout_p > 0.0 else None, scaling, dropout_p, needs
+    )
+
+
+@planned
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    s: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    ds, grad_a, grad_b = low_rank_gradients(dy, x, lora_A, lora_B, s, seed, scaling, dropout_p, needs)
+    if not needs[0]:
+        return None, grad_a, grad_b
+    assert ds is not None
+    assert lora_A is not None
+    assert weight is not None
+    dx = new(dy, dy.shape[0], weight.shape[1])
+    input_grad_gemm(dy, weight, ds, lora_A, dx, seed=seed, dropout_p=dropout_p)
+    return dx, grad_a, grad_b

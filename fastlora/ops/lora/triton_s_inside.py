@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...kernels import configs, launch
+from ...kernels import configs
 from ...kernels.gemm import forward_gemm_with_s
+from ...kernels.launch import new, planned
 from . import cublas
 from .triton import backward
 
@@ -47,8 +48,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, None]:
     """(y, S, None): y = x W0ᵀ + b + s·S Bᵀ with S = x Aᵀ. Shapes: docs/architecture.md, "The backend interface"."""
     assert dropout_p == 0.0, dropout_p
-    with launch.device_of(x):
-        s = x.new_empty(x.shape[0], lora_A.shape[0])
-        y = x.new_empty(x.shape[0], weight.shape[0])
-        forward_gemm_with_s(x, weight, bias, lora_A, lora_B, y, s, scaling)
-        return y, s, None
+    y, s = _forward(x, weight, bias, lora_A, lora_B, scaling)
+    return y, s, None
+
+
+@planned
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    s, y = new(x, x.shape[0], lora_A.shape[0]), new(x, x.shape[0], weight.shape[0])
+    forward_gemm_with_s(x, weight, bias, lora_A, lora_B, y, s, scaling)
+    return y, s
