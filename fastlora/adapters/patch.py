@@ -28,6 +28,7 @@ from ..introspect.targets import (
     why_not_patchable,
 )
 from ..layers import group as grouping
+from ..layers import head as heads
 from ..layers import mlp as mlps
 from ..layers.checks import check_adapter_arguments, check_backend
 from ..layers.kinds import FROZEN, TRAINED, check_kinds
@@ -62,6 +63,7 @@ def patch(
     mlp: str | bool | None = None,
     use_dora: bool = False,
     use_adalora: bool = False,
+    fused_loss: bool = False,
 ) -> PatchReport:
     """Swaps fused LoRA layers into a model, in place.
 
@@ -95,6 +97,9 @@ def patch(
         use_dora: adapters with a learnt length for every row of the weight, as in PEFT. docs/dora.md.
         use_adalora: adapters P Λ Q, whose ranks `fastlora.variants.RankAllocator` deals out while training; r is the
             rank that each begins with.
+        fused_loss: in training the model's own cross-entropy is computed in chunks of tokens: its logits, and their
+            gradients, never exist as a whole. For heads with and without an adapter; the model's outputs hold
+            `LazyLogits`, which become logits when something else than that loss uses them. docs/head.md.
 
     Returns:
         A `PatchReport`: a line per module, patched or left alone and why.
@@ -131,9 +136,7 @@ def patch(
         from . import patch_peft  # which needs peft, and the model brought it
 
         report = patch_peft.patch(model, peft_layers, selection, backend, strict)
-        report.groups = grouping.form_groups(model, names_of_groups)
-        report.mlps, report.mlps_left_alone = mlps.form(model, mlp)
-        _log(model, report)
+        _form_pieces(model, report, names_of_groups, mlp, fused_loss)
         return report
     if (wrapped := sharding.wrapper(model)) is not None:
         raise ValueError(f"patch: model: got {wrapped}, want patch {sharding.BEFORE}")
@@ -165,10 +168,25 @@ def patch(
         check_not_shared(model, weights, f"patch: init_lora_weights={init_lora_weights!r}")
     _check_patterns_used(settings_of, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, strict)
     _apply(model, plan, adapter_name, settings_of, init_lora_weights, backend)
-    report.groups = grouping.form_groups(model, names_of_groups)
-    report.mlps, report.mlps_left_alone = mlps.form(model, mlp)
-    _log(model, report)
+    _form_pieces(model, report, names_of_groups, mlp, fused_loss)
     return report
+
+
+def _form_pieces(model: nn.Module, report: PatchReport, groups: Any, mlp: str | bool | None, fused_loss: bool) -> None:
+    """What is larger than a layer: groups, MLPs, the head with its loss."""
+    report.groups = grouping.form_groups(model, groups)
+    report.mlps, report.mlps_left_alone = mlps.form(model, mlp)
+    if fused_loss:
+        report.fused_losses, report.losses_left_alone = heads.fuse_losses(model)
+        if not report.fused_losses:
+            why = "; ".join(f"{name!r}: {reason}" for name, reason in report.losses_left_alone.items())
+            warnings.warn(
+                "fastlora.patch: fused_loss=True, and the loss needs its logits as before: "
+                + (why or "no module of the model has an output head (get_output_embeddings)"),
+                UserWarning,
+                stacklevel=3,
+            )
+    _log(model, report)
 
 
 def _log(model: nn.Module, report: PatchReport) -> None:
@@ -209,6 +227,7 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
             )
     for module in mlps.fused_mlps(model):
         mlps.release(module)
+    heads.release_losses(model)
     for module in list(model.modules()):
         if isinstance(module, FusedLoraLinear) and _ORIGINAL_CLASS in module.__dict__:
             if not (keep_merged and module.merged_adapters):

@@ -27,6 +27,8 @@ class PatchReport:
     modules: list[ModuleReport] = field(default_factory=list)
     groups: list[tuple[str, ...]] = field(default_factory=list)  # names of the layers that `group` has put together
     mlps: dict[str, str] = field(default_factory=dict)  # names of the modules that `mlp` has fused: what each is
+    fused_losses: list[str] = field(default_factory=list)  # names of the heads whose loss needs no logits
+    losses_left_alone: dict[str, str] = field(default_factory=dict)  # of the other heads: why not
     mlps_left_alone: dict[str, str] = field(default_factory=dict)  # of those that look like an MLP: why not
 
     @property
@@ -49,6 +51,7 @@ class PatchReport:
         """The summary's first line."""
         grouped = f", {len(self.groups)} groups" if self.groups else ""
         grouped += f", {len(self.mlps)} MLPs" if self.mlps else ""
+        grouped += ", loss without logits" if self.fused_losses else ""
         return f"fastlora: {len(self.patched)} modules patched, {len(self.left_alone)} left alone{grouped}"
 
     @property

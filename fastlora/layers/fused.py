@@ -97,6 +97,7 @@ class FusedLayer:
     # Set on the instance within `adapter_names` and `variants.kept_norms`.
     mixed_batch: MixedBatch | None = None
     kept_norms: KeptNorms | None = None
+    loss_trust: dict[Any, str | None] | None = None  # of an output head whose loss needs no logits (head.py)
 
     def terms(self, x: Tensor) -> Terms | str:
         """What a call with x runs now, or why it is left to PEFT's forward."""

@@ -18,6 +18,7 @@ from . import batch as layers_batch
 from . import kinds, starts
 from .checks import check_adapter_arguments, keep_off_the_fast_path, scale_of
 from .fused import CallCounts, FusedLayer, Terms
+from .head import lazy_logits
 from .kinds import FROZEN, TRAINED, Magnitudes, check_kinds
 from .schedule import Allocation
 
@@ -401,6 +402,9 @@ class FusedLoraLinear(OwnLayer, FusedLayer, nn.Linear):
         if batch is not None and not self.disable_adapters:
             return self._mixed_forward(input, batch)
         terms = self.terms(input)
+        if self.loss_trust is not None and (lazy := lazy_logits(self, input, terms, self.loss_trust)) is not None:
+            self.calls.fused += 1
+            return lazy
         if not torch.compiler.is_compiling():  # a changing count would be a new graph for every call
             if not terms.adapters:
                 self.calls.base += 1

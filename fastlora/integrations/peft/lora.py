@@ -23,6 +23,7 @@ from ...introspect.fused import FusedPeftLayer
 from ...layers import batch as layers_batch
 from ...layers.checks import is_overridden
 from ...layers.fused import FusedLayer, Terms
+from ...layers.head import lazy_logits
 from ...ops import call
 from ...ops import layer as ops_layer
 from ...ops.dora import dora as dora_op
@@ -101,6 +102,9 @@ class FusedForward(PeftFusedLayer):
         if isinstance(plan, str):
             self.count_fallback(plan)
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if self.loss_trust is not None and (lazy := lazy_logits(layer, x, plan, self.loss_trust)) is not None:
+            self.calls.fused += 1
+            return lazy
         if not plan.adapters:
             return self.base_forward(x, **kwargs)
         if not torch.compiler.is_compiling():
