@@ -3,9 +3,8 @@
 from .kernels.segment_plan import BASE, Segments
 from .ops.call import Adapter, GroupLayer
 from .ops.dora.dora import dora_linear
-from .ops.group.group import lora_group
 from .ops.head.head import TokenScores, lora_linear_cross_entropy, lora_linear_log_probs
-from .ops.layer import multi_lora_linear
+from .ops.layer import lora_group, multi_lora_linear
 from .ops.lora.linear import lora_linear
 from .ops.mixed.mixed import lora_mixed_batch
 from .ops.mlp.mlp import lora_activated_linear, lora_mlp

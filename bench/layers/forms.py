@@ -96,7 +96,7 @@ def as_layer(t: Tensors):
 
 
 def grouped(layers: list[Tensors]) -> Contender:
-    from fastlora.ops.group.group import lora_group
+    from fastlora.functional import lora_group
 
     members = [as_layer(t) for t in layers]
 

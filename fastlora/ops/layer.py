@@ -1,15 +1,18 @@
-"""A layer with any number of adapters, plain or DoRA's."""
+"""A layer with any number of adapters, plain or DoRA's, and several layers on one x."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Adapter, check_call, check_probability, concatenate
+from . import reference
+from .call import Adapter, GroupLayer, as_one_adapter, check_call, check_probability, concatenate
 from .dora.dora import run
-from .lora.linear import fused_linear, low_rank_term
+from .group.group import Member, open_group
+from .lora.linear import fused_linear
 
 
 def multi_dora_linear(
@@ -39,9 +42,8 @@ def multi_lora_linear(
     """A linear layer with any number of adapters: y = x W0ᵀ + b + Σ sᵢ·(dropᵢ(x) Aᵢᵀ) Bᵢᵀ.
 
     Arguments as in `lora_linear`. Without adapters it is the frozen layer. Adapters that drop nothing run as one, of
-    rank Σ rᵢ; each of the others has a mask of its own, drawn in the order given (as PEFT does); all but one of those
-    add their term in eager PyTorch. Adapters with a magnitude each add what `dora_linear` makes of the frozen layer's
-    output.
+    rank Σ rᵢ; each of the others has a mask of its own, drawn in the order given (as PEFT does). Adapters with a
+    magnitude each add what `dora_linear` makes of the frozen layer's output.
     """
     if not training:
         for adapter in adapters:
@@ -57,8 +59,93 @@ def multi_lora_linear(
         return multi_dora_linear(x, weight, adapters, bias, backend)
     plain = [adapter for adapter in adapters if adapter.dropout_p == 0.0]
     dropped = [adapter for adapter in adapters if adapter.dropout_p > 0.0]
-    first = concatenate(plain) if plain else dropped.pop(0)
-    y = fused_linear(x, weight, first, bias, backend)
-    for adapter in dropped:
-        y = y + low_rank_term(x, adapter, y.dtype)
-    return y
+    terms = ([concatenate(plain)] if plain else []) + dropped
+    if len(terms) == 1:
+        return fused_linear(x, weight, terms[0], bias, backend)
+    shared = open_group(x, [Member(weight, bias, a, b, p, backend) for a, b, _, p, *_ in terms])
+    if shared is None:
+        return _composed(x, weight, terms, bias)
+    return shared.sum(weight, bias, [term.lora_B for term in terms], [term.scaling for term in terms])
+
+
+def _composed(
+    x: Tensor, weight: Tensor, adapters: Sequence[Adapter], bias: Tensor | None, keep_mask: Tensor | None = None
+) -> Tensor:
+    """The layer in eager PyTorch, rounded once."""
+    y = F.linear(x, weight, bias)
+    total = y
+    for lora_A, lora_B, scaling, dropout_p, *_ in adapters:
+        total = total + reference.low_rank_term(x, lora_A, lora_B, scaling, dropout_p, keep_mask)
+    return total.to(y.dtype)
+
+
+def lora_group(
+    x: Tensor,
+    layers: Sequence[GroupLayer],
+    training: bool = True,
+    backend: str = "auto",
+    shared_mask: bool = False,
+) -> tuple[Tensor, ...]:
+    """Several LoRA layers on the same x, as q, k and v or gate and up are: x is read once for the S of all of them and
+    once for every dA, and dX is accumulated instead of made once a layer and added.
+
+    Equivalent to:
+
+        tuple(multi_lora_linear(x, layer.weight, layer.adapters, layer.bias, training) for layer in layers)
+
+    Args:
+        x: (..., K). layers: `GroupLayer`s with weight (Nᵢ, K) and adapters as in `lora_linear`; ranks, scales, dropout
+            probabilities and the adapters' dtypes may differ.
+        training, backend: as in `lora_linear`.
+        shared_mask: one dropout mask for all adapters, which then need one probability; otherwise each has its own, as
+            in PEFT.
+
+    Returns:
+        A tuple of (..., Nᵢ). One whose gradient is not asked for costs nothing in the backward pass.
+
+    Layers without adapters, or with several that drop something, run alone; so do all of them where sharing cannot help
+    or be right: small x on a CPU, inside torch.compile and torch.func, tensor subclasses, layers that run on different
+    backends.
+
+    Raises:
+        ValueError: as `lora_linear`; with `shared_mask`, probabilities that differ, or an adapter with a magnitude.
+    """
+    layers = [
+        layer if training else layer._replace(adapters=[a._replace(dropout_p=0.0) for a in layer.adapters])
+        for layer in layers
+    ]
+    for layer in layers:
+        for adapter in layer.adapters:
+            check_call(x, layer.weight, adapter, layer.bias)
+            if shared_mask and adapter.magnitude is not None:
+                raise ValueError("lora_group: shared_mask: got True and an adapter with a magnitude (DoRA), want False")
+    probabilities = {adapter.dropout_p for layer in layers for adapter in layer.adapters}
+    if shared_mask and len(probabilities) > 1:
+        raise ValueError(
+            f"lora_group: shared_mask: got dropout probabilities {sorted(probabilities)}, want one for all"
+        )
+    shared_mask = shared_mask and probabilities != {0.0}
+    merged = [as_one_adapter(layer.adapters) for layer in layers]
+    members = {
+        i: Member(layer.weight, layer.bias, *adapter[:2], adapter.dropout_p, backend)
+        for i, (layer, adapter) in enumerate(zip(layers, merged, strict=True))
+        if adapter is not None
+    }
+    whole = len(members) == len(layers) or not shared_mask
+    shared = open_group(x, list(members.values()), shared_mask) if whole else None
+    if shared is None and shared_mask:
+        return tuple(_with_one_mask(x, layers, probabilities.pop()))
+    outputs = []
+    seats = {i: seat for seat, i in enumerate(members)}
+    for i, (layer, adapter) in enumerate(zip(layers, merged, strict=True)):
+        if shared is None or adapter is None:
+            outputs.append(multi_lora_linear(x, layer.weight, layer.adapters, layer.bias, backend=backend))
+        else:
+            outputs.append(shared.call(seats[i], layer.weight, layer.bias, adapter.lora_B, adapter.scaling))
+    return tuple(outputs)
+
+
+def _with_one_mask(x: Tensor, layers: Sequence[GroupLayer], dropout_p: float) -> Iterator[Tensor]:
+    keep = F.dropout(torch.ones_like(x), dropout_p) != 0
+    for layer in layers:
+        yield _composed(x, layer.weight, layer.adapters, layer.bias, keep)

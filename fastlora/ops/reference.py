@@ -29,6 +29,20 @@ def apply_dropout(x: torch.Tensor, dropout_p: float, keep_mask: torch.Tensor | N
     return x * keep_mask / (1.0 - dropout_p)
 
 
+def low_rank_term(
+    x: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    keep_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """s·(drop(x) Aᵀ) Bᵀ in the widest dtype of x and the adapters, as in PEFT; under autocast in its dtype."""
+    wide = _widest(x, lora_A, lora_B)
+    s = F.linear(apply_dropout(x.to(wide), dropout_p, keep_mask), lora_A.to(wide))
+    return scaling * F.linear(s, lora_B.to(wide))
+
+
 def lora_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -42,13 +56,10 @@ def lora_linear(
     """y = x W0ᵀ + b + s·(drop(x) Aᵀ) Bᵀ (Hu et al. 2021, arXiv 2106.09685, eq. 3).
 
     x (..., K), weight (N, K), lora_A (r, K), lora_B (N, r), bias (N,) or None, keep_mask like x or None. Returns (...,
-    N) in F.linear's dtype. The low-rank path is computed in the widest dtype of x and the adapters, as in PEFT; under
-    autocast, in its dtype.
+    N) in F.linear's dtype, rounded to it once.
     """
-    wide = _widest(x, lora_A, lora_B)
-    s = F.linear(apply_dropout(x.to(wide), dropout_p, keep_mask), lora_A.to(wide))
     y = F.linear(x, weight, bias)
-    return (y + scaling * F.linear(s, lora_B.to(wide))).to(y.dtype)
+    return (y + low_rank_term(x, lora_A, lora_B, scaling, dropout_p, keep_mask)).to(y.dtype)
 
 
 def mixed_batch_lora_linear(
@@ -67,11 +78,9 @@ def mixed_batch_lora_linear(
     y = F.linear(x, weight, bias)
     for i, (lora_A, lora_B, scaling, dropout_p, *_) in enumerate(adapters):
         where = torch.tensor(sequences[i], dtype=torch.int64, device=x.device)
-        wide = _widest(x, lora_A, lora_B)
-        rows = x.index_select(0, where).to(wide)
+        rows = x.index_select(0, where)
         keep = None if keep_masks is None else keep_masks[i]
-        s = F.linear(apply_dropout(rows, dropout_p, keep if keep is None else keep.view(rows.shape)), lora_A.to(wide))
-        term = scaling * F.linear(s, lora_B.to(wide))
+        term = low_rank_term(rows, lora_A, lora_B, scaling, dropout_p, keep if keep is None else keep.view(rows.shape))
         y = y.index_copy(0, where, (y.index_select(0, where) + term).to(y.dtype))
     return y
 

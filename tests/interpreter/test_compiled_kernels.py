@@ -72,7 +72,7 @@ def test_dropout_by_a_seed_from_the_graph(backend):
 
     def call(x, weight, bias, lora_A, lora_B):
         seed = torch.randint(2**62, (1,), dtype=torch.int64)
-        arguments = (x.reshape(-1, 40), weight, bias, lora_A, lora_B, seed, 1.5, p, backend)
+        arguments = (x.reshape(-1, 40), weight, bias, lora_A, lora_B, seed, 1.5, p, backend, False)
         return torch.ops.fastlora.lora_linear_any_scale(*arguments), seed
 
     tensors = leaves()

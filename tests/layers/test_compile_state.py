@@ -275,7 +275,7 @@ def test_second_derivatives_raise():
     (gradient,) = torch.autograd.grad(forward(p.x, p.weight, a, p.lora_B, 1.5).square().sum(), a, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         gradient.sum().backward()
-    y, _ = torch.ops.fastlora.lora_linear(p.x, p.weight, p.bias, a, p.lora_B, None, 1.5, 0.0, "auto")
+    y, _ = torch.ops.fastlora.lora_linear(p.x, p.weight, p.bias, a, p.lora_B, None, 1.5, 0.0, "auto", False)
     (gradient,) = torch.autograd.grad(y.square().sum(), a, create_graph=True)
     with pytest.raises(RuntimeError, match="lora_linear is differentiable once"):
         gradient.sum().backward()
@@ -285,7 +285,7 @@ def test_second_derivatives_raise():
 def test_opcheck_of_the_op_that_takes_any_scale():
     p = make_problem(12, 20)
     tensors = (p.x.requires_grad_(), p.weight, p.bias, p.lora_A.requires_grad_(), p.lora_B.requires_grad_())
-    torch.library.opcheck(torch.ops.fastlora.lora_linear_any_scale.default, (*tensors, None, 1.5, 0.0, "auto"))
+    torch.library.opcheck(torch.ops.fastlora.lora_linear_any_scale.default, (*tensors, None, 1.5, 0.0, "auto", False))
 
 
 def test_every_op_is_opchecked():
@@ -312,7 +312,7 @@ def test_the_graph_for_a_gpu(dropout_p):
         lora_A, lora_B = empty(4, 64, dtype=torch.float32), empty(32, 4, dtype=torch.float32)
 
         def forward(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-            return lora_autograd._compiled_lora_linear(x, weight, bias, lora_A, lora_B, 2.0, dropout_p, "auto")
+            return lora_autograd._compiled_lora_linear(x, weight, bias, lora_A, lora_B, 2.0, dropout_p, "auto", False)
 
         graph = make_fx(forward)(x, lora_A, lora_B).graph
         targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
@@ -322,7 +322,18 @@ def test_the_graph_for_a_gpu(dropout_p):
         assert (y.dtype, y.device.type, y.shape) == (torch.bfloat16, "cuda", (6, 32))
         seed = torch.empty(1, device="cuda", dtype=torch.int64)
         outputs = torch.ops.fastlora.lora_linear_backward(
-            empty(6, 32), x, weight, lora_A, lora_B, empty(6, 4), seed, 2.0, dropout_p, [True, True, False], "auto"
+            empty(6, 32),
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            empty(6, 4),
+            seed,
+            2.0,
+            dropout_p,
+            [True, True, False],
+            "auto",
+            False,
         )
         assert [out.dtype for out in outputs[:2]] == [torch.bfloat16, torch.float32]
         assert [tuple(out.shape) for out in outputs] == [(6, 64), (4, 64), (0,)]

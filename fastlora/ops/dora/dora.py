@@ -30,6 +30,7 @@ from ...runtime.trust import NOT_YET, first_difference, first_use, seeded
 from .. import call, reference
 from ..call import Adapter, as_2d, as_shaped, autocast_enabled, backward_pass
 from ..lora import autograd as lora_autograd
+from ..lora.aten import draw_keep_mask, dropout_scale
 from . import aten
 
 
@@ -72,6 +73,29 @@ def scale(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, lora_
         return ScaleFunction.apply(z, magnitude, norm, bias, module)  # type: ignore[return-value]
     z2 = as_2d(z)
     return as_shaped(module.scale(z2, magnitude, norm, bias, in_place=not z.is_inference()), z)
+
+
+def reads_wide_factors(x: Tensor, lora_A: Tensor, lora_B: Tensor, backend: str, narrow: bool) -> bool:
+    """Whether the factors are wider than x and ATen runs: the low-rank path is then `scale_and_add`'s."""
+    return call.low_rank_dtype(x, lora_A, lora_B, narrow) != x.dtype and select(x, lora_A, backend) is aten
+
+
+def scale_and_add(
+    frozen: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor,
+    norm: Tensor,
+    bias: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """y = (m/n) ∘ frozen + b + s·(x Aᵀ) ((m/n) ∘ B)ᵀ: factors wider than x meet dY itself, not (m/n) ∘ dY rounded to
+    its dtype."""
+    factor = (magnitude.to(norm.dtype) / norm).unsqueeze(1)
+    y = scale(frozen, magnitude, norm, bias, lora_A, backend)
+    return lora_autograd.add_term(y, x, lora_A, lora_B * factor, scaling)
 
 
 def norm_as_constant(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str) -> Tensor:
@@ -248,7 +272,8 @@ def run(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, backen
     assert magnitude is not None
     _check_magnitude(weight, magnitude)
     unrounded = weight
-    if call.autocast_enabled(x):
+    narrow = call.autocast_enabled(x)
+    if narrow:
         x, weight, bias = call.cast_for_autocast(x, weight, bias)
     call.check_one_dtype(x, weight, bias)
     tensors = (x, weight, bias, lora_A, lora_B, magnitude)
@@ -257,11 +282,20 @@ def run(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, backen
     if norm is None:
         norm = norm_as_constant(unrounded, lora_A, lora_B, scaling, backend)
     rest = None
+    if reads_wide_factors(x, lora_A, lora_B, backend, narrow):
+        dropped = kept = x
+        if dropout_p > 0.0:
+            kept = x * draw_keep_mask(x, dropout_p)  # exact: what the low-rank path reads
+            dropped, scaling = kept * dropout_scale(dropout_p), scaling * dropout_scale(dropout_p)
+            rest = F.linear(x - dropped, weight)
+        z = F.linear(dropped, weight)
+        y = scale_and_add(z, kept, lora_A, lora_B, scaling, magnitude, norm, bias, backend)
+        return y if rest is None else rest + y
     if dropout_p > 0.0:
         # W0 x + (m/n − 1) ∘ W0 drop(x) + (m/n) ∘ s·B A drop(x): what is dropped keeps the frozen layer's length.
         dropped = F.dropout(x, dropout_p)
         rest, x = F.linear(x - dropped, weight), dropped
-    z = lora_autograd.lora_linear(x, weight, None, lora_A, lora_B, scaling, 0.0, backend)
+    z = lora_autograd.lora_linear(x, weight, None, lora_A, lora_B, scaling, 0.0, backend, narrow)
     y = scale(z, magnitude, norm, bias, lora_A, backend)
     return y if rest is None else rest + y
 

@@ -12,25 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..call import low_rank_dtype
+from ..lora import aten as lora_aten
 from ..lora.aten import draw_keep_mask, dropout_scale, keep_mask
 
 Tensors = list[Tensor | None]
 
 
 def shrink(
-    x: Tensor, lora_As: Sequence[Tensor], dropout_ps: Sequence[float], shared_mask: bool
+    x: Tensor, lora_As: Sequence[Tensor], dropout_ps: Sequence[float], shared_mask: bool, narrow: bool = False
 ) -> tuple[list[Tensor], Tensors]:
-    """(S, dropout states): Sᵢ = dropᵢ(x) Aᵢᵀ (M, rᵢ); a state is the keep mask (M, K), None where all is kept."""
+    """(S, dropout states): Sᵢ = dropᵢ(x) Aᵢᵀ (M, rᵢ), of `call.low_rank_dtype`; a state is the keep mask (M, K), None
+    where all is kept."""
     states: Tensors = []
     for p in dropout_ps:
         again = states[0] if shared_mask and states else None
         states.append(again if again is not None else draw_keep_mask(x, p) if p > 0.0 else None)
     out: list[Tensor] = [x] * len(lora_As)
-    for members in _of_one_input(states):
+    dtypes = [low_rank_dtype(x, a, None, narrow) for a in lora_As]
+    for members in _of_one_input(states, dtypes):
         first = members[0]
         keep, p = states[first], dropout_ps[first]
-        dropped = x if keep is None else x * keep_mask(keep, x.shape, p)
-        s = F.linear(dropped, _stacked([lora_As[i] for i in members], x.dtype))
+        mask = None if keep is None else keep_mask(keep, x.shape, p)
+        s = lora_aten.shrink(x, _stacked([lora_As[i] for i in members], dtypes[first]), mask)
         if keep is not None:
             s.mul_(dropout_scale(p))
         for i, part in zip(members, s.split([lora_As[i].shape[0] for i in members], dim=1), strict=True):
@@ -42,7 +46,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_B: Tensor, scaling: float, name: str
 ) -> Tensor:
     """One member's y (M, N) = x W0ᵀ + b + s·S Bᵀ."""
-    return F.linear(x, weight, bias).addmm_(s, lora_B.to(x.dtype).t(), alpha=scaling)
+    return lora_aten.add_product(F.linear(x, weight, bias), s, lora_B.to(s.dtype).t(), scaling)
 
 
 def backward(
@@ -53,17 +57,13 @@ def backward(
     scaling: float,
     dx: Tensor | None,
     needs: tuple[bool, bool, bool],
+    narrow: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """One member's (dX, dS, dB), None where `needs` (x, S, lora_B) is False: dX = dx + dY W0, in place where dx is
     given, dS = s·dY B, dB = s·dYᵀ S."""
     needs_x, needs_s, needs_b = needs
-    ds = grad_b = None
-    if needs_b:
-        assert s is not None and lora_B is not None
-        grad_b = s.t().mm(dy).mul_(scaling).t().to(lora_B.dtype)  # as in backends/torch.py: the long side last
-    if needs_s:
-        assert lora_B is not None
-        ds = dy.mm(lora_B.to(dy.dtype)).mul_(scaling)
+    dtype = low_rank_dtype(dy, None, lora_B, narrow) if s is None else s.dtype
+    ds, grad_b = lora_aten.ds_and_db(dy, lora_B, s, dtype, scaling, scaling, (needs_s, needs_b))
     if needs_x:
         assert weight is not None
         dx = dy.mm(weight) if dx is None else dx.addmm_(dy, weight)
@@ -86,7 +86,7 @@ def shared_gradients(
     A member whose dS is None (its output was not used) costs nothing and gets None.
     """
     grads: Tensors = [None] * len(dss)
-    for every in _of_one_input(states):
+    for every in _of_one_input(states, [None if ds is None else ds.dtype for ds in dss]):
         members = [i for i in every if dss[i] is not None]
         if not members:
             continue
@@ -96,14 +96,11 @@ def shared_gradients(
         mask = None if keep is None else keep_mask(keep, (ds.shape[0], lora_As[members[0]].shape[1]), p)  # type: ignore[union-attr]
         if needs_x:
             a = _stacked([lora_As[i] for i in members], ds.dtype)  # type: ignore[misc]
-            if mask is not None:
-                term = ds.mm(a)
-                dx = term.mul_(mask).mul_(scale) if dx is None else dx.addcmul_(term, mask, value=scale)
-            else:
-                dx = ds.mm(a) if dx is None else dx.addmm_(ds, a)
+            dx = ds.new_zeros(ds.shape[0], a.shape[1]) if dx is None else dx
+            lora_aten.add_product(dx, ds, a, scale, mask)
         if any(needs_as[i] for i in members):
             assert x is not None
-            grad = ds.t().mm(x if mask is None else x * mask)
+            grad = lora_aten.weight_grad(ds, x, mask)
             if mask is not None:
                 grad.mul_(scale)
             ranks = [dss[i].shape[1] for i in members]  # type: ignore[union-attr]
@@ -114,11 +111,11 @@ def shared_gradients(
     return dx if needs_x else None, grads
 
 
-def _of_one_input(states: Sequence[Tensor | None]) -> list[list[int]]:
-    """Members that read the same drop(x), together: those that drop nothing, and those of one mask."""
-    found: dict[int, list[int]] = {}
-    for i, state in enumerate(states):
-        found.setdefault(id(state), []).append(i)
+def _of_one_input(states: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None]) -> list[list[int]]:
+    """Members that read the same drop(x) in one dtype, together: those that drop nothing, and those of one mask."""
+    found: dict[tuple, list[int]] = {}
+    for i, (state, dtype) in enumerate(zip(states, dtypes, strict=True)):
+        found.setdefault((id(state), dtype), []).append(i)
     return list(found.values())
 
 

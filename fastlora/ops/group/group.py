@@ -1,4 +1,4 @@
-"""A group of LoRA layers in autograd: layers that are fed the same x share S, dA and the accumulation of dX.
+"""Layers that are fed the same x in autograd: they share S, dA and the accumulation of dX.
 
     S₁ … Sₙ = drop₁(x) A₁ᵀ … dropₙ(x) Aₙᵀ     one pass over x (`SharedShrink`)
     yᵢ      = x Wᵢᵀ + bᵢ + sᵢ·Sᵢ Bᵢᵀ          each member when it is called (`GroupMember`)
@@ -11,11 +11,8 @@ nothing, and members can be differentiated apart.
 
 Saved: x once, each S, the dropout states, and references to the weights.
 
-Which implementation runs a group of layers: the one that belongs to the backends its members would take alone.
-
-On a GPU the group's own kernels are compared with the reference on a small problem before they are first trusted, as
-the backends are (dispatch.py); where they fail, or where the members would take different roads, the layers run one by
-one.
+A group runs on the implementation that belongs to its members' backends. Where those differ, or where the group's
+kernels fail their first-use check, the layers run one by one.
 """
 
 from __future__ import annotations
@@ -23,19 +20,17 @@ from __future__ import annotations
 import contextlib
 import importlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...runtime.trust import first_difference, first_use, seeded
 from .. import call
-from ..call import GroupLayer, as_one_adapter, autocast_enabled, check_call, takes_fused_path
-from ..layer import multi_lora_linear
+from ..call import autocast_enabled, takes_fused_path
 from ..lora import choice as lora_choice
 from . import aten
 
@@ -63,10 +58,10 @@ class Choice(NamedTuple):
     names: tuple[str, ...]
 
 
-def select(x: Tensor, members: Sequence[Member]) -> Choice | str:
+def select(x: Tensor, members: Sequence[Member], narrow: bool = False) -> Choice | str:
     """What runs the group on x (M, K), or why the layers run one by one. Weights and biases are cast to x's dtype by
     whoever multiplies by them."""
-    names = tuple(_backend(x, member) for member in members)
+    names = tuple(_backend(x, member, narrow) for member in members)
     if all(name == "torch" for name in names):
         return Choice(aten, names)
     if not all(name in KERNEL_BACKENDS for name in names):
@@ -80,12 +75,13 @@ def select(x: Tensor, members: Sequence[Member]) -> Choice | str:
     return Choice(module, names)
 
 
-def _backend(x: Tensor, member: Member) -> str:
+def _backend(x: Tensor, member: Member, narrow: bool) -> str:
     weight, bias = member.weight, member.bias
     if weight.dtype != x.dtype:  # under autocast: what matters to the choice is the dtype that it will have
         weight = weight.new_empty(weight.shape, dtype=x.dtype) if x.is_cuda else weight
         bias = bias.to(x.dtype) if bias is not None else None
-    name = lora_choice.select(x, weight, bias, member.lora_A, member.lora_B, member.dropout_p, member.backend).name
+    call_, asked = (x, weight, bias, member.lora_A, member.lora_B, member.dropout_p), member.backend
+    name = lora_choice.select(*call_, asked, narrow).name
     return lora_choice.FAMILY.get(name, name)
 
 
@@ -154,11 +150,12 @@ class SharedShrink(torch.autograd.Function):
         dropout_ps: tuple[float, ...],
         shared_mask: bool,
         owner: Any,
+        narrow: bool,
         *lora_As: Tensor,
     ):
         ctx.set_materialize_grads(False)
-        outputs, states = module.shrink(x, lora_As, dropout_ps, shared_mask)
-        need_x, need_as = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        outputs, states = module.shrink(x, lora_As, dropout_ps, shared_mask, narrow)
+        need_x, need_as = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         ctx.save_for_backward(x if any(need_as) else None, *states)
         # Apart from the rest, so that only those that the backward pass uses have to be as they were: a member whose A
         # was changed before its call has run without this S.
@@ -170,12 +167,12 @@ class SharedShrink(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dx: Tensor | None, *dss: Tensor | None):  # type: ignore[override]
         module, dropout_ps, shared_mask, owner = ctx.arguments
-        need_x, need_as = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        need_x, need_as = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         forget = owner() if owner is not None else None
         if forget is not None:
             forget.clear()
         if all(ds is None for ds in dss):  # nothing of what was saved is needed, and it may be gone
-            return (dx, *[None] * (4 + len(dss)))
+            return (dx, *[None] * (5 + len(dss)))
         x, *states = ctx.saved_tensors
         for a, version, ds in zip(ctx.lora_As, ctx.versions, dss, strict=True):
             if ds is not None and _version(a) != version:
@@ -187,7 +184,7 @@ class SharedShrink(torch.autograd.Function):
             dx, grads = module.shared_gradients(
                 _writable(dx), x, dss, ctx.lora_As, states, dropout_ps, shared_mask, need_x, need_as
             )
-        return (dx, None, None, None, None, *grads)
+        return (dx, *[None] * 5, *grads)
 
 
 class GroupMember(torch.autograd.Function):
@@ -205,6 +202,7 @@ class GroupMember(torch.autograd.Function):
         module: ModuleType,
         name: str,
         shape: torch.Size,
+        narrow: bool,
     ):
         ctx.set_materialize_grads(False)
         y = module.forward(x, weight, bias, s, lora_B, scaling, name)
@@ -215,23 +213,24 @@ class GroupMember(torch.autograd.Function):
             s if need_b else None,
             lora_B if need_s or need_b else None,
         )
-        ctx.arguments = (module, scaling)
+        ctx.arguments = (module, scaling, narrow)
         return _shaped(y, shape), (x if need_x else None)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dx: Tensor | None):  # type: ignore[override]
         if dy is None:
-            return dx, *[None] * 8
+            return dx, *[None] * 9
         x, weight, s, lora_B = ctx.saved_tensors
-        module, scaling = ctx.arguments
+        module, scaling, narrow = ctx.arguments
         need_x, need_s, need_w, need_bias, need_b = ctx.needs_input_grad[:5]
         dy2 = dy.reshape(-1, dy.shape[-1])
         with _without_autocast(dy):
-            dx, ds, grad_b = module.backward(dy2, weight, s, lora_B, scaling, _writable(dx), (need_x, need_s, need_b))
+            needs = (need_x, need_s, need_b)
+            dx, ds, grad_b = module.backward(dy2, weight, s, lora_B, scaling, _writable(dx), needs, narrow)
             grad_w = dy2.t().mm(x) if need_w else None
             grad_bias = dy2.sum(0) if need_bias else None
-        return dx, ds, grad_w, grad_bias, grad_b, None, None, None, None
+        return dx, ds, grad_w, grad_bias, grad_b, *[None] * 5
 
 
 class Term(NamedTuple):
@@ -244,9 +243,11 @@ class Term(NamedTuple):
 class SharedInput:
     """x on its way through a group: `call` runs a member; each may be called once, in any order, or never."""
 
-    def __init__(self, x: Tensor, terms: Sequence[Term], choice: Choice, shared_mask: bool = False) -> None:
-        """x (..., K) of the weights' dtype. S of every member is computed here."""
-        self.shape = x.shape
+    def __init__(
+        self, x: Tensor, terms: Sequence[Term], choice: Choice, shared_mask: bool = False, narrow: bool = False
+    ) -> None:
+        """x (..., K) of the weights' dtype. S of every member is computed here; `narrow`: `call.low_rank_dtype`."""
+        self.shape, self.narrow = x.shape, narrow
         self.module, self.names = choice
         x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         dropout_ps = tuple(term.dropout_p for term in terms)
@@ -255,26 +256,42 @@ class SharedInput:
         s: Sequence[Tensor]
         if self.grad:
             weak = weakref.ref(self)
-            passed, *s = SharedShrink.apply(x2, self.module, dropout_ps, shared_mask, weak, *lora_As)  # type: ignore[misc]
+            passed, *s = SharedShrink.apply(  # type: ignore[misc]
+                x2, self.module, dropout_ps, shared_mask, weak, narrow, *lora_As
+            )
             x2 = x2 if passed is None else passed
         else:
-            s, _ = self.module.shrink(x2, lora_As, dropout_ps, shared_mask)
+            s, _ = self.module.shrink(x2, lora_As, dropout_ps, shared_mask, narrow)
         self.x: Tensor | None = x2
         self.s: list[Tensor | None] = list(s)
 
     def call(self, index: int, weight: Tensor, bias: Tensor | None, lora_B: Tensor, scaling: float) -> Tensor:
         """The member's y (..., N)."""
-        x, s = self.x, self.s[index]
-        assert x is not None and s is not None, "each member once"
-        name = self.names[index]
+        s = self.s[index]
+        assert s is not None, "each member once"
         self.s[index] = None
+        return self._layer(s, weight, bias, lora_B, scaling, self.names[index])
+
+    def sum(self, weight: Tensor, bias: Tensor | None, lora_Bs: Sequence[Tensor], scalings: Sequence[float]) -> Tensor:
+        """All members as the terms of one layer: its y (..., N), rounded once."""
+        lora_B = torch.cat([b * scaling for b, scaling in zip(lora_Bs, scalings, strict=True)], dim=1)
+        s = torch.cat([one for one in self.s if one is not None], dim=1)
+        return self._layer(s, weight, bias, lora_B, 1.0, self.names[0])
+
+    def _layer(
+        self, s: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor, scaling: float, name: str
+    ) -> Tensor:
+        x = self.x
+        assert x is not None, "not cleared"
         if weight.dtype != x.dtype:  # under autocast
             weight = weight.to(x.dtype)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         if not self.grad:
             return _shaped(self.module.forward(x, weight, bias, s, lora_B, scaling, name), self.shape)
-        y, passed = GroupMember.apply(x, s, weight, bias, lora_B, scaling, self.module, name, self.shape)  # type: ignore[misc]
+        y, passed = GroupMember.apply(  # type: ignore[misc]
+            x, s, weight, bias, lora_B, scaling, self.module, name, self.shape, self.narrow
+        )
         if passed is not None:
             self.x = passed
         return y
@@ -307,72 +324,6 @@ def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def lora_group(
-    x: Tensor,
-    layers: Sequence[GroupLayer],
-    training: bool = True,
-    backend: str = "auto",
-    shared_mask: bool = False,
-) -> tuple[Tensor, ...]:
-    """Several LoRA layers on the same x, as q, k and v or gate and up are: x is read once for the S of all of them and
-    once for every dA, and dX is accumulated instead of made once a layer and added.
-
-    Equivalent to:
-
-        tuple(multi_lora_linear(x, layer.weight, layer.adapters, layer.bias, training) for layer in layers)
-
-    Args:
-        x: (..., K). layers: `GroupLayer`s with weight (Nᵢ, K) and adapters as in `lora_linear`; ranks, scales, dropout
-            probabilities and the adapters' dtypes may differ.
-        training, backend: as in `lora_linear`.
-        shared_mask: one dropout mask for all adapters, which then need one probability; otherwise each has its own, as
-            in PEFT.
-
-    Returns:
-        A tuple of (..., Nᵢ). One whose gradient is not asked for costs nothing in the backward pass.
-
-    Layers without adapters, or with several that drop something, run alone; so do all of them where sharing cannot help
-    or be right: small x on a CPU, inside torch.compile and torch.func, tensor subclasses, layers that run on different
-    backends.
-
-    Raises:
-        ValueError: as `lora_linear`; with `shared_mask`, probabilities that differ, or an adapter with a magnitude.
-    """
-    layers = [
-        layer if training else layer._replace(adapters=[a._replace(dropout_p=0.0) for a in layer.adapters])
-        for layer in layers
-    ]
-    for layer in layers:
-        for adapter in layer.adapters:
-            check_call(x, layer.weight, adapter, layer.bias)
-            if shared_mask and adapter.magnitude is not None:
-                raise ValueError("lora_group: shared_mask: got True and an adapter with a magnitude (DoRA), want False")
-    probabilities = {adapter.dropout_p for layer in layers for adapter in layer.adapters}
-    if shared_mask and len(probabilities) > 1:
-        raise ValueError(
-            f"lora_group: shared_mask: got dropout probabilities {sorted(probabilities)}, want one for all"
-        )
-    shared_mask = shared_mask and probabilities != {0.0}
-    merged = [as_one_adapter(layer.adapters) for layer in layers]
-    members = {
-        i: Member(layer.weight, layer.bias, *adapter[:2], adapter.dropout_p, backend)
-        for i, (layer, adapter) in enumerate(zip(layers, merged, strict=True))
-        if adapter is not None
-    }
-    whole = len(members) == len(layers) or not shared_mask
-    shared = open_group(x, list(members.values()), shared_mask) if whole else None
-    if shared is None and shared_mask:
-        return tuple(_with_one_mask(x, layers, probabilities.pop()))
-    outputs = []
-    seats = {i: seat for seat, i in enumerate(members)}
-    for i, (layer, adapter) in enumerate(zip(layers, merged, strict=True)):
-        if shared is None or adapter is None:
-            outputs.append(multi_lora_linear(x, layer.weight, layer.adapters, layer.bias, backend=backend))
-        else:
-            outputs.append(shared.call(seats[i], layer.weight, layer.bias, adapter.lora_B, adapter.scaling))
-    return tuple(outputs)
-
-
 def open_group(x: Tensor, members: Sequence[Member], shared_mask: bool = False) -> SharedInput | None:
     """The shared part of a group, ready for its members to be called; None where they should run one by one (or where
     running one of them will say what is wrong)."""
@@ -384,8 +335,10 @@ def open_group(x: Tensor, members: Sequence[Member], shared_mask: bool = False) 
     if not takes_fused_path(x, *tensors):
         return None
     dtypes = {tensor.dtype for member in members for tensor in member[:2] if tensor is not None}
-    dtype = x.dtype
-    if call.autocast_enabled(x):
+    if any(member.lora_A.dtype != member.lora_B.dtype for member in members):
+        return None
+    dtype, narrow = x.dtype, call.autocast_enabled(x)
+    if narrow:
         if torch.float64 in dtypes or dtype == torch.float64:
             return None
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -396,18 +349,8 @@ def open_group(x: Tensor, members: Sequence[Member], shared_mask: bool = False) 
     if any(tensor is not None and tensor.device != x.device for tensor in tensors):
         return None
     cast = x.to(dtype)
-    choice = select(cast.reshape(-1, cast.shape[-1]), members)
+    choice = select(cast.reshape(-1, cast.shape[-1]), members, narrow)
     if isinstance(choice, str):
         return None
     terms = [Term(member.lora_A, member.dropout_p) for member in members]
-    return SharedInput(cast, terms, choice, shared_mask)
-
-
-def _with_one_mask(x: Tensor, layers: Sequence[GroupLayer], dropout_p: float) -> Iterator[Tensor]:
-    dropped = F.dropout(x, dropout_p)
-    for layer in layers:
-        y = F.linear(x, layer.weight, layer.bias)
-        for adapter in layer.adapters:
-            s = F.linear(dropped.to(y.dtype), adapter.lora_A.to(y.dtype))
-            y = y + F.linear(s, adapter.lora_B.to(y.dtype)) * adapter.scaling
-        yield y
+    return SharedInput(cast, terms, choice, shared_mask, narrow)

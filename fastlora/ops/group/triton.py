@@ -22,7 +22,7 @@ Tensors = list[Tensor | None]
 
 
 def shrink(
-    x: Tensor, lora_As: Sequence[Tensor], dropout_ps: Sequence[float], shared_mask: bool
+    x: Tensor, lora_As: Sequence[Tensor], dropout_ps: Sequence[float], shared_mask: bool, narrow: bool = False
 ) -> tuple[list[Tensor], Tensors]:
     """(S, seeds): Sᵢ = dropᵢ(x) Aᵢᵀ (M, rᵢ); a seed is (1,) int64, None where nothing is dropped."""
     with device_of(x):
@@ -59,6 +59,7 @@ def backward(
     scaling: float,
     dx: Tensor | None,
     needs: tuple[bool, bool, bool],
+    narrow: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """One member's (dX, dS, dB), None where `needs` (x, S, lora_B) is False: dX = dx + dY W0, in place where dx is
     given; dS = s·dY B and dB = s·dYᵀ S in one pass over dY."""

@@ -67,7 +67,7 @@ def backward(
     narrow: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX, dA, dB), None where `needs` (x, lora_A, lora_B) is False: dS = s·dY B, dB = s·dYᵀ S, dX = dY W0 + drop′(dS
-    A), dA = dSᵀ drop(x)."""
+    A), dA = dSᵀ drop(x). Without a weight dX is drop′(dS A) alone."""
     needs_x, needs_a, needs_b = needs
     dtype = low_rank_dtype(dy, lora_A, lora_B, narrow) if s is None else s.dtype
     # S and dS are the only places where the mask's scale enters.
@@ -78,8 +78,9 @@ def backward(
         assert dropout_state is not None and lora_A is not None
         keep = keep_mask(dropout_state, (dy.shape[0], lora_A.shape[1]), dropout_p)
     if needs_x:
-        assert weight is not None and lora_A is not None and ds is not None
-        dx = add_product(dy.mm(weight), ds, lora_A.to(dtype), 1.0, keep)
+        assert lora_A is not None and ds is not None
+        dx = dy.mm(weight) if weight is not None else dy.new_zeros(dy.shape[0], lora_A.shape[1])
+        add_product(dx, ds, lora_A.to(dtype), 1.0, keep)
     if needs_a:
         assert x is not None and lora_A is not None and ds is not None
         grad_a = weight_grad(ds, x, keep).to(lora_A.dtype)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import call
+from .. import call, reference
 from ..call import as_2d, as_shaped, backward_pass, low_rank_dtype
 from . import aten, choice
 
@@ -100,6 +100,33 @@ def lora_linear(
     return LoraLinearFunction.apply(  # type: ignore[return-value]
         x, weight, bias, lora_A, lora_B, scaling, dropout_p, module, narrow
     )
+
+
+class TermFunction(torch.autograd.Function):
+    """base (M, N) + s·(x Aᵀ) Bᵀ for x (M, K)."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        dtype = low_rank_dtype(x, lora_A, lora_B, False)
+        s = aten.shrink(x, lora_A.to(dtype))
+        ctx.save_for_backward(x, lora_A, lora_B, s)
+        ctx.scaling = scaling
+        return aten.add_product(base.clone(), s, lora_B.to(dtype).t(), scaling)
+
+    @staticmethod
+    @backward_pass
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, lora_A, lora_B, s = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:4]
+        return dy, *aten.backward(dy, x, None, lora_A, lora_B, s, None, ctx.scaling, 0.0, needs), None
+
+
+def add_term(base: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """base (..., N) + s·(x Aᵀ) Bᵀ by ATen: the low-rank path in the widest dtype of x and the factors, rounded once."""
+    if torch.compiler.is_compiling() or (x.device.type == "cpu" and x.numel() < call.SMALL):
+        return (base + reference.low_rank_term(x, lora_A, lora_B, scaling)).to(base.dtype)
+    y = TermFunction.apply(as_2d(base), as_2d(x), lora_A, lora_B, scaling)
+    return as_shaped(y, x)  # type: ignore[arg-type]
 
 
 # The torch.library twin. Randomness stays outside the ops, in the graph, where the compiler may move or repeat it: they

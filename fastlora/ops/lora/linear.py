@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import call, reference
@@ -71,8 +69,3 @@ def fused_linear(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | Non
     if weight.numel() == 0 or x.is_nested or not takes_fused_path(x, weight, bias, lora_A, lora_B):
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     return autograd.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, narrow)
-
-
-def low_rank_term(x: Tensor, adapter: Adapter, dtype: torch.dtype) -> Tensor:
-    dropped = F.dropout(x, adapter.dropout_p).to(dtype)
-    return F.linear(F.linear(dropped, adapter.lora_A.to(dtype)), adapter.lora_B.to(dtype)) * adapter.scaling

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.segment_plan import Segments
-from ..lora.aten import draw_keep_mask, dropout_scale
+from ..call import low_rank_dtype
+from ..lora.aten import add_product, draw_keep_mask, dropout_scale, ds_and_db, shrink, weight_grad
 
 Rows = slice | Tensor
 Tensors = list[Tensor | None]
@@ -30,11 +31,12 @@ def forward(
     scalings: Sequence[float],
     dropout_ps: Sequence[float],
     segments: Segments,
+    narrow: bool = False,
 ) -> tuple[Tensor, list[Tensor], Tensors]:
     """(y, each segment's S, each segment's keep mask or None): y = x W0ᵀ + b, and s·S Bᵀ in the segments' rows.
 
-    x (M, K), weight (N, K), one adapter per segment. S (without the dropout's scale: a rounding less) and the masks
-    have the segment's rows in the segment's order.
+    x (M, K), weight (N, K), one adapter per segment, all of one dtype. S (of `call.low_rank_dtype`, without the
+    dropout's scale: a rounding less) and the masks have the segment's rows in the segment's order.
     """
     y = F.linear(x, weight, bias)
     s: list[Tensor] = []
@@ -42,10 +44,11 @@ def forward(
     for i, (a, b, scaling, p) in enumerate(zip(lora_As, lora_Bs, scalings, dropout_ps, strict=True)):
         start, end = segments.starts[i : i + 2]
         keep = draw_keep_mask(x.new_empty(end - start, x.shape[1]), p) if p > 0.0 else None
-        down, up = a.to(x.dtype).t(), b.to(x.dtype).t()
+        dtype = low_rank_dtype(x, a, b, narrow)
+        down, up = a.to(dtype), b.to(dtype).t()
         parts = []
         for rows, span in _pieces(segments, i, x.device):
-            part = _dropped(_take(x, rows), keep, span).mm(down)
+            part = shrink(_take(x, rows), down, None if keep is None else keep[span])
             _add_product(y, rows, part, up, scaling * _scale_of(keep, p))
             parts.append(part)
         s.append(parts[0] if len(parts) == 1 else torch.cat(parts))
@@ -65,6 +68,7 @@ def backward(
     dropout_ps: Sequence[float],
     segments: Segments,
     needs: tuple[bool, Sequence[bool], Sequence[bool]],
+    narrow: bool = False,
 ) -> tuple[Tensor | None, Tensors, Tensors]:
     """(dX, dAs, dBs), None where `needs` (x, each lora_A, each lora_B) is False."""
     needs_x, needs_as, needs_bs = needs
@@ -72,26 +76,27 @@ def backward(
     grad_as: Tensors = [None] * len(lora_As)
     grad_bs: Tensors = [None] * len(lora_Bs)
     for i, (a, b, keep) in enumerate(zip(lora_As, lora_Bs, states, strict=True)):
-        down, up = a.to(dy.dtype), b.to(dy.dtype)
+        dtype = s[i].dtype
+        down = a.to(dtype)
         scale = scalings[i] * _scale_of(keep, dropout_ps[i])
         pieces = _pieces(segments, i, dy.device)
         for rows, span in pieces:
-            dy_rows = _take(dy, rows)
-            if needs_bs[i]:
-                grad_bs[i] = _plus(grad_bs[i], s[i][span].t().mm(dy_rows), len(pieces))
-            if not (needs_x or needs_as[i]):
-                continue
-            ds = dy_rows.mm(up).mul_(scale)
-            if dx is not None:
-                _add_product(dx, rows, ds, down, 1.0, None if keep is None else keep[span])
+            needs_ds, mask = needs_x or needs_as[i], None if keep is None else keep[span]
+            # dB in the wider dtype, as the sum of the pieces is.
+            wide = b.to(torch.promote_types(dtype, b.dtype))
+            ds, grad_b = ds_and_db(_take(dy, rows), wide, s[i][span], dtype, scale, scale, (needs_ds, needs_bs[i]))
+            if grad_b is not None:
+                grad_bs[i] = _plus(grad_bs[i], grad_b, len(pieces))
+            if dx is not None and ds is not None:
+                _add_product(dx, rows, ds, down, 1.0, mask)
             if needs_as[i]:
-                assert x is not None
-                grad_as[i] = _plus(grad_as[i], ds.t().mm(_dropped(_take(x, rows), keep, span)), len(pieces))
+                assert x is not None and ds is not None
+                grad_as[i] = _plus(grad_as[i], weight_grad(ds, _take(x, rows), mask), len(pieces))
         grad_a, grad_b = grad_as[i], grad_bs[i]
         if grad_a is not None:
             grad_as[i] = grad_a.to(a.dtype)
         if grad_b is not None:
-            grad_bs[i] = grad_b.to(torch.promote_types(grad_b.dtype, b.dtype)).mul_(scale).t().to(b.dtype)
+            grad_bs[i] = grad_b.to(b.dtype)
     return dx, grad_as, grad_bs
 
 
@@ -104,16 +109,17 @@ def composed(
     scalings: Sequence[float],
     dropout_ps: Sequence[float],
     segments: Segments,
+    narrow: bool = False,
 ) -> Tensor:
     """The same y, differentiated by ATen's own autograd: the faster one for small problems on a CPU."""
     y = F.linear(x, weight, bias)
     for i, (a, b, scaling, p) in enumerate(zip(lora_As, lora_Bs, scalings, dropout_ps, strict=True)):
         index = segments.index(i, x.device)
-        # Whichever is smaller is cast: the factors down, or the few rows up.
-        dtype = torch.promote_types(x.dtype, a.dtype) if len(index) < len(a) else x.dtype
+        dtype = low_rank_dtype(x, a, b, narrow)
         rows = x.index_select(0, index).to(dtype)
         s = F.linear(F.dropout(rows, p) if p > 0.0 else rows, a.to(dtype))
-        y = y.index_add_(0, index, F.linear(s, b.to(dtype)).to(y.dtype), alpha=scaling)
+        sum_ = torch.addmm(y.index_select(0, index).to(dtype), s, b.to(dtype).t(), alpha=scaling)
+        y = y.index_copy_(0, index, sum_.to(y.dtype))
     return y
 
 
@@ -139,19 +145,11 @@ def _scale_of(keep: Tensor | None, dropout_p: float) -> float:
     return 1.0 if keep is None else dropout_scale(dropout_p)
 
 
-def _dropped(rows: Tensor, keep: Tensor | None, span: slice) -> Tensor:
-    return rows if keep is None else rows * keep[span]
-
-
 def _add_product(
     out: Tensor, rows: Rows, left: Tensor, right: Tensor, alpha: float, keep: Tensor | None = None
 ) -> None:
-    """out[rows] += keep ∘ (alpha · left right), rounded once but for the mask."""
-    there = _take(out, rows)
-    if keep is None:
-        there.addmm_(left, right, alpha=alpha)
-    else:
-        there.addcmul_(left.mm(right), keep, value=alpha)
+    """out[rows] += keep ∘ (alpha · left right)."""
+    there = add_product(_take(out, rows), left, right, alpha, keep)
     if not isinstance(rows, slice):
         out.index_copy_(0, rows, there)
 

@@ -37,12 +37,13 @@ def select(
     lora_Bs: Sequence[Tensor],
     dropout_ps: Sequence[float],
     backend: str,
+    narrow: bool = False,
 ) -> ModuleType:
     """What runs x (M, K) with these adapters, all of one dtype. Falls down to ATen, with a warning where the kernels
     are wrong here."""
     widest = max(range(len(lora_As)), key=lambda i: lora_As[i].shape[0])
     dropout_p = max(dropout_ps)
-    name = choice.select(x, weight, bias, lora_As[widest], lora_Bs[widest], dropout_p, backend).name
+    name = choice.select(x, weight, bias, lora_As[widest], lora_Bs[widest], dropout_p, backend, narrow).name
     if name == "torch":
         return aten
     module = importlib.import_module("fastlora.ops.mixed.triton")
@@ -114,40 +115,41 @@ class MixedBatchFunction(torch.autograd.Function):
         segments: Segments,
         scalings: tuple[float, ...],
         dropout_ps: tuple[float, ...],
+        narrow: bool,
         *factors: Tensor,
     ) -> Tensor:
         count = len(scalings)
         x2 = x.reshape(-1, x.shape[-1])
         y, s, states = module.forward(
-            x2, weight, bias, factors[:count], factors[count:], scalings, dropout_ps, segments
+            x2, weight, bias, factors[:count], factors[count:], scalings, dropout_ps, segments, narrow
         )
         needs_x, needs_w = ctx.needs_input_grad[:2]
-        needs_as = ctx.needs_input_grad[7 : 7 + count]
+        needs_as = ctx.needs_input_grad[8 : 8 + count]
         ctx.save_for_backward(
             x if needs_w or any(needs_as) else None, weight if needs_x else None, *factors, *s, *states
         )
-        ctx.arguments = (module, segments, scalings, dropout_ps, x.shape, len(s))
+        ctx.arguments = (module, segments, scalings, dropout_ps, x.shape, len(s), narrow)
         return as_shaped(y, x)
 
     @staticmethod
     @backward_pass
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        module, segments, scalings, dropout_ps, shape, num_s = ctx.arguments
+        module, segments, scalings, dropout_ps, shape, num_s, narrow = ctx.arguments
         count = len(scalings)
         x, weight, *rest = ctx.saved_tensors
         lora_As, lora_Bs, rest = rest[:count], rest[count : 2 * count], rest[2 * count :]
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
-        needs = (needs_x, ctx.needs_input_grad[7 : 7 + count], ctx.needs_input_grad[7 + count :])
+        needs = (needs_x, ctx.needs_input_grad[8 : 8 + count], ctx.needs_input_grad[8 + count :])
         dy2 = dy.reshape(-1, dy.shape[-1])
         x2 = x.reshape(-1, x.shape[-1]) if x is not None else None
         dx, grad_as, grad_bs = module.backward(
-            dy2, x2, weight, lora_As, lora_Bs, rest[:num_s], rest[num_s:], scalings, dropout_ps, segments, needs
+            dy2, x2, weight, lora_As, lora_Bs, rest[:num_s], rest[num_s:], scalings, dropout_ps, segments, needs, narrow
         )
         return (
             dx.view(shape) if dx is not None else None,
             dy2.t().mm(x2) if needs_w and x2 is not None else None,
             dy2.sum(0) if needs_bias else None,
-            *[None] * 4,
+            *[None] * 5,
             *grad_as,
             *grad_bs,
         )
@@ -163,20 +165,22 @@ def mixed_batch(
     dropout_ps: tuple[float, ...],
     segments: Segments,
     backend: str,
+    narrow: bool,
 ) -> Tensor:
     """Runs the chosen implementation under autograd. Arguments are checked already (functional.py); one adapter for
     each segment, all of one dtype."""
     x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    module = select(x2, weight, bias, lora_As, lora_Bs, dropout_ps, backend)
+    module = select(x2, weight, bias, lora_As, lora_Bs, dropout_ps, backend, narrow)
     if module is aten and x.device.type == "cpu" and x.numel() < call.SMALL:
         # Without gradients too: reentrant checkpointing expects the same bits of both.
-        return as_shaped(aten.composed(x2, weight, bias, lora_As, lora_Bs, scalings, dropout_ps, segments), x)
+        return as_shaped(aten.composed(x2, weight, bias, lora_As, lora_Bs, scalings, dropout_ps, segments, narrow), x)
     if not torch.is_grad_enabled():
-        return as_shaped(module.forward(x2, weight, bias, lora_As, lora_Bs, scalings, dropout_ps, segments)[0], x)
+        y = module.forward(x2, weight, bias, lora_As, lora_Bs, scalings, dropout_ps, segments, narrow)[0]
+        return as_shaped(y, x)
     if x.dim() != 2 and not x2._is_view():  # reshape had to copy x: once is enough
         x = x2.view(x.shape)
     return MixedBatchFunction.apply(  # type: ignore[return-value]
-        x, weight, bias, module, segments, scalings, dropout_ps, *lora_As, *lora_Bs
+        x, weight, bias, module, segments, scalings, dropout_ps, narrow, *lora_As, *lora_Bs
     )
 
 
@@ -251,7 +255,8 @@ def run_segments(
         check_call(x, weight, adapter, bias)
     if segments.num_positions == 0:  # no adapter, or no row
         return F.linear(x, weight, bias)
-    if call.autocast_enabled(x):
+    narrow = call.autocast_enabled(x)
+    if narrow:
         x, weight, bias = cast_for_autocast(x, weight, bias)
     check_one_dtype(x, weight, bias)
     if any(adapter.magnitude is not None for adapter in adapters):
@@ -269,4 +274,4 @@ def run_segments(
         widest = torch.promote_types(widest, factor.dtype)
     lora_As, lora_Bs = ([f.to(widest) for f in factors] for factors in (lora_As, lora_Bs))
     scales, ps = tuple(map(float, scalings)), tuple(dropout_ps)
-    return mixed_batch(x, weight, bias, lora_As, lora_Bs, scales, ps, segments, backend)
+    return mixed_batch(x, weight, bias, lora_As, lora_Bs, scales, ps, segments, backend, narrow)

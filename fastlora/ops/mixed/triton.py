@@ -39,6 +39,7 @@ def forward(
     scalings: Sequence[float],
     dropout_ps: Sequence[float],
     segments: Segments,
+    narrow: bool = False,
 ) -> tuple[Tensor, list[Tensor], Tensors]:
     """(y, [S], [seed or None]): y = x W0ᵀ + b, and s·S Bᵀ in the segments' rows. S is (positions, largest rank)."""
     with device_of(x):
@@ -70,6 +71,7 @@ def backward(
     dropout_ps: Sequence[float],
     segments: Segments,
     needs: tuple[bool, Sequence[bool], Sequence[bool]],
+    narrow: bool = False,
 ) -> tuple[Tensor | None, Tensors, Tensors]:
     """(dX, dAs, dBs), None where `needs` (x, each lora_A, each lora_B) is False.
 

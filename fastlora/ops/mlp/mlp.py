@@ -247,9 +247,9 @@ def lora_mlp(
     """
     _check_activation(activation)
     if up is None:
-        (gated,), upped = group_op.lora_group(x, [gate], training, backend), None
+        (gated,), upped = ops_layer.lora_group(x, [gate], training, backend), None
     else:
-        gated, upped = group_op.lora_group(x, [gate, up], training, backend)
+        gated, upped = ops_layer.lora_group(x, [gate, up], training, backend)
     return lora_activated_linear(gated, upped, down, activation, training, backend)
 
 

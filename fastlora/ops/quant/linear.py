@@ -13,9 +13,10 @@ import weakref
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..call import as_shaped, backward_pass
+from ..call import as_shaped, autocast_enabled, backward_pass
 from ..dora import dora as dora_op
 from ..lora import choice
 from .weights import QuantisedWeight, materialised, stream_of
@@ -37,10 +38,11 @@ class QuantLoraLinearFunction(torch.autograd.Function):
         dropout_p: float,
         backend: str,
         out_dtype: torch.dtype,
+        narrow: bool,
     ) -> Tensor:
         cast = cast_once(x, weight.dtype)
         x2 = cast.reshape(-1, x.shape[-1])
-        module, y, s, state = _forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)
+        module, y, s, state = _forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, narrow)
         need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
         ctx.save_for_backward(
             cast if need_a else None,
@@ -49,27 +51,51 @@ class QuantLoraLinearFunction(torch.autograd.Function):
             s if need_b else None,
             state if need_x or need_a else None,
         )
-        ctx.arguments = (module, weight if need_x else None, weight.dtype, scaling, dropout_p, x.shape, x.dtype)
+        ctx.arguments = (
+            module,
+            weight if need_x else None,
+            weight.dtype,
+            (scaling, dropout_p),
+            narrow,
+            x.shape,
+            x.dtype,
+        )
         return as_shaped(y.to(out_dtype), x)
 
     @staticmethod
     @backward_pass
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, s, state = ctx.saved_tensors
-        module, weight, dtype, scaling, dropout_p, shape, x_dtype = ctx.arguments
+        module, weight, dtype, scales, narrow, shape, x_dtype = ctx.arguments
         need_x, need_bias, need_a, need_b = ctx.needs_input_grad[:4]
         x2 = x.reshape(-1, x.shape[-1]) if x is not None else None
         dy2 = dy.reshape(-1, dy.shape[-1]).to(dtype)
         needs = (need_x, need_a, need_b)
         if need_x:
             with materialised(weight) as matrix:
-                grads = module.backward(dy2, x2, matrix, lora_A, lora_B, s, state, scaling, dropout_p, needs)
+                grads = module.backward(dy2, x2, matrix, lora_A, lora_B, s, state, *scales, needs, narrow)
         else:
-            grads = module.backward(dy2, x2, None, lora_A, lora_B, s, state, scaling, dropout_p, needs)
+            grads = module.backward(dy2, x2, None, lora_A, lora_B, s, state, *scales, needs, narrow)
         dx, grad_a, grad_b = grads
         grad_bias = dy2.sum(0) if need_bias else None
         dx = dx.view(shape).to(x_dtype) if dx is not None else None
-        return dx, grad_bias, grad_a, grad_b, None, None, None, None, None
+        return dx, grad_bias, grad_a, grad_b, *[None] * 6
+
+
+class QuantLinearFunction(torch.autograd.Function):
+    """x W0ᵀ for x (..., K) of the weight's dtype, differentiable in x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantisedWeight) -> Tensor:
+        ctx.weight = weight
+        with materialised(weight) as matrix:
+            return F.linear(x, matrix)
+
+    @staticmethod
+    @backward_pass
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with materialised(ctx.weight) as matrix:
+            return dy.matmul(matrix), None
 
 
 def quantised_lora_linear(
@@ -84,13 +110,14 @@ def quantised_lora_linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Runs the chosen backend under autograd, in `weight.dtype` (the bias's too) whatever autocast says."""
+    narrow = autocast_enabled(x)
     with torch.autocast(x.device.type, enabled=False):
         if not torch.is_grad_enabled():
             x2 = cast_once(x, weight.dtype).reshape(-1, x.shape[-1])
-            y = _forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, backend)[1]
+            y = _forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, narrow)[1]
             return as_shaped(y.to(out_dtype), x)
         return QuantLoraLinearFunction.apply(  # type: ignore[return-value]
-            x, bias, lora_A, lora_B, weight, scaling, dropout_p, backend, out_dtype
+            x, bias, lora_A, lora_B, weight, scaling, dropout_p, backend, out_dtype, narrow
         )
 
 
@@ -107,11 +134,18 @@ def quantised_dora_linear(
 ) -> Tensor:
     """y = (m/n) ∘ (x W0ᵀ + s·(x Aᵀ) Bᵀ) + b with n = ‖W0 + s·B A‖ by row, as `quantised_lora_linear` runs it. The
     weight is written out once more, for the norms."""
+    narrow = autocast_enabled(x)
+    z = None
+    if not dora_op.reads_wide_factors(x.to(weight.dtype), lora_A, lora_B, backend, narrow):
+        z = quantised_lora_linear(x, weight, None, lora_A, lora_B, scaling, 0.0, backend, weight.dtype)
     with torch.autocast(x.device.type, enabled=False):
         with materialised(weight) as matrix:
             norm = dora_op.norm_as_constant(matrix, lora_A, lora_B, scaling, backend)
-        z = quantised_lora_linear(x, weight, None, lora_A, lora_B, scaling, 0.0, backend, weight.dtype)
-        return dora_op.scale(z, magnitude, norm, bias, lora_A, backend).to(out_dtype)
+        if z is not None:
+            return dora_op.scale(z, magnitude, norm, bias, lora_A, backend).to(out_dtype)
+        x = x.to(weight.dtype)
+        frozen: Any = QuantLinearFunction.apply(x, weight)
+        return dora_op.scale_and_add(frozen, x, lora_A, lora_B, scaling, magnitude, norm, bias, backend).to(out_dtype)
 
 
 def _forward(
@@ -123,12 +157,13 @@ def _forward(
     scaling: float,
     dropout_p: float,
     backend: str,
+    narrow: bool,
 ) -> tuple[Any, Tensor, Tensor, Tensor | None]:
     """(the backend's module, y, S, dropout state). The layer itself is not differentiated by ATen on any path: what it
     would save of the matrix is the next layer's by then."""
     with materialised(weight) as matrix:
-        module = choice.select(x2, matrix, bias, lora_A, lora_B, dropout_p, backend).module
-        y, s, state = module.forward(x2, matrix, bias, lora_A, lora_B, scaling, dropout_p)
+        module = choice.select(x2, matrix, bias, lora_A, lora_B, dropout_p, backend, narrow).module
+        y, s, state = module.forward(x2, matrix, bias, lora_A, lora_B, scaling, dropout_p, None, narrow)
     return module, y, s, state
 
 
