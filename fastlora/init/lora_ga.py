@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,9 @@ BASES = ("exact", "offset")
 MISSING = ("error", "kaiming")
 
 
+NOTHING = 1e6  # times its weight's norm: a start next to which the weight is nothing
+
+
 def init_lora_ga(
     model: nn.Module,
     sketch: GradientSketch | SignFactors,
@@ -55,7 +59,7 @@ def init_lora_ga(
     missing: str = "error",
     seed: int = 0,
     ranks: Mapping[str, int] | None = None,
-) -> dict[str, float]:
+) -> StartSizes:
     """Sets the adapters of a model from a gradient sketch. The output is then that of the model without the adapter.
 
     Args:
@@ -72,7 +76,8 @@ def init_lora_ga(
             subtracts s·B₀A₀ from W0, rounded once to its dtype, for parity with the paper.
         lora_alpha, use_rslora, lora_dropout: as in `fastlora.patch`, for a plain model; others keep their own.
         adapter_name: the adapter to set.
-        norm_clip: upper bound of ‖s·B₀A₀‖_F as a fraction of ‖W0‖_F; larger factors are scaled down to it.
+        norm_clip: upper bound of ‖s·B₀A₀‖_F as a fraction of ‖W0‖_F; larger factors are scaled down to it. A weight
+            of zeros (or a millionth of the start) bounds nothing: factors scaled down to it would never learn.
         missing: "error", or "kaiming" to give layers without a gradient LoRA's ordinary start.
         seed: of the "random" split.
         ranks: layer -> rank where it is not the sketch's r, as from `allocate_ranks`; 2·rank <= the sketch's width. A
@@ -80,15 +85,17 @@ def init_lora_ga(
             models' adapters must have them.
 
     Returns:
-        Per layer ‖s·B₀A₀‖_F/‖W0‖_F, how large the start is beside the weight (0 for a layer without a gradient).
+        Per layer ‖s·B₀A₀‖_F/‖W0‖_F, how large the start is beside the weight (0 for a layer without a gradient,
+        infinite for a weight of zeros), as a dict that prints as a summary. Starts larger than their weights are a
+        warning.
 
     Raises:
         ValueError: a model that DistributedDataParallel or `fully_shard` has wrapped already; an unknown split, scale,
-            base or missing; γ <= 0; layers without a gradient; adapters whose r or
-            shape does not match the sketch, or that are merged; a layer with fewer than 2r singular triplets; ranks of
-            layers that are not in the sketch, or out of range;
-            "offset" for a quantised weight, or one that several modules use; DoRA and PEFT's other variants of LoRA,
-            and its layers other than linear ones. The model is then as it was, as after any other error.
+            base or missing; γ <= 0; layers without a gradient; adapters whose r or shape does not match the sketch, or
+            that are merged; a layer with fewer than 2r singular triplets; ranks of layers that are not in the sketch,
+            or out of range; "weight_svd" for a weight of zeros; "offset" for a quantised weight, or one that several
+            modules use; DoRA and PEFT's other variants of LoRA, and its layers other than linear ones. The model is
+            then as it was, as after any other error.
 
     Example:
         >>> with fastlora.GradientSketch(model, r=8) as sketch:
@@ -150,7 +157,46 @@ def init_lora_ga(
         if plain:
             patch.unpatch(model)
         raise
-    return {name: 0.0 if start is None else start.relative_size for name, start in starts.items()}
+    sizes = StartSizes({name: 0.0 if start is None else start.relative_size for name, start in starts.items()})
+    if sizes.large:
+        warnings.warn(
+            f"fastlora.init_lora_ga: the start is larger than the weight in {len(sizes.large)} of {len(sizes)} layers, "
+            f"{_largest(sizes)}; raise gamma (got {gamma}), lower r, or bound it with norm_clip=0.5",
+            UserWarning,
+            stacklevel=2,
+        )
+    return sizes
+
+
+class StartSizes(dict[str, float]):
+    """Layer -> ‖s·B₀A₀‖_F/‖W0‖_F; `str` of it is a summary, `table()` has every layer."""
+
+    @property
+    def large(self) -> list[str]:
+        """The layers whose start is larger than their weight, which is not zero."""
+        return [name for name, size in self.items() if 1 < size < math.inf]
+
+    def __str__(self) -> str:
+        started = [size for size in self.values() if size > 0]
+        text = f"{len(self)} layers, {len(started)} of them start along their gradient"
+        if started:
+            middle = sorted(started)[len(started) // 2]
+            text += f": ‖s·B₀A₀‖ is {middle:.2g} ‖W0‖ (median), {_largest(self)}"
+        return text
+
+    __repr__ = __str__
+
+    def table(self) -> str:
+        """A line per layer."""
+        return messages.table([("layer", "‖s·B₀A₀‖/‖W0‖"), *((name, f"{size:.3g}") for name, size in self.items())])
+
+    def __reduce__(self) -> tuple[type[dict], tuple[dict[str, float]]]:
+        return dict, (dict(self),)
+
+
+def _largest(sizes: Mapping[str, float]) -> str:
+    name = max(sizes, key=lambda name: sizes[name])
+    return f"at most {sizes[name]:.3g} ‖W0‖ in {name}"
 
 
 def undo_lora_ga(model: nn.Module, adapter_name: str = "default") -> None:
@@ -318,11 +364,21 @@ def _scaled(
         "gd": lambda: 1.0 / abs(s),
         "weight_svd": lambda: float(linalg.truncated_svd(weight, r).S.div(abs(s)).sqrt().mean()),
     }[scale]()
-    relative = abs(s) * size**2 * _norm_of_product(a, b) / max(_norm(weight), torch.finfo(torch.float32).tiny)
-    if norm_clip is not None and relative > norm_clip:
+    if size == 0:
+        raise ValueError(
+            f'init_lora_ga: scale: got "weight_svd", but the weight of {place.name!r} is zero, so its adapter '
+            "could never learn; want another scale, or leave the layer out with exclude_modules"
+        )
+    relative = ratio(abs(s) * size**2 * _norm_of_product(a, b), _norm(weight))
+    if norm_clip is not None and norm_clip < relative < NOTHING:
         size *= math.sqrt(norm_clip / relative)
         relative = norm_clip
     return _Start(a * size, b * size, relative)
+
+
+def ratio(part: float, whole: float) -> float:
+    """part/whole, infinite where only the whole is 0."""
+    return part / whole if whole else math.inf if part else 0.0
 
 
 def _norm_of_product(a: Tensor, b: Tensor) -> float:

@@ -25,6 +25,7 @@ from ..linalg.lowrank import balanced
 from ..optim import moments as optim_moments
 from ..runtime import messages, progress
 from .factors import SPLITS, smoothed, split_factors
+from .lora_ga import ratio
 from .monitor import measure, space_of
 from .place import PlainStart
 from .sketch import GradientSketch
@@ -247,7 +248,7 @@ def _plan(name: str, layer: FusedLoraLinear, sketch: StreamingSketch, adapter_na
         a, b, sigma = balanced(learned_a, learned_b, options.max_rank)
         learned_a, learned_b, lost = a.to(lora_a), b.to(lora_b), float(sigma[options.max_rank :].norm())
         norm = float(torch.linalg.vector_norm(layer.unshifted_weight(adapter_name), dtype=torch.float64))
-        dropped = abs(s) * lost / max(norm, torch.finfo(torch.float32).tiny)
+        dropped = ratio(abs(s) * lost, norm)
     frozen_a, frozen_b = torch.cat((learned_a, new_a)), torch.cat((learned_b, -new_b), dim=1)
     before, after = (_alignment(sketch, *pair) for pair in ((lora_a, lora_b), (new_a, new_b)))
     report = LayerReinit(before, after, len(frozen_a), dropped)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import statistics
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -172,6 +174,62 @@ def test_the_scales():
             }[scale]
             for factor in (layer.lora_A["default"].t(), layer.lora_B["default"]):
                 assert torch.allclose(factor.norm(dim=0), torch.full((R,), size), rtol=1e-4), (scale, name)
+
+
+class Gated(nn.Module):
+    """Two ways through, one of them shut at first: its weight is (next to) zero."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.open, self.shut = nn.Linear(16, 12), nn.Linear(16, 12)
+        nn.init.constant_(self.shut.weight, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.open(x) + self.shut(x)
+
+
+def gated_sketch(model: nn.Module) -> Any:
+    x = torch.randn(40, 16)
+    with fastlora.GradientSketch(model, r=R) as sketch:
+        (model(x) * torch.randn(40, 12)).sum().backward()
+    return sketch
+
+
+@pytest.mark.parametrize("norm_clip", [None, 0.5])
+@pytest.mark.parametrize("value", [0.0, 1e-30])
+def test_a_weight_of_zeros_bounds_no_start(norm_clip, value):
+    model: Any = Gated(value)
+    sizes = fastlora.init_lora_ga(model, gated_sketch(model), norm_clip=norm_clip)
+    assert sizes["shut"] == math.inf if value == 0 else sizes["shut"] > 1e20
+    for part in (model.shut.lora_A["default"], model.shut.lora_B["default"].t()):  # "stable", γ = 16
+        assert torch.allclose(part.norm(dim=1), torch.full((R,), 12**0.25 / 4), rtol=1e-4)
+
+
+def test_a_weight_of_zeros_has_no_size_of_its_own():
+    model = Gated(0.0)
+    sketch, state = gated_sketch(model), ModelState(model)
+    with pytest.raises(ValueError, match="scale: got \"weight_svd\", but the weight of 'shut' is zero"):
+        fastlora.init_lora_ga(model, sketch, scale="weight_svd")
+    state.assert_unchanged()
+
+
+def test_a_start_larger_than_its_weight_is_a_warning():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    x = torch.randn(200, 64)
+    with fastlora.GradientSketch(model, r=30) as sketch:
+        (model(x) * torch.randn(200, 64)).sum().backward()
+    with pytest.warns(UserWarning, match=r"larger than the weight in 2 of 2 layers, at most .* raise gamma \(got 16\)"):
+        sizes = fastlora.init_lora_ga(copy.deepcopy(model), sketch)
+    assert min(sizes.values()) > 1 and sizes.large == ["0", "1"]
+    assert str(sizes).startswith("2 layers, 2 of them start along their gradient") and len(str(sizes)) < 200
+    assert sizes.table().splitlines()[1].split() == ["0", f"{sizes['0']:.3g}"]
+    assert pickle.loads(pickle.dumps(sizes)) == dict(sizes) and isinstance(sizes, dict)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clipped = fastlora.init_lora_ga(model, sketch, norm_clip=0.5)
+    assert list(clipped.values()) == pytest.approx([0.5, 0.5])
 
 
 def test_norm_clip_bounds_the_start():
