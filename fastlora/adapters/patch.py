@@ -37,6 +37,7 @@ from ..layers.starts import check_init, check_not_shared, shifts_weight
 from ..runtime import progress
 from ..runtime.messages import by_reason
 from .report import ModuleReport, PatchReport, refusal
+from .switch import follow_ties
 
 _FROZEN = "_fastlora_requires_grad"  # on each module of a patched model: {its own parameter: requires_grad before}
 _ORIGINAL_CLASS = "_fastlora_class"  # on a patched layer
@@ -242,6 +243,8 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
                 adopt.release(module)
             else:
                 tuner.leave(cast(Any, module))
+    if not keep_merged:
+        follow_ties(model)
     for module in model.modules():
         for name, flag in module.__dict__.pop(_FROZEN, {}).items():
             parameter = module._parameters.get(name)

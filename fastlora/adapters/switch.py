@@ -17,14 +17,18 @@ from ..introspect.targets import lora_layers
 from ..layers import batch
 from ..layers.fused import Adapted
 
+_TIED = "_fastlora_tied"  # on a model whose head a merge has untied: the configurations that said it is tied
+
 
 def merge(model: nn.Module) -> None:
     """Adds the active adapters to the weights they adapt, so that inference costs what the base model costs.
 
-    Sums in float32, rounds once, and keeps the former bits in host memory: `unmerge` restores them exactly. A weight
-    that several modules of the model use is untied for the time being; one that a module outside it uses too is not,
-    so merge the whole model there, not a part. Raises ValueError where a merged weight would not be finite, or where
-    adapters are merged already, or for a model that is sharded over processes; the model is then as it was.
+    Sums in float32, rounds once, and keeps the former bits in host memory: `unmerge` restores them exactly. A quantised
+    weight (PEFT's layers on 4 and 8 bits) is quantised again, and its packed bits stay where they are, for `unmerge`.
+    A weight that several modules of the model use is untied until then, and so is `config.tie_word_embeddings`; one
+    that a module outside it uses too is not, so merge the whole model there, not a part. Raises ValueError where a
+    merged weight would not be finite, or where adapters are merged already, or for a model that is sharded over
+    processes; the model is then as it was.
     """
     layers = _adapted(model, "merge")
     if sharding.has_shards(model):
@@ -58,6 +62,30 @@ def _merge(model: nn.Module, layers: list[tuple[str, Adapted, list[str] | None]]
             if layer.merged_adapters:
                 layer.unmerge()
         raise
+    if max(users.values(), default=0) > 1:
+        follow_ties(model)
+
+
+def follow_ties(model: nn.Module) -> None:
+    """transformers ties a head to the embedding again, in `tie_weights` or when the model is loaded, where the model's
+    configuration says so. It says so only while they are tied."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if not hasattr(config, "tie_word_embeddings") or not callable(getattr(module, "get_output_embeddings", None)):
+            continue
+        owner: Any = module
+        ends = owner.get_input_embeddings(), owner.get_output_embeddings()
+        if any(not hasattr(end, "weight") for end in ends):
+            continue
+        configs = {id(one): one for one in (config, config.get_text_config())}.values()
+        if ends[0].weight is not ends[1].weight and (said := [one for one in configs if one.tie_word_embeddings]):
+            module.__dict__[_TIED] = said
+        elif ends[0].weight is ends[1].weight:
+            said = module.__dict__.pop(_TIED, [])
+        else:
+            continue
+        for one in said:
+            one.tie_word_embeddings = ends[0].weight is ends[1].weight
 
 
 def unmerge(model: nn.Module) -> None:
@@ -65,6 +93,7 @@ def unmerge(model: nn.Module) -> None:
     for _, layer in _adapted(model, "unmerge"):
         if layer.merged_adapters:
             layer.unmerge()
+    follow_ties(model)
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], *, trainable: bool = True) -> None:
@@ -140,6 +169,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     merged = [found for found in merged if found[2]]
     for _, one, _, _ in merged:
         one.unmerge()
+    follow_ties(model)
     enabling = [one.disable() for _, one in merging] + [adapted(one).disable() for one in beside.wrappers.values()]
     try:
         yield model

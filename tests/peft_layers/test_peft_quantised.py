@@ -294,6 +294,7 @@ def test_peak_memory_is_below_pefts(bits):
 def test_inference_and_merged_weights_are_pefts(bits):
     model = qlora(bits, init_lora_weights=False)
     fused = patched_copy(model)
+    before = [layer.base_layer.weight for layer in layers_of(fused)]
     batch: Any = tiny_batch("llama")
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, fused(**batch).logits)
@@ -305,11 +306,8 @@ def test_inference_and_merged_weights_are_pefts(bits):
             one.merge_adapter()
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, fused(**batch).logits)
-    for one in (model, fused):
-        with pytest.warns(UserWarning, match="rounding"):
-            one.unmerge_adapter()
-    for ours, theirs in zip(layers_of(fused), layers_of(model), strict=True):
-        assert torch.equal(ours.base_layer.weight, theirs.base_layer.weight)
+    fused.unmerge_adapter()  # not PEFT's, which quantises a third time
+    assert all(layer.base_layer.weight is weight for layer, weight in zip(layers_of(fused), before, strict=True))
     with torch.no_grad():
         fused.train()(**batch)
     assert all(calls == 1 for calls in fused_calls(fused))  # in training mode as with gradients, for checkpointing

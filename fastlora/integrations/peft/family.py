@@ -53,7 +53,14 @@ class PeftLayer:
         return enable
 
     def merge_adapters(self, names: list[str] | None, untie: bool) -> None:
-        self.layer.merge(safe_merge=True, adapter_names=names)
+        from . import merge
+
+        merge.merge(self.layer, names, untie)
+
+    def unmerge(self) -> None:
+        from . import merge
+
+        merge.unmerge(self.layer)
 
     def holds(self, name: str) -> bool:
         merged = self.layer.merged_adapters

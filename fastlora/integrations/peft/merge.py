@@ -1,14 +1,18 @@
-"""Merging for PEFT's LoRA layer: its deltas are accumulated in fp32 and rounded once, the bits from before the first
-merge are kept, and unmerging puts them back. docs/peft.md says where this holds, and what is PEFT's subtraction.
+"""Merging for PEFT's layers: the bits from before the first merge are kept, and unmerging puts them back.
+
+LoRA's and AdaLoRA's layers on plain weights (`ExactMerge`) accumulate deltas in fp32 and round once. Every other layer
+merges as PEFT does, which puts new tensors in the place of the base layer's own: those are kept (`Kept`), a quantised
+weight in its packed form. docs/peft.md says where this holds, and what is PEFT's subtraction.
 
 What a base layer must be for our own merge, and for the fused path of lora.py, is the same thing, and is here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
@@ -16,6 +20,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from ...introspect.fused import FusedPeftLayer
 
 BASE_CLASSES = (nn.Linear, Conv1D)
 PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -52,7 +58,7 @@ class ExactMerge(LoraLayer):
         """
         base = self.get_base_layer()
         if _why_not_merge(base) is not None:
-            return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            return merge_kept(self, super().merge, adapter_names)
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return None
@@ -76,7 +82,8 @@ class ExactMerge(LoraLayer):
             return super().unmerge()  # PEFT's warning
         self._restore()
         if self.merged_adapters:
-            super().unmerge()
+            unmerge_kept(self, super().unmerge)
+        tie_again(self)
         return None
 
     def _restore(self) -> None:
@@ -142,7 +149,11 @@ class ExactMerge(LoraLayer):
         before = (weight.detach().clone(), bias.detach().clone() if bias is not None else None)
         merged_before = list(self.merged_adapters)
         try:
-            super().merge(safe_merge=True, adapter_names=names)
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # PEFT replaces the weight, which is trained through later
+                super().merge(safe_merge=True, adapter_names=names)
         except BaseException:
             _write(base, *before)
             self.merged_adapters[:] = merged_before
@@ -164,6 +175,123 @@ class ExactMergeLinear(ExactMerge, PeftLinear):
     def low_rank(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, float]:
         (down, _), (up, bias) = parameters(self.lora_A[name]), parameters(self.lora_B[name])
         return down, up, bias, float(self.scaling[name])
+
+
+class Kept:
+    """A base layer as it is, for the layers that PEFT merges its own way: its Parameters, of which a quantised one
+    keeps its packed tensors and a plain one a copy on the host, and bitsandbytes' notes on them."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.parameters = {name: p for name, p in base._parameters.items() if p is not None}
+        self.attributes = {name: dict(p.__dict__) for name, p in self.parameters.items()}
+        self.data = {
+            name: p.detach().to("cpu", copy=True) if type(p) is nn.Parameter else p.data
+            for name, p in self.parameters.items()
+        }
+        self.notes = {name: copy.copy(value) for name, value in base.__dict__.items() if name == "state"}
+        self.notes |= {name: value for name, value in base.__dict__.items() if name == "quant_state"}
+
+    def restore(self) -> None:
+        base = self.base
+        for name, parameter in self.parameters.items():
+            current = base._parameters.get(name)
+            base.__dict__.pop(name, None)
+            base._parameters[name] = parameter
+            if type(parameter) is nn.Parameter:
+                parameter.data.copy_(self.data[name])
+                continue
+            for attribute, value in self.attributes[name].items():
+                setattr(parameter, attribute, value)
+            parameter.data = self.data[name]
+            if current is not None and current.device != parameter.device:  # the model was moved since
+                base._parameters[name] = cast(nn.Parameter, parameter.to(current.device))
+        for name, value in self.notes.items():
+            object.__setattr__(base, name, value)
+
+
+# On a layer while it is merged: a `Kept`, and the Parameter that other modules use.
+KEPT, TIED = "_fastlora_kept", "_fastlora_tied"
+
+
+def merge_kept(layer: Any, peft_merge: Callable[..., None], names: list[str] | None) -> None:
+    """PEFT's own merge of a layer, all or nothing; `unmerge_kept` puts the bits back."""
+    before, base = list(layer.merged_adapters), layer.get_base_layer()
+    kept = Kept(base)
+    first = layer.__dict__.get(KEPT) if before else kept  # merging on top of PEFT's own merge keeps nothing
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            peft_merge(safe_merge=True, adapter_names=names)
+            weight: Any = base._parameters.get("weight")
+            # PEFT looks at torchao's weights before it adds the delta, not after.
+            if type(weight).__module__.startswith("torchao.") and not torch.isfinite(weight.dequantize()).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(layer.merged_adapters)} seems to be "
+                    "broken; nothing was changed"
+                )
+    except BaseException:
+        kept.restore()
+        layer.merged_adapters[:] = before
+        raise
+    if layer.merged_adapters and first is not None:
+        layer.__dict__[KEPT] = first
+
+
+def unmerge_kept(layer: Any, peft_unmerge: Callable[[], None]) -> None:
+    """Takes back what `merge_kept` merged, bit for bit, or else by PEFT's own unmerge."""
+    kept = layer.__dict__.pop(KEPT, None)
+    if kept is None or not layer.merged_adapters:
+        return peft_unmerge()
+    for name in layer.merged_adapters:
+        getattr(layer, "_caches", {}).pop(f"{name}-weight_norm", None)  # DoRA's
+    layer.merged_adapters.clear()
+    kept.restore()
+
+
+def merge(layer: Any, names: list[str] | None, untie: bool) -> None:
+    """Merges into one of PEFT's layers; with `untie` into a weight of its own, because other modules use this one."""
+    base = layer.get_base_layer()
+    weight = base._parameters.get("weight")
+    untie = untie and type(weight) is nn.Parameter
+    if untie:
+        base.weight = own_copy(weight)
+    try:
+        if keeps_bits(layer):
+            layer.merge(safe_merge=True, adapter_names=names)
+        else:
+            merge_kept(layer, layer.merge, names)
+    except BaseException:
+        if untie:
+            base.weight = weight
+        raise
+    if untie:
+        layer.__dict__[TIED] = (weight,)
+
+
+def unmerge(layer: Any) -> None:
+    """Takes back what `merge` did."""
+    if keeps_bits(layer):
+        layer.unmerge()
+    else:
+        unmerge_kept(layer, layer.unmerge)
+        tie_again(layer)
+
+
+def own_copy(weight: Tensor) -> nn.Parameter:
+    with torch.inference_mode(False), torch.no_grad():
+        return nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+
+def keeps_bits(layer: Any) -> bool:
+    """Whether a layer's own `merge` and `unmerge` are exact: those that run fused."""
+    return isinstance(layer, FusedPeftLayer)
+
+
+def tie_again(layer: Any) -> None:
+    """Gives a layer that is unmerged the weight back that it shares with others."""
+    base, (tied,) = layer.get_base_layer(), layer.__dict__.pop(TIED, (None,))
+    if tied is not None and (tied.device, tied.dtype) == (base.weight.device, base.weight.dtype):
+        base.weight = tied
 
 
 def why_not_base(base: nn.Module) -> str | None:

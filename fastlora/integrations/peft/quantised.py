@@ -64,6 +64,14 @@ class FusedQuantisedLayer(PeftFusedLayer):
             return quantised_dora_linear(x, weight, plan.bias, *factors, magnitude, self.backend, plan.out_dtype)
         return quantised_lora_linear(x, weight, plan.bias, *adapter[:4], self.backend, plan.out_dtype)
 
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """PEFT's merge, which quantises the sum; always safe, and the packed bits from before are kept."""
+        merge.merge_kept(self, super().merge, adapter_names)  # type: ignore[misc]
+
+    def unmerge(self) -> None:
+        """Puts the packed bits from before the first merge back."""
+        merge.unmerge_kept(self, super().unmerge)  # type: ignore[misc]
+
     @contextlib.contextmanager
     def terms_written_out(self, x: Tensor) -> Iterator[tuple[Tensor, Terms | str]]:
         plan = read_plan(self, x)
@@ -130,6 +138,7 @@ def release(layer: FusedQuantisedLayer) -> None:
     """Makes it PEFT's own layer again. Merged weights stay as they are: PEFT merged them."""
     for name in FusedQuantisedLayer.STATE:
         delattr(layer, name)
+    layer.__dict__.pop(merge.KEPT, None)
     cast(Any, layer).__class__ = layer.PLAIN
 
 
