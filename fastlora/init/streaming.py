@@ -147,6 +147,7 @@ class StreamingSketch:
     def refining(self) -> bool:
         return self.row_basis is not None
 
+    @outside_autocast
     def start_refining(self, bases: StreamingSketch | None = None) -> None:
         """From here on `update` accumulates G P and GᵀQ for the bases found so far, or for another sketch's."""
         if bases is not None:
@@ -186,7 +187,6 @@ class StreamingSketch:
         product, cosines = self.refined_z.t().double() @ right.double(), self.q.t().double() @ left.double()
         return Held(left, right, product, cosines, cut=0.5)  # Q of what cancelled has little of G
 
-    @outside_autocast
     def squared_norm(self) -> float:
         """An estimate of ‖G‖_F²."""
         return self._squared_norm(*self.factors())
@@ -196,7 +196,6 @@ class StreamingSketch:
         squares = z.double().square().sum()
         return float(_estimate(self.probed.double().reshape(1, -1), told.reshape(1, -1), squares))
 
-    @outside_autocast
     def measure(self, u: Tensor, s: Tensor, vh: Tensor) -> Measured:
         """How much of G the triplets of `svd` hold, from the probes, which know nothing of any basis."""
         told = s.double()[:, None] * (vh.double() @ self._probes.double())
@@ -359,7 +358,6 @@ def _leading_rows(matrix: Tensor, width: int) -> Tensor:
     return native.orthonormal(_leading_columns(matrix, width))
 
 
-@outside_autocast
 def svd_of_each(sketches: Sequence[StreamingSketch], rank: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Each sketch's U (n, rank), S (rank,) descending, Vh (rank, m), in the order of the sketches.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..runtime import build, compiled, env
 from ..runtime.trust import first_use
-from .operators import Factored
+from .operators import Factored, outside_autocast
 from .orthogonal import orthonormal as orthonormal_by_torch
 
 MAX_COLUMNS = 128  # csrc/skinny_gemm.h: kMaxColumns
@@ -51,6 +51,7 @@ def _built() -> bool:
         return build.find() is not None
 
 
+@outside_autocast
 def sketch_update(q: Tensor, z: Tensor, start: Tensor | None, x: Tensor, dy: Tensor, weight: float) -> bool:
     """Adds weight·dYᵀX to the rank-c sketch Q Zᵀ, in place; False, and nothing changed, where something is not finite.
 
@@ -111,6 +112,7 @@ def sketch_update_by_torch(q: Tensor, z: Tensor, start: Tensor | None, x: Tensor
     return True
 
 
+@outside_autocast
 def factored_product(x: Tensor, dy: Tensor, v: Tensor, weight: float) -> Tensor:
     """weight·dYᵀ(X v), (n, c) float32, for x (T, m), dy (T, n) of any float dtype and v (m, c) float32."""
     v = v.contiguous()
@@ -119,6 +121,7 @@ def factored_product(x: Tensor, dy: Tensor, v: Tensor, weight: float) -> Tensor:
     return Factored(x, dy).matmul(v) * weight
 
 
+@outside_autocast
 def orthonormal(matrix: Tensor) -> Tensor:
     """`linalg.orthonormal` (n, c), by the compiled op where it takes it."""
     takes = matrix.dim() == 2 and matrix.dtype == torch.float32 and 1 <= matrix.shape[1] <= MAX_COLUMNS
@@ -127,6 +130,7 @@ def orthonormal(matrix: Tensor) -> Tensor:
     return orthonormal_by_torch(matrix)
 
 
+@outside_autocast
 def lanczos(x: Tensor | None, y: Tensor, start: Tensor, steps: int) -> tuple[Tensor, Tensor] | None:
     """U (n, s·b) and Z = GᵀU (m, s·b) of `steps` steps of block Lanczos from start (m, b), or None where the compiled
     op cannot take them. G = yᵀx for x (T, m) and y (T, n), or y (n, m) itself.

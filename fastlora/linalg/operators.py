@@ -10,6 +10,7 @@ from typing import ParamSpec, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+COMPUTABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -52,6 +53,20 @@ class LinearOperator(Protocol):
         ...
 
 
+def check_matrix(where: str, matrix: Tensor, wanted: str, rows: int = 1) -> None:
+    """Raises ValueError for a tensor that is no dense matrix (..., n, m) with at least one entry (or no row, with rows
+    = 0) of a dtype that can be computed with."""
+    filled = matrix.dim() >= 2 and matrix.shape[-2] >= rows and 0 not in (*matrix.shape[:-2], matrix.shape[-1])
+    if filled and matrix.layout == torch.strided and matrix.dtype in COMPUTABLE:
+        return
+    layout = "" if matrix.layout == torch.strided else f"{matrix.layout} "
+    kinds = "float64, float32, float16 or bfloat16"
+    raise ValueError(
+        f"{where}: got a {layout}{matrix.dtype} tensor of shape {tuple(matrix.shape)}, want {wanted}, dense, {kinds}, "
+        "with at least one entry"
+    )
+
+
 class Explicit:
     """A matrix (..., n, m), held in the working dtype and divided by `scale`, its largest absolute entry."""
 
@@ -81,7 +96,9 @@ class Factored:
     """
 
     def __init__(self, x: Tensor, dy: Tensor) -> None:
-        if x.dim() < 2 or x.dim() != dy.dim() or x.shape[:-1] != dy.shape[:-1]:
+        for name, factor in (("x", x), ("dy", dy)):
+            check_matrix(f"Factored: {name}", factor, "(..., T, features)", rows=0)
+        if x.dim() != dy.dim() or x.shape[:-1] != dy.shape[:-1]:
             raise ValueError(
                 f"Factored: x, dy: got shapes {tuple(x.shape)} and {tuple(dy.shape)}, "
                 "want (..., T, m) and (..., T, n) with one T"

@@ -5,18 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .operators import check_matrix, outside_autocast
+
 # CholeskyQR loses orthogonality like κ²·2⁻⁵³: 1e5 leaves 1e-6, float32's own level.
 MAX_CONDITION = 1e5
 
 
+@outside_autocast
 def orthonormal(matrix: Tensor) -> Tensor:
     """Q (..., n, c) with orthonormal columns that span the columns of `matrix` (..., n, c), n >= c.
 
     Where the columns are dependent (an idle expert, fewer tokens than columns, a zero matrix), Q is completed by other
-    orthonormal columns. Deterministic. Source: Yamamoto et al. 2015, CholeskyQR2; Golub and Van Loan, §5.2.
+    orthonormal columns. Deterministic. Raises ValueError for more columns than rows, and for empty or sparse tensors.
+    Source: Yamamoto et al. 2015, CholeskyQR2; Golub and Van Loan, §5.2.
     """
+    check_matrix("orthonormal: matrix", matrix, "(..., n, c)")
     n, c = matrix.shape[-2:]
-    assert n >= c, (n, c)
+    if n < c:
+        raise ValueError(f"orthonormal: matrix: got {n}×{c}, want no more columns than rows")
     if matrix.dtype == torch.float64:  # 1e-6 would be a loss there
         return torch.linalg.qr(matrix)[0]
     wide = matrix.to(torch.float64)

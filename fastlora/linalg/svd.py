@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import native
 from .lanczos import block_lanczos
-from .operators import Explicit, Factored, LinearOperator
+from .operators import Explicit, Factored, LinearOperator, check_matrix, outside_autocast
 from .orthogonal import orthonormal
 
 METHODS = ("randomized", "lanczos")
@@ -29,6 +29,7 @@ class TruncatedSVD(NamedTuple):
     error: Tensor
 
 
+@outside_autocast
 def truncated_svd(
     operator: Tensor | tuple[Tensor, Tensor] | LinearOperator,
     rank: int,
@@ -39,6 +40,7 @@ def truncated_svd(
     seed: int = 0,
 ) -> TruncatedSVD:
     """The `rank` leading singular triplets of a matrix, of a product of factors, or of anything that multiplies.
+    Autocast is off within.
 
     Args:
         operator: a matrix (..., n, m) or factors (X (..., T, m), dY (..., T, n)) that stand for dYᵀ X, batched over the
@@ -59,7 +61,8 @@ def truncated_svd(
         `TruncatedSVD`.
 
     Raises:
-        ValueError: a rank out of range, an unknown method, non-finite entries.
+        ValueError: a rank, oversampling, iterations or seed that are no integers or out of range; an unknown method;
+            entries that are not finite; empty and sparse tensors, and dtypes other than those four.
 
     Example:
         >>> U, S, Vh, error = truncated_svd(torch.randn(300, 200), rank=8)
@@ -72,6 +75,16 @@ def truncated_svd(
     n, m = op.shape[-2:]
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(n, m):
         raise ValueError(f"truncated_svd: rank: got {rank!r}, want an integer in [1, {min(n, m)}] for a matrix {n}×{m}")
+    for argument, value, least in (
+        ("oversampling", oversampling, 0),
+        ("iterations", iterations, 0 if method == "randomized" else 1),
+        ("seed", seed, None),
+    ):
+        if value is None and least is not None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
+            wanted = "an integer" if least is None else f"an integer of at least {least}, or None"
+            raise ValueError(f"truncated_svd: {argument}: got {value!r}, want {wanted}")
     width = min(rank + (rank + 8 if oversampling is None else oversampling), min(n, m))
     generator = torch.Generator().manual_seed(seed)
     draw = _Gaussian(op, generator)
@@ -106,15 +119,18 @@ class _Gaussian:
 
 def _as_operator(operator: Tensor | tuple[Tensor, Tensor] | LinearOperator) -> LinearOperator:
     if isinstance(operator, Tensor):
-        if operator.dim() < 2 or not operator.is_floating_point():
-            raise ValueError(
-                f"truncated_svd: operator: got a {operator.dtype} tensor of shape {tuple(operator.shape)}, "
-                "want floating point, (..., n, m)"
-            )
+        check_matrix("truncated_svd: operator", operator, "(..., n, m)")
         return Explicit(operator)
-    if isinstance(operator, tuple):
+    if isinstance(operator, tuple) and len(operator) == 2 and all(isinstance(part, Tensor) for part in operator):
+        for factor in operator:
+            check_matrix("truncated_svd: operator", factor, "factors (..., T, m) and (..., T, n)")
         return Factored(*operator)
     if isinstance(operator, LinearOperator):
+        if len(operator.shape) < 2 or 0 in operator.shape or operator.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"truncated_svd: operator: got {operator.dtype} of shape {tuple(operator.shape)}, want float32 or "
+                "float64, (..., n, m) with at least one entry"
+            )
         return operator
     raise ValueError(
         f"truncated_svd: operator: got {type(operator).__name__}, want a tensor, factors (X, dY), or an object with "

@@ -234,6 +234,26 @@ def test_no_operation_of_a_pass_returns_anything_of_a_weights_size(sketching):
     assert largest.elements < n * n if sketching else largest.elements == n * n
 
 
+def test_all_of_it_inside_autocast_is_what_it_is_outside():
+    models = []
+    losses, _ = losses_of("llama")
+    for autocast in (False, True):
+        model = tiny_model("llama")
+        sketch = sketched(model, losses, width=8)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            sketch.report()
+            sketch.refine()
+        with sketch:
+            for loss in losses:
+                loss(model).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            fastlora.init_lora_ga(model, sketch, scale="weight_svd", norm_clip=0.5)
+            fastlora.reinit_lora_ga(model, GradientSketch.combine([sketch]), max_rank=3)
+        models.append(model.state_dict())
+    for key, value in models[0].items():
+        assert torch.equal(value, models[1][key]), key
+
+
 class TwoTowers(nn.Module):
     """Names and texts, of different lengths, whose similarities are the loss: one backward through two forwards."""
 

@@ -88,8 +88,8 @@ def test_any_object_that_multiplies():
         (lambda: truncated_svd(torch.zeros(4, 4), 5), r"rank: got 5, want an integer in \[1, 4\]"),
         (lambda: truncated_svd(torch.zeros(4, 4), 0), "rank: got 0"),
         (lambda: truncated_svd(torch.zeros(4, 4), 1, "power"), "method: got 'power', want one of randomized, lanczos"),
-        (lambda: truncated_svd(torch.zeros(4), 1), r"want floating point, \(..., n, m\)"),
-        (lambda: truncated_svd(torch.zeros(4, 4, dtype=torch.int64), 1), "want floating point"),
+        (lambda: truncated_svd(torch.zeros(4), 1), r"of shape \(4,\), want \(..., n, m\), dense"),
+        (lambda: truncated_svd(torch.zeros(4, 4, dtype=torch.int64), 1), "got a torch.int64 tensor"),
         (
             lambda: truncated_svd("matrix", 1),  # type: ignore[arg-type]
             "got str, want a tensor",
@@ -105,6 +105,93 @@ def test_any_object_that_multiplies():
 def test_wrong_calls(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+class Products:
+    """An operator of somebody else's, of any dtype and shape."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.matrix, self.shape, self.dtype, self.device = matrix, tuple(matrix.shape), matrix.dtype, matrix.device
+
+    def matmul(self, v: torch.Tensor) -> torch.Tensor:
+        return self.matrix @ v
+
+    def rmatmul(self, u: torch.Tensor) -> torch.Tensor:
+        return self.matrix.mT @ u
+
+
+@pytest.mark.parametrize("kind", ["matrix", "batch", "factors", "half factors", "operator", "whole"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_reach_it(dtype, method, kind):
+    generator = torch.Generator().manual_seed(4)
+    x, dy = torch.randn(90, 120, generator=generator), torch.randn(90, 100, generator=generator)
+    g = dy.t() @ x
+    given = {
+        "matrix": g, "batch": torch.stack((g, 2 * g)), "factors": (x, dy),
+        "half factors": (x.bfloat16(), dy.bfloat16()), "operator": Products(g), "whole": g[:20],
+    }[kind]  # fmt: skip
+    outside = truncated_svd(given, 8, method)
+    with torch.autocast("cpu", dtype=dtype):
+        inside = truncated_svd(given, 8, method)
+        basis = orthonormal(g[:, :30])
+    assert all(torch.equal(one, other) for one, other in zip(outside, inside))
+    assert all(part.dtype == torch.float32 for part in inside)
+    for rows in (basis.t(), inside.Vh.reshape(-1, *inside.Vh.shape[-2:])[0]):
+        assert torch.allclose(rows @ rows.t(), torch.eye(len(rows)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"oversampling": -3}, "oversampling: got -3, want an integer of at least 0"),
+        ({"oversampling": 2.5}, "oversampling: got 2.5"),
+        ({"iterations": -1}, "iterations: got -1"),
+        ({"iterations": True}, "iterations: got True"),
+        ({"iterations": 0, "method": "lanczos"}, "iterations: got 0, want an integer of at least 1"),
+        ({"seed": 1.5}, "seed: got 1.5, want an integer"),
+        ({"rank": 3.0}, "rank: got 3.0"),
+    ],
+    ids=str,
+)
+def test_numbers_that_are_none(options, message):
+    with pytest.raises(ValueError, match=f"truncated_svd: {message}"):
+        truncated_svd(torch.randn(90, 80), **{"rank": 5, **options})
+
+
+@pytest.mark.parametrize("wrap", [truncated_svd, Factored, orthonormal], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        torch.zeros(5, 0), torch.zeros(0, 4, 5), torch.zeros(7), torch.eye(6).to_sparse(),
+        torch.eye(6).to_sparse_csr(), torch.eye(6).to(torch.float8_e4m3fn), torch.eye(6, dtype=torch.int64),
+        torch.eye(6, dtype=torch.complex64),
+    ],
+    ids=lambda m: f"{m.layout}-{m.dtype}-{tuple(m.shape)}",
+)  # fmt: skip
+def test_tensors_that_cannot_be_decomposed(matrix, wrap):
+    calls = {truncated_svd: (matrix, 1), Factored: (matrix, torch.zeros(6, 6)), orthonormal: (matrix,)}
+    with pytest.raises(ValueError, match=rf"got a .*{matrix.dtype} tensor of shape .* dense, float64, float32"):
+        wrap(*calls[wrap])
+
+
+def test_factors_without_tokens_are_a_zero_matrix_that_has_no_triplets():
+    empty = torch.zeros(0, 6), torch.zeros(0, 5)
+    assert torch.equal(Factored(*empty).matmul(torch.ones(6, 2)), torch.zeros(5, 2))
+    with pytest.raises(ValueError, match=r"truncated_svd: operator: got .* shape \(0, 6\), want factors"):
+        truncated_svd(empty, 1)
+
+
+def test_operators_and_pairs_that_cannot_be_decomposed():
+    for operator in (Products(torch.eye(6).bfloat16()), Products(torch.zeros(0, 6))):
+        with pytest.raises(
+            ValueError, match=r"truncated_svd: operator: got torch.* of shape .*, want float32 or float64"
+        ):
+            truncated_svd(operator, 1)
+    with pytest.raises(ValueError, match="truncated_svd: operator: got tuple, want a tensor, factors"):
+        truncated_svd((torch.eye(6),), 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="orthonormal: matrix: got 3×5, want no more columns than rows"):
+        orthonormal(torch.randn(3, 5))
 
 
 @pytest.mark.parametrize("condition", [1e0, 1e3, 1e6, 1e9])
