@@ -61,7 +61,7 @@ def as_peft(x, weight, lora_A, lora_B, scaling, bias, dropout_p=0.0, keep=None) 
 def step(function: Callable[..., Tensor], tensors: dict[str, Tensor], change=lambda t: t, **how: Any) -> dict:
     """{"y": output, name: gradient}."""
     leaves = {name: change(tensors[name]).detach().requires_grad_(name in ADAPTERS) for name in NAMES}
-    y = function(leaves["x"], leaves["weight"], leaves["lora_A"], leaves["lora_B"], 2.0, leaves["bias"], **how)
+    y = function(leaves["x"], leaves["weight"], leaves["lora_A"], leaves["lora_B"], 1.7, leaves["bias"], **how)
     gradients = torch.autograd.grad(y, [leaves[name] for name in ADAPTERS], change(tensors["dy"]))
     return {"y": y.detach(), **dict(zip(ADAPTERS, gradients, strict=True))}
 
@@ -70,7 +70,7 @@ def assert_as_exact(got: dict, exact: dict, eager: dict) -> None:
     for name, value in got.items():
         assert_close_to_fp64(value, exact[name], eager[name], name)
         # Sums that cancel may round to nothing in half precision; what is beyond eager's error may not.
-        least = (eager[name].double() - exact[name]).abs().max() if value.dtype in HALVES else 0.0
+        least = (eager[name].double() - exact[name]).abs().max()
         zeros = (value == 0) & (eager[name] != 0) & (exact[name].abs() > least)
         assert not zeros.any(), f"{name}: {zeros.sum().item()} zeros where eager PyTorch has none"
 
@@ -136,15 +136,15 @@ def test_s_is_kept_in_float32_and_half_precision_under_autocast():
 
 
 def group_by_ops(x, *layers):
-    return lora_group(x, [GroupLayer(w, [Adapter(a, b, 2.0)]) for w, a, b in layers])
+    return lora_group(x, [GroupLayer(w, [Adapter(a, b, 1.7)]) for w, a, b in layers])
 
 
 def group_by_eager(x, *layers):
-    return [as_peft(x, w, a, b, 2.0, None) for w, a, b in layers]
+    return [as_peft(x, w, a, b, 1.7, None) for w, a, b in layers]
 
 
 def mixed_by_ops(x, *layers):
-    (w, *_), adapters = layers[0], [Adapter(a, b, 0.5 + i) for i, (_, a, b) in enumerate(layers)]
+    (w, *_), adapters = layers[0], [Adapter(a, b, 0.7 + i) for i, (_, a, b) in enumerate(layers)]
     return [lora_mixed_batch(x.view(10, 7, -1), w, adapters, [0, 1, -1, 2, 0, 1, 1, -1, 2, 0]).view(70, -1)]
 
 
@@ -152,13 +152,13 @@ def mixed_by_eager(x, *layers):
     w, rows = layers[0][0], x.view(10, 7, -1)
     ys = []
     for row, i in zip(rows, [0, 1, -1, 2, 0, 1, 1, -1, 2, 0], strict=True):
-        ys.append(F.linear(row, w) if i < 0 else as_peft(row, w, *layers[i][1:], 0.5 + i, None))
+        ys.append(F.linear(row, w) if i < 0 else as_peft(row, w, *layers[i][1:], 0.7 + i, None))
     return [torch.cat(ys)]
 
 
 def several_by_ops(x, *layers):
     p = 0.25
-    return [multi_lora_linear(x, layers[0][0], [Adapter(a, b, 0.5 + i, p) for i, (_, a, b) in enumerate(layers)])]
+    return [multi_lora_linear(x, layers[0][0], [Adapter(a, b, 0.7 + i, p) for i, (_, a, b) in enumerate(layers)])]
 
 
 def several_by_eager(x, *layers):
@@ -166,31 +166,31 @@ def several_by_eager(x, *layers):
     total = y
     for i, (_, a, b) in enumerate(layers):
         kept = F.dropout(torch.ones_like(x, dtype=torch.bfloat16), 0.25) != 0
-        total = total + F.linear(F.linear(x.to(a.dtype) * kept / 0.75, a), b) * (0.5 + i)
+        total = total + F.linear(F.linear(x.to(a.dtype) * kept / 0.75, a), b) * (0.7 + i)
     return [total.to(y.dtype)]
 
 
 def mlp_by_ops(x, gate, up, down):
-    return [lora_mlp(x, *(GroupLayer(w, [Adapter(a, b, 2.0)]) for w, a, b in (gate, up, down)))]
+    return [lora_mlp(x, *(GroupLayer(w, [Adapter(a, b, 1.7)]) for w, a, b in (gate, up, down)))]
 
 
 def mlp_by_eager(x, gate, up, down):
-    h = F.silu(as_peft(x, *gate, 2.0, None)) * as_peft(x, *up, 2.0, None)
-    return [as_peft(h, *down, 2.0, None)]
+    h = F.silu(as_peft(x, *gate, 1.7, None)) * as_peft(x, *up, 1.7, None)
+    return [as_peft(h, *down, 1.7, None)]
 
 
 def dora_by_ops(x, layer, *_, dropout_p=0.0):
     w, a, b = layer
     magnitude = w.to(a.dtype).norm(dim=1) * 1.5
-    return [dora_linear(x, w, a, b, magnitude, 2.0, None, dropout_p)]
+    return [dora_linear(x, w, a, b, magnitude, 1.7, None, dropout_p)]
 
 
 def dora_by_eager(x, layer, *_):
     w, a, b = layer
     wide = w.to(a.dtype)
-    factor = wide.norm(dim=1) * 1.5 / (wide + 2.0 * b @ a).detach().norm(dim=1)
+    factor = wide.norm(dim=1) * 1.5 / (wide + 1.7 * b @ a).detach().norm(dim=1)
     y = F.linear(x, w)
-    return [(y + (factor - 1) * y + factor * F.linear(F.linear(x.to(a.dtype), a), b) * 2.0).to(y.dtype)]
+    return [(y + (factor - 1) * y + factor * F.linear(F.linear(x.to(a.dtype), a), b) * 1.7).to(y.dtype)]
 
 
 OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {

@@ -194,7 +194,8 @@ def composed(
     y = F.linear(x, weight, bias)
     if dtype == y.dtype:
         return y.addmm_(s, lora_B.to(dtype).t(), alpha=scaling)
-    return torch.addmm(y.to(dtype), s, lora_B.to(dtype).t(), alpha=scaling).to(y.dtype)
+    # Summed in the wider dtype and rounded once; not with alpha, whose gradient would be dY's rounded to its own dtype.
+    return y.add_(F.linear(s * scaling, lora_B.to(dtype)))
 
 
 def draw_keep_mask(x: Tensor, dropout_p: float) -> Tensor:
