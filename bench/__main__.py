@@ -17,6 +17,7 @@ CASES = {  # name: (module, what it measures)
     "qlora": ("layers.qlora", "layers over a 4-bit weight"),
     "head": ("layers.head", "the output head: LoRA inside its cross-entropy, without the logits"),
     "overhead": ("layers.overhead", "what a call costs on the host before any kernel runs"),
+    "host": ("layers.host", "the host's time per call, launches included, against a driver that runs nothing"),
     "correctness": ("layers.correctness", "errors of every way against fp64, next to eager PyTorch's"),
     "suite": ("models.suite", "groups, MLPs, mixed batches, transformer blocks and a training step"),
     "switching": ("models.switching", "switching, disabling and merging a model's adapters"),
