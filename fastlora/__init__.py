@@ -8,7 +8,7 @@ import logging
 
 from . import functional, linalg, optim, variants
 from .adapters.combine import Combined, add_weighted_adapter
-from .adapters.explain import Explanation, explain
+from .adapters.explain import Explanation, explain, fallbacks
 from .adapters.load import load_adapter
 from .adapters.patch import is_patched, patch, unpatch
 from .adapters.report import ModuleReport, PatchReport
@@ -46,6 +46,7 @@ __all__ = [
     "delete_adapter",
     "disable_adapter",
     "explain",
+    "fallbacks",
     "functional",
     "init_lora_ga",
     "is_patched",

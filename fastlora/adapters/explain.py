@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from ..ops.lora import choice
 from ..ops.lora import measure as lora_measure
 from ..runtime import cache as tuning_cache
 from ..runtime import env
+from .switch import require_layers
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,40 @@ def explain(layer: nn.Module, x: Tensor, *, measure: bool = False) -> Explanatio
     _check_input(own.in_features, x)
     if own.disable_adapters or own.merged_adapters:
         return _base(name, f"its adapters are {'disabled' if own.disable_adapters else 'merged'}")
-    with layer.terms_written_out(x) as (x, terms):
+    with layer.terms_written_out(x) as (x, terms, backend):
         if isinstance(terms, str):
             page = "docs/peft.md" if layer.shares_input else "docs/qlora.md"
             return Explanation(name, "eager", "eager", f"left to PEFT's forward: {terms}", needed=(page,))
         if not terms.adapters:
             return _base(name, "its adapters are not active, or none of the active ones is in this layer")
-        return _fused(name, x, terms, layer.backend, measure, composed=layer.shares_input)
+        found = _fused(name, x, terms, backend, measure, composed=layer.shares_input)
+        if backend == layer.backend:
+            return found
+        wide = "x is wider than the frozen layer computes in, and the low-rank path keeps its digits"
+        return replace(found, reason=wide, needed=())
+
+
+def fallbacks(model: nn.Module) -> dict[str, str]:
+    """By name the LoRA layers whose latest call ran in PEFT's forward rather than fused, and why; empty where all ran
+    fused, or the base layer alone (merged, disabled), or were not called yet. PEFT's layers that are not patched are
+    among them.
+
+    `layer.calls` has the counts; calls inside a compiled graph are not counted.
+
+    Raises:
+        ValueError: a model without LoRA layers.
+
+    Example:
+        >>> loss.backward()
+        >>> fastlora.fallbacks(model)
+        {}
+    """
+    found: dict[str, str] = {}
+    for name, layer in require_layers(model, "fallbacks"):
+        reason = layer.calls.latest if isinstance(layer, FusedLayer) else why_not_fused(layer)[0]
+        if reason is not None:
+            found[name] = reason
+    return found
 
 
 def _check_input(in_features: int, x: Any) -> None:

@@ -14,6 +14,7 @@ from ..integrations.peft import adopt as peft_adopt
 from ..integrations.peft import tuner as peft_tuner
 from ..introspect.fused import FusedPeftLayer
 from ..introspect.targets import Selection
+from ..layers.fused import FallbackWatch, FusedLayer
 from ..runtime.messages import by_reason
 from .report import ModuleReport, PatchReport, refusal
 
@@ -64,5 +65,6 @@ def patch(model: nn.Module, layers: dict[str, Any], selection: Selection, backen
         )
     for layer in plan:
         peft_adopt.adopt(layer, backend)
+    FallbackWatch({name: layer for name, layer in layers.items() if isinstance(layer, FusedLayer)})
     peft_tuner.follow(model, selection, backend)
     return report

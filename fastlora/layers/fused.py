@@ -9,14 +9,17 @@ layers that do not run fused have it too (`integrations.peft.family.adapted`).
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..ops import call
 from ..ops.dora.norms import KeptNorms
+from ..runtime.messages import by_reason
 from .batch import MixedBatch
 
 
@@ -55,6 +58,28 @@ class Adapted(Protocol):
     def delete_adapter(self, name: str) -> None: ...
 
 
+class FallbackWatch:
+    """Warns, once, where each of a model's patched layers has left a call with gradients to PEFT: nothing is gained."""
+
+    def __init__(self, layers: Mapping[str, FusedLayer]) -> None:
+        self.layers = len(layers)
+        self.reasons: dict[str, str] = {}
+        for name, layer in layers.items():
+            layer.calls.watch = self, name
+
+    def note(self, name: str, reason: str) -> None:
+        self.reasons[name] = reason
+        if len(self.reasons) == self.layers:
+            reasons = "\n  ".join(by_reason(self.reasons.items()))
+            warnings.warn(
+                f"fastlora: each of the {len(self.reasons)} patched layers has left a call to PEFT, so that nothing is "
+                f"gained:\n  {reasons}\nfastlora.fallbacks(model) says which do now; docs/peft.md and docs/qlora.md "
+                "explain the reasons",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
 @dataclass
 class CallCounts:
     """What became of a layer's calls: fused, the base layer alone, or left to PEFT's forward (by reason).
@@ -66,9 +91,13 @@ class CallCounts:
     base: int = 0
     fallback: dict[str, int] = field(default_factory=dict)
     last_reason: str | None = None  # of the latest fallback
+    watch: tuple[FallbackWatch, str] | None = field(default=None, repr=False, compare=False)  # and the layer's name
     _before: int = field(default=-1, repr=False)  # the other calls before it
 
     def fell_back(self, reason: str) -> None:
+        if self.watch is not None and torch.is_grad_enabled():
+            (watch, name), self.watch = self.watch, None
+            watch.note(name, reason)
         self.fallback[reason] = self.fallback.get(reason, 0) + 1
         self.last_reason, self._before = reason, self.fused + self.base
 
@@ -104,9 +133,10 @@ class FusedLayer:
         raise NotImplementedError
 
     @contextlib.contextmanager
-    def terms_written_out(self, x: Tensor) -> Iterator[tuple[Tensor, Terms | str]]:
-        """x as it is multiplied, and the terms with the weight as a matrix, for as long as the context lasts."""
-        yield x, self.terms(x)
+    def terms_written_out(self, x: Tensor) -> Iterator[tuple[Tensor, Terms | str, str]]:
+        """x as it is multiplied, the terms with the weight as a matrix, for as long as the context lasts, and the
+        backend that is asked for."""
+        yield x, self.terms(x), self.backend
 
     def group_sources(self) -> tuple[list[Tensor], tuple]:
         """What the running adapters' A are made of, the same tensors at every call, and what else they depend on."""

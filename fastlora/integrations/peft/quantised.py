@@ -26,7 +26,7 @@ from ...layers.checks import is_overridden
 from ...layers.fused import CallCounts, Terms
 from ...ops import call
 from ...ops.quant import weights
-from ...ops.quant.linear import quantised_dora_linear, quantised_lora_linear
+from ...ops.quant.linear import is_wider, quantised_dora_linear, quantised_lora_linear
 from . import lora, merge
 from .lora import PeftFusedLayer
 
@@ -73,14 +73,15 @@ class FusedQuantisedLayer(PeftFusedLayer):
         merge.unmerge_kept(self, super().unmerge)  # type: ignore[misc]
 
     @contextlib.contextmanager
-    def terms_written_out(self, x: Tensor) -> Iterator[tuple[Tensor, Terms | str]]:
+    def terms_written_out(self, x: Tensor) -> Iterator[tuple[Tensor, Terms | str, str]]:
         plan = read_plan(self, x)
         if isinstance(plan, str):
-            yield x, plan
+            yield x, plan, self.backend
             return
         weight = weights.snapshot(cast(Any, self).base_layer, plan.dtype)
+        backend = "torch" if is_wider(x, weight, call.autocast_enabled(x)) else self.backend
         with torch.autocast(x.device.type, enabled=False), weights.room_for(weight) as matrix:
-            yield x.to(plan.dtype), Terms(matrix, plan.bias, plan.adapters)
+            yield x.to(plan.dtype), Terms(matrix, plan.bias, plan.adapters), backend
 
 
 class FusedTorchaoLinear(FusedQuantisedLayer, TorchaoLoraLinear):  # type: ignore[misc]
@@ -205,6 +206,6 @@ def _dtypes(base: Any, x: Tensor) -> tuple[torch.dtype, torch.dtype] | str:
         return f"{x.dtype} input into a {base.weight.dtype} base layer"
     if dtype not in weights.DTYPES or x.dtype not in weights.DTYPES:
         return f"{x.dtype} input"
-    if low_rank_dtype != dtype:
-        return f"{x.dtype} input, computed in {dtype}" + (f" under autocast to {low_rank_dtype}" if autocast else "")
+    if autocast and low_rank_dtype != dtype:
+        return f"{x.dtype} input, computed in {dtype} under autocast to {low_rank_dtype}"
     return dtype, out_dtype

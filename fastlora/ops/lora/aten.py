@@ -40,6 +40,20 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, S, keep mask): y = x W0ᵀ + b + s·S Bᵀ with S = drop(x) Aᵀ. Shapes: docs/architecture.md, "The backend
     interface"."""
+    return add_low_rank(F.linear(x, weight, bias), x, lora_A, lora_B, scaling, dropout_p, dropout_state, narrow)
+
+
+def add_low_rank(
+    frozen: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    dropout_state: Tensor | None,
+    narrow: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(frozen + s·S Bᵀ in place, S, keep mask)."""
     dtype = low_rank_dtype(x, lora_A, lora_B, narrow)
     keep = None
     if dropout_p > 0.0:
@@ -49,7 +63,7 @@ def forward(
     s = shrink(x, lora_A.to(dtype), keep)
     if keep is not None:
         s.mul_(dropout_scale(dropout_p))
-    y = add_product(F.linear(x, weight, bias), s, lora_B.to(dtype).t(), scaling)
+    y = add_product(frozen, s, lora_B.to(dtype).t(), scaling)
     return y, s, dropout_state
 
 

@@ -1,9 +1,13 @@
 """The LoRA linear layer on a quantised base, in autograd: the frozen weight is there while a pass runs, and only then.
 
-The same two passes as in autograd.py, by the same backends. Where they take W0, it is written into a buffer that all
-layers share, and written again for the backward pass. Saved are x, S, the dropout state, references to A and B, and the
-packed weight: nothing of size N×K. Where x comes in another dtype than the layer computes in (fp32 under autocast),
-what is saved is its copy in that dtype, one for all the layers that are given the same x.
+The same two passes as in ops/lora/autograd.py, by the same backends. Where they take W0, it is written into a buffer
+that all layers share, and written again for the backward pass. Saved are x, S, the dropout state, references to A and
+B, and the packed weight: nothing of size N×K. Where x comes in another dtype than the layer computes in (fp32 under
+autocast), what is saved is its copy in that dtype, one for all the layers that are given the same x.
+
+Without autocast an x that is wider than the layer computes in (fp32 activations, as `prepare_model_for_kbit_training`
+leaves them, into 4-bit layers in bf16) is rounded for the frozen layer only, as in bitsandbytes and PEFT: the low-rank
+path keeps x's dtype, in ATen, x itself is saved, and the two are added in that dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from torch import Tensor
 
 from ..call import as_shaped, autocast_enabled, backward_pass
 from ..dora import dora as dora_op
-from ..lora import choice
+from ..lora import aten, choice
 from .weights import QuantisedWeight, materialised, stream_of
 
 
@@ -40,12 +44,10 @@ class QuantLoraLinearFunction(torch.autograd.Function):
         out_dtype: torch.dtype,
         narrow: bool,
     ) -> Tensor:
-        cast = cast_once(x, weight.dtype)
-        x2 = cast.reshape(-1, x.shape[-1])
-        module, y, s, state = _forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, narrow)
+        module, saved, y, s, state = _forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, narrow)
         need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
         ctx.save_for_backward(
-            cast if need_a else None,
+            saved if need_a else None,
             lora_A if need_x or need_a else None,
             lora_B if need_x or need_a or need_b else None,
             s if need_b else None,
@@ -59,6 +61,7 @@ class QuantLoraLinearFunction(torch.autograd.Function):
             narrow,
             x.shape,
             x.dtype,
+            saved.dtype != weight.dtype,
         )
         return as_shaped(y.to(out_dtype), x)
 
@@ -66,12 +69,16 @@ class QuantLoraLinearFunction(torch.autograd.Function):
     @backward_pass
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, s, state = ctx.saved_tensors
-        module, weight, dtype, scales, narrow, shape, x_dtype = ctx.arguments
+        module, weight, dtype, scales, narrow, shape, x_dtype, wider = ctx.arguments
         need_x, need_bias, need_a, need_b = ctx.needs_input_grad[:4]
         x2 = x.reshape(-1, x.shape[-1]) if x is not None else None
-        dy2 = dy.reshape(-1, dy.shape[-1]).to(dtype)
+        dy2 = dy.reshape(-1, dy.shape[-1]).to(torch.promote_types(dtype, x_dtype) if wider else dtype)
         needs = (need_x, need_a, need_b)
-        if need_x:
+        if need_x and wider:
+            grads = module.backward(dy2, x2, None, lora_A, lora_B, s, state, *scales, needs, narrow)
+            with materialised(weight) as matrix:
+                grads[0].add_(dy2.to(dtype).mm(matrix))
+        elif need_x:
             with materialised(weight) as matrix:
                 grads = module.backward(dy2, x2, matrix, lora_A, lora_B, s, state, *scales, needs, narrow)
         else:
@@ -113,8 +120,7 @@ def quantised_lora_linear(
     narrow = autocast_enabled(x)
     with torch.autocast(x.device.type, enabled=False):
         if not torch.is_grad_enabled():
-            x2 = cast_once(x, weight.dtype).reshape(-1, x.shape[-1])
-            y = _forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, narrow)[1]
+            y = _forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, narrow)[2]
             return as_shaped(y.to(out_dtype), x)
         return QuantLoraLinearFunction.apply(  # type: ignore[return-value]
             x, bias, lora_A, lora_B, weight, scaling, dropout_p, backend, out_dtype, narrow
@@ -135,9 +141,10 @@ def quantised_dora_linear(
     """y = (m/n) ∘ (x W0ᵀ + s·(x Aᵀ) Bᵀ) + b with n = ‖W0 + s·B A‖ by row, as `quantised_lora_linear` runs it. The
     weight is written out once more, for the norms."""
     narrow = autocast_enabled(x)
-    z = None
-    if not dora_op.reads_wide_factors(x.to(weight.dtype), lora_A, lora_B, backend, narrow):
-        z = quantised_lora_linear(x, weight, None, lora_A, lora_B, scaling, 0.0, backend, weight.dtype)
+    z, dtype = None, x.dtype if is_wider(x, weight, narrow) else weight.dtype
+    if not dora_op.reads_wide_factors(x.to(dtype), lora_A, lora_B, backend, narrow):
+        z = quantised_lora_linear(x, weight, None, lora_A, lora_B, scaling, 0.0, backend, dtype)
+        bias = None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         with materialised(weight) as matrix:
             norm = dora_op.norm_as_constant(matrix, lora_A, lora_B, scaling, backend)
@@ -149,7 +156,7 @@ def quantised_dora_linear(
 
 
 def _forward(
-    x2: Tensor,
+    x: Tensor,
     weight: QuantisedWeight,
     bias: Tensor | None,
     lora_A: Tensor,
@@ -158,13 +165,24 @@ def _forward(
     dropout_p: float,
     backend: str,
     narrow: bool,
-) -> tuple[Any, Tensor, Tensor, Tensor | None]:
-    """(the backend's module, y, S, dropout state). The layer itself is not differentiated by ATen on any path: what it
-    would save of the matrix is the next layer's by then."""
+) -> tuple[Any, Tensor, Tensor, Tensor, Tensor | None]:
+    """(the backend's module, x as it multiplies A, y, S, dropout state). The layer itself is not differentiated by ATen
+    on any path: what it would save of the matrix is the next layer's by then."""
+    cast = cast_once(x, weight.dtype)
+    x2 = cast.reshape(-1, x.shape[-1])
     with materialised(weight) as matrix:
-        module = choice.select(x2, matrix, bias, lora_A, lora_B, dropout_p, backend, narrow).module
-        y, s, state = module.forward(x2, matrix, bias, lora_A, lora_B, scaling, dropout_p, None, narrow)
-    return module, y, s, state
+        if is_wider(x, weight, narrow):
+            frozen = F.linear(x2, matrix, bias).to(x.dtype)
+        else:
+            module = choice.select(x2, matrix, bias, lora_A, lora_B, dropout_p, backend, narrow).module
+            return module, cast, *module.forward(x2, matrix, bias, lora_A, lora_B, scaling, dropout_p, None, narrow)
+    x2 = x.reshape(-1, x.shape[-1])
+    return aten, x, *aten.add_low_rank(frozen, x2, lora_A, lora_B, scaling, dropout_p, None, narrow)
+
+
+def is_wider(x: Tensor, weight: QuantisedWeight, narrow: bool) -> bool:
+    """Whether x has digits that the frozen layer's dtype does not have, and the low-rank path is to keep them."""
+    return not narrow and torch.promote_types(x.dtype, weight.dtype) != weight.dtype
 
 
 class _LastCast(threading.local):
