@@ -51,7 +51,7 @@ def as_cublas(module: types.ModuleType):
     with (
         mock.patch.dict(choice._modules, {"cublas": module}),
         mock.patch.object(choice, "_choices", {}),
-        mock.patch.object(choice, "_self_checks", {}),
+        mock.patch.object(choice._trusted["cublas"], "verdicts", {}),
         mock.patch.object(choice, "self_check", return_value=None),
     ):
         yield

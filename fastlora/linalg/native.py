@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import build, compiled, env
-from ..runtime.trust import first_use
+from ..runtime.trust import Trusted
 from .operators import Factored, outside_autocast
 from .orthogonal import orthonormal as orthonormal_by_torch
 
@@ -23,7 +23,7 @@ NON_FINITE = 2  # csrc/sketch.h: kNonFinite
 NOT_FINITE = "svd: a: it has NaN or infinite entries, want finite ones"
 _READABLE = (torch.float32, torch.float16, torch.bfloat16)
 
-_failures: dict[torch.device, str | None] = {}  # None: passed the check
+_trusted = Trusted("the compiled linear algebra", "torch's runs instead")
 
 
 def why_not(device: torch.device) -> str | None:
@@ -33,15 +33,10 @@ def why_not(device: torch.device) -> str | None:
         return "FASTLORA_LINALG=torch"
     if asked == "auto" and device.type != "cuda":
         return "not on a GPU: torch is the path there (FASTLORA_LINALG=native takes the compiled ops all the same)"
-    if device in _failures:
-        return _failures[device]
-    if asked == "auto" and not _built():
+    key = (device,)
+    if key not in _trusted.verdicts and asked == "auto" and not _built():
         return "csrc/ is not built (python -m fastlora.doctor --build)"
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return "not checked on this device before the capture of a CUDA graph began"
-    return first_use(
-        _failures, device, lambda: check(device), "the compiled linear algebra", str(device), "torch's runs instead"
-    )
+    return _trusted.why_not(key, lambda: check(device))
 
 
 def _built() -> bool:

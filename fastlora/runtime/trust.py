@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -13,29 +14,55 @@ from torch import Tensor
 NOT_YET = "not checked yet, and nothing can be checked during capture: run one eager step first"
 
 
-def first_use(
-    verdicts: dict[Any, str | None], key: Hashable, check: Callable[[], str | None], what: str, where: str, instead: str
-) -> str | None:
-    """None where `check` found nothing wrong at the first use, else why the kernels are not trusted.
+def nothing_can_run(device: torch.device) -> bool:
+    """Within compilation or the capture of a CUDA graph, where neither a check nor a measurement may be launched."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
-    `verdicts` keeps the answer. `what`, `where` and `instead` are for the warning: what failed, on which device and
-    for which dtypes, and what runs in its place.
-    """
-    if key not in verdicts:
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            return NOT_YET
+
+def too_old(device: torch.device) -> str | None:
+    """Why this GPU runs no hand-written kernel; None where it does, and elsewhere than on a GPU."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs compute capability 8.0 (Ampere) or later"
+    return None
+
+
+def module_or_reason(name: str) -> ModuleType | str:
+    """The module, or why it cannot be imported: Triton missing, or broken in a way of its own."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+class Trusted:
+    """Hand-written kernels that run only where they were found right: at their first use on a device a small problem is
+    compared with a reference, once for each key."""
+
+    def __init__(self, what: str, instead: str) -> None:
+        self.what, self.instead = what, instead  # what the warning says failed, and what runs in its place
+        self.verdicts: dict[tuple, str | None] = {}  # None: right
+
+    def why_not(self, key: tuple, check: Callable[[], str | None]) -> str | None:
+        """None where `check` finds nothing wrong, else why the kernels are not used. The key begins with the device,
+        then the dtype."""
+        if key in self.verdicts:
+            return self.verdicts[key]
+        reason = too_old(key[0]) or (NOT_YET if nothing_can_run(key[0]) else None)
+        if reason is not None:
+            return reason
         try:
             failure = check()
         except Exception as error:  # a kernel that does not compile or launch must not take the training run with it
             failure = f"{type(error).__name__}: {error}"
-        verdicts[key] = failure
+        self.verdicts[key] = failure
         if failure is not None:
+            where = " for ".join(map(str, key[:2]))
             warnings.warn(
-                f"fastlora: {what} failed its self-check on {where} and is not used; {instead}: {failure}",
+                f"fastlora: {self.what} failed its self-check on {where} and is not used; {self.instead}: {failure}",
                 RuntimeWarning,
                 stacklevel=3,
             )
-    return verdicts[key]
+        return failure
 
 
 @contextlib.contextmanager

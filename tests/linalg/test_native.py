@@ -370,7 +370,7 @@ class TestJacobiSvd:
     @pytest.mark.parametrize("native_ops", [False, True])
     @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (3, 40, 7), (2, 2, 7, 40), (150, 140), (0, 5, 4)], ids=str)
     def test_wrapper(self, loaded, monkeypatch, shape, native_ops):
-        monkeypatch.setattr(native, "_failures", {})
+        monkeypatch.setattr(native._trusted, "verdicts", {})
         monkeypatch.setenv("FASTLORA_LINALG", "native" if native_ops else "torch")
         a = normal(*shape).double()
         u, s, vh = native.svd(a)
@@ -388,7 +388,7 @@ class TestLanczos:
     @pytest.fixture
     def compiled(self, loaded, monkeypatch):
         """truncated_svd and what it calls, through the compiled ops only (TestChoice has their self-check)."""
-        monkeypatch.setattr(native, "_failures", {torch.device("cpu"): None})
+        monkeypatch.setattr(native._trusted, "verdicts", {(torch.device("cpu"),): None})
         monkeypatch.setenv("FASTLORA_LINALG", "native")
         monkeypatch.setattr(lanczos, "by_torch", lambda *_: pytest.fail("torch was taken"))
         return loaded
@@ -497,7 +497,7 @@ def test_the_svds_of_all_sketches_at_once(loaded, monkeypatch, refined):
                 sketch.start_refining()
     expected = [next(svd_of_each([sketch], 6)) for sketch in sketches]
     launches = []
-    monkeypatch.setattr(native, "_failures", {torch.device("cpu"): None})
+    monkeypatch.setattr(native._trusted, "verdicts", {(torch.device("cpu"),): None})
     monkeypatch.setenv("FASTLORA_LINALG", "native")
     monkeypatch.setattr(native, "svd", lambda a, svd=native.svd: launches.append(a.shape[0]) or svd(a))
     for sketch, mine, theirs in zip(sketches, svd_of_each(sketches, 6), expected):
@@ -515,7 +515,7 @@ class TestChoice:
     @pytest.fixture(autouse=True)
     def forget(self, monkeypatch):
         monkeypatch.delenv("FASTLORA_LINALG", raising=False)
-        monkeypatch.setattr(native, "_failures", {})
+        monkeypatch.setattr(native._trusted, "verdicts", {})
 
     def test_a_cpu_takes_torch_and_compiles_nothing(self, monkeypatch):
         monkeypatch.setattr(runtime_compiled, "load", lambda: pytest.fail("compiled"))

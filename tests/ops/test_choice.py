@@ -14,7 +14,7 @@ from torch import Tensor
 from fastlora.functional import lora_linear
 from fastlora.ops.lora import aten as lora_aten
 from fastlora.ops.lora import choice as lora_choice
-from fastlora.runtime import env
+from fastlora.runtime import env, trust
 
 CPU = torch.device("cpu")
 
@@ -87,7 +87,7 @@ def test_a_backend_that_cannot_be_imported_falls_down(monkeypatch, error):
     def import_module(name):
         raise error(f"No module named {name!r}")
 
-    monkeypatch.setattr(lora_choice.importlib, "import_module", import_module)
+    monkeypatch.setattr(trust.importlib, "import_module", import_module)
     choice = lora_choice.select(*arguments(), dropout_p=0.0, backend="cublas")
     assert choice.name == "torch" and f"cublas: cannot be imported: {error.__name__}: No module named" in choice.reason
     with pytest.raises(RuntimeError, match=f"backend 'cublas' cannot be loaded: {error.__name__}: No module named"):

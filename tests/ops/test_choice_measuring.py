@@ -155,7 +155,8 @@ def test_a_cached_winner_that_fails_its_check_now_is_passed_over(gpu):
     gpu.put("triton", backend_with())
     gpu.put("torch", slow(2 * SLOW_S, 2 * SLOW_S))
     assert gpu.select().passes == ("triton", "triton")
-    lora_choice._self_checks.clear()
+    for trusted in lora_choice._trusted.values():
+        trusted.verdicts.clear()
     gpu.put("triton", backend_with(forward=lambda y, s, state: (-y, s, state)))
     with pytest.warns(RuntimeWarning, match="'triton' failed"):
         assert gpu.select().passes == ("cublas", "cublas")

@@ -79,8 +79,10 @@ class PretendedGpu:
         )
         no = "not there"
         fakes = {"torch": lora_aten, "triton": no, "triton_s_inside": no, "cublas": no}
-        for name in ("_self_checks", "_choices", "_provisional", "_refused"):
+        for name in ("_choices", "_provisional", "_refused"):
             monkeypatch.setattr(choice, name, {})
+        for trusted in choice._trusted.values():
+            monkeypatch.setattr(trusted, "verdicts", {})
         monkeypatch.setattr(choice, "_modules", fakes)
         monkeypatch.setattr(choice, "_spent_s", 0.0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: self.capability)

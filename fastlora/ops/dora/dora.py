@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...runtime import env
-from ...runtime.trust import NOT_YET, first_difference, first_use, seeded
+from ...runtime.trust import Trusted, first_difference, module_or_reason, seeded
 from .. import call, reference
 from ..call import Adapter, as_2d, as_shaped, autocast_enabled, backward_pass
 from ..lora import autograd as lora_autograd
@@ -153,7 +153,7 @@ _library.impl("dora_weight_norm", _weight_norm, "CompositeExplicitAutograd")
 torch.library.register_fake("fastlora::dora_weight_norm", _op_fake, lib=_library)
 
 
-_failures: dict[tuple[str, torch.dtype, torch.dtype], str | None] = {}  # None: agrees with fp64
+_trusted = Trusted("DoRA's kernels", "ATen runs instead")
 
 
 def select(tensor: Tensor, lora_A: Tensor, backend: str = "auto") -> ModuleType:
@@ -169,26 +169,14 @@ def select(tensor: Tensor, lora_A: Tensor, backend: str = "auto") -> ModuleType:
 
 def why_not(tensor: Tensor, lora_A: Tensor) -> str | None:
     """None where the kernels take such tensors, or why ATen does."""
-    try:
-        module = importlib.import_module("fastlora.ops.dora.triton")
-    except Exception as error:  # Triton missing, or broken in a way of its own
-        return f"cannot be imported: {type(error).__name__}: {error}"
+    module = module_or_reason("fastlora.ops.dora.triton")
+    if isinstance(module, str):
+        return f"cannot be imported: {module}"
     reason = module.unsupported(tensor, lora_A)
     if reason is not None or not tensor.is_cuda:
         return reason
-    if torch.cuda.get_device_capability(tensor.device) < (8, 0):
-        return "needs compute capability 8.0 (Ampere) or later"
-    key = (str(tensor.device), tensor.dtype, lora_A.dtype)
-    if key not in _failures and torch.compiler.is_compiling():
-        return NOT_YET
-    return first_use(
-        _failures,
-        key,
-        lambda: self_check(module, tensor.device, tensor.dtype, lora_A.dtype),
-        "DoRA's kernels",
-        f"{tensor.device} for {tensor.dtype}",
-        "ATen runs instead",
-    )
+    key = (tensor.device, tensor.dtype, lora_A.dtype)
+    return _trusted.why_not(key, lambda: self_check(module, *key))
 
 
 def self_check(module: Any, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str | None:

@@ -18,6 +18,7 @@ kernels fail their first-use check, the layers run one by one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import weakref
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...runtime.trust import first_difference, first_use, seeded
+from ...runtime.trust import Trusted, first_difference, seeded
 from .. import call
 from ..call import autocast_enabled, takes_fused_path
 from ..lora import choice as lora_choice
@@ -37,7 +38,7 @@ from . import aten
 KERNEL_BACKENDS = ("cublas", "triton")
 
 
-_failures: dict[tuple[str, torch.dtype, torch.dtype, bool], str | None] = {}  # None: agrees with the reference
+_trusted = Trusted("the backend for groups of layers", "layers run one by one")
 
 
 class Member(NamedTuple):
@@ -69,7 +70,8 @@ def select(x: Tensor, members: Sequence[Member], narrow: bool = False) -> Choice
     module = importlib.import_module("fastlora.ops.group.triton")
     if x.device.type == "cuda":
         for dtype in {member.lora_A.dtype for member in members}:
-            failure = _failure(module, x.device, x.dtype, dtype, any(m.dropout_p > 0.0 for m in members))
+            key = (x.device, x.dtype, dtype, any(m.dropout_p > 0.0 for m in members), narrow)
+            failure = _trusted.why_not(key, functools.partial(self_check, module, *key))
             if failure is not None:
                 return failure
     return Choice(module, names)
@@ -85,24 +87,13 @@ def _backend(x: Tensor, member: Member, narrow: bool) -> str:
     return lora_choice.FAMILY.get(name, name)
 
 
-def _failure(
-    module: ModuleType, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout: bool
-) -> str | None:
-    """None where the kernels have been compared with the reference on this device and agree; else why they are not
-    used."""
-    key = (str(device), dtype, adapter_dtype, dropout)
-    return first_use(
-        _failures,
-        key,
-        lambda: self_check(module, device, dtype, adapter_dtype, dropout),
-        "the backend for groups of layers",
-        f"{device} for {dtype}",
-        "layers run one by one",
-    )
-
-
 def self_check(
-    module: ModuleType, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout: bool
+    module: ModuleType,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    dropout: bool,
+    narrow: bool = False,
 ) -> str | None:
     """Compares S, dX and dA of a group of two with fp64 on a small problem that divides nothing; None where they agree,
     else what differs.
@@ -122,7 +113,7 @@ def self_check(
         dss = [torch.randn(m, r, device=device).to(dtype) for r in ranks]
         dx = torch.randn(m, k, device=device).to(dtype)
         expected_dx = dx.double()
-        s, states = module.shrink(x, lora_As, (p, p), False)
+        s, states = module.shrink(x, lora_As, (p, p), False, narrow)
         dx, grads = module.shared_gradients(dx, x, dss, lora_As, states, (p, p), False, True, (True, True))
         results = []
         for i in range(2):

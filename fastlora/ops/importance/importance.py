@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ...kernels.importance_plan import Averages, Factors, Layout
 from ...runtime import env
-from ...runtime.trust import first_difference, first_use, seeded
+from ...runtime.trust import Trusted, first_difference, module_or_reason, seeded
 from . import aten
 
-_failures: dict[tuple[str, torch.dtype], str | None] = {}  # None: agrees with fp64
+_trusted = Trusted("AdaLoRA's importance kernel", "ATen runs instead")
 
 
 def select(weights: Factors) -> ModuleType:
@@ -32,23 +32,13 @@ def select(weights: Factors) -> ModuleType:
 
 def why_not(weights: Factors) -> str | None:
     """None where the kernels take these factors, or why ATen does."""
-    try:
-        module = importlib.import_module("fastlora.ops.importance.triton")
-    except Exception as error:  # Triton missing, or broken in a way of its own
-        return f"cannot be imported: {type(error).__name__}: {error}"
+    module = module_or_reason("fastlora.ops.importance.triton")
+    if isinstance(module, str):
+        return f"cannot be imported: {module}"
     reason, like = module.unsupported(weights), weights.e[0]
     if reason is not None or like is None or not like.is_cuda:
         return reason
-    if torch.cuda.get_device_capability(like.device) < (8, 0):
-        return "needs compute capability 8.0 (Ampere) or later"
-    return first_use(
-        _failures,
-        (str(like.device), like.dtype),
-        lambda: self_check(module, like.device, like.dtype),
-        "AdaLoRA's importance kernel",
-        f"{like.device} for {like.dtype}",
-        "ATen runs instead",
-    )
+    return _trusted.why_not((like.device, like.dtype), lambda: self_check(module, like.device, like.dtype))
 
 
 def self_check(module: Any, device: torch.device, dtype: torch.dtype) -> str | None:

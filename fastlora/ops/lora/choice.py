@@ -14,7 +14,6 @@ A choice is remembered for the process: the next call of its kind is a look-up.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import threading
 import time
@@ -29,7 +28,7 @@ from torch import Tensor
 from ...kernels import configs
 from ...runtime import cache as tuning_cache
 from ...runtime import env
-from ...runtime.trust import NOT_YET, first_difference, first_use, seeded
+from ...runtime.trust import NOT_YET, Trusted, first_difference, module_or_reason, nothing_can_run, seeded, too_old
 from .. import reference
 from . import aten, measure
 
@@ -96,7 +95,10 @@ _NOT_A_GPU = Choice("torch", aten, "not on a GPU: ATen is the path there", ("tor
 _modules: dict[str, ModuleType | str] = {}  # a module, or why it cannot be imported
 
 
-_self_checks: dict[tuple[str, torch.device, torch.dtype, torch.dtype, bool, bool], str | None] = {}  # None: passed
+INSTEAD = "another backend runs (`python -m fastlora.doctor` says which)"
+
+
+_trusted = {name: Trusted(f"backend {name!r}", INSTEAD) for name in CANDIDATES if name != "torch"}
 
 
 _choices: dict[Any, Choice] = {}
@@ -154,7 +156,7 @@ def _resolve(key: Any, call: Call, backend: str, narrow: bool) -> Choice:
         if key in _choices:  # another thread's
             return _choices[key]
         provisional = _provisional.get(key)
-        if provisional is not None and (_nothing_can_run(call.x) or _is_watched()):
+        if provisional is not None and (nothing_can_run(call.x.device) or _is_watched()):
             return provisional  # the same all through a capture or a profile, backward as forward
         resolver = Resolver(call, narrow)
         choice = resolver.choose(backend)
@@ -170,7 +172,7 @@ def reset() -> None:
     """Forgets every choice, self-check and measured time of this process; the cache files stay."""
     global _spent_s
     with _lock:
-        for memory in (_choices, _provisional, _self_checks, _refused):
+        for memory in (_choices, _provisional, _refused, *(trusted.verdicts for trusted in _trusted.values())):
             memory.clear()
         _modules.clear()
         tuning_cache.for_device.cache_clear()
@@ -200,10 +202,7 @@ def load(name: str) -> ModuleType:
 
 def _import(name: str) -> ModuleType | str:
     if name not in _modules:
-        try:
-            _modules[name] = importlib.import_module(f"fastlora.ops.lora.{MODULES.get(name, name)}")
-        except Exception as error:  # Triton missing, or broken in a way of its own: training goes on without it
-            _modules[name] = f"{type(error).__name__}: {error}"
+        _modules[name] = module_or_reason(f"fastlora.ops.lora.{MODULES.get(name, name)}")
     return _modules[name]
 
 
@@ -332,37 +331,23 @@ class Resolver:
         module = _import(name)
         if isinstance(module, str):
             return f"cannot be imported: {module}"
-        x = self.call.x
-        if name != "torch" and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
-            return "needs compute capability 8.0 (Ampere) or later"
-        reason = module.unsupported(*self.call)
-        if reason is None and name != "torch" and x.is_cuda:
-            reason = self._self_check_failure(name, module)
-        return reason
+        on_gpu = name != "torch" and self.call.x.is_cuda
+        reason = (too_old(self.call.x.device) if on_gpu else None) or module.unsupported(*self.call)
+        return self._self_check_failure(name, module) if reason is None and on_gpu else reason
 
     def _self_check_failure(self, name: str, module: ModuleType) -> str | None:
         """None where the backend has been compared with the reference on this device and agrees; otherwise why it is
         not trusted."""
-        key = self.self_check_key(name)
-        if key not in _self_checks:
+        x, lora_A = self.call.x, self.call.lora_A
+        narrow = self.narrow and lora_A.dtype != x.dtype
+        key = (x.device, x.dtype, lora_A.dtype, self.call.dropout_p > 0.0, narrow)
+        if key not in _trusted[name].verdicts:
             if not self.run:
                 self.assumed.append(name)
                 return None
-            if _nothing_can_run(self.call.x):
+            if nothing_can_run(x.device):
                 self.put_off = NOT_YET
-                return NOT_YET
-        return first_use(
-            _self_checks,
-            key,
-            lambda: self_check(module, *key[1:]),
-            f"backend {name!r}",
-            f"{key[1]} for {key[2]}",
-            "another backend runs (`python -m fastlora.doctor` says which)",
-        )
-
-    def self_check_key(self, name: str) -> tuple[str, torch.device, torch.dtype, torch.dtype, bool, bool]:
-        x, lora_A, dropout_p = self.call.x, self.call.lora_A, self.call.dropout_p
-        return name, x.device, x.dtype, lora_A.dtype, dropout_p > 0.0, self.narrow and lora_A.dtype != x.dtype
+        return _trusted[name].why_not(key, lambda: self_check(module, *key))
 
 
 def _choice(forward: str, backward: str, reason: str) -> Choice:
@@ -393,11 +378,6 @@ def describe(entry: tuning_cache.Entry) -> str:
 
 
 # Whether now is a time to measure.
-def _nothing_can_run(x: Tensor) -> bool:
-    """Within compilation or the capture of a CUDA graph, where neither a check nor a measurement may be launched."""
-    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
 def _is_watched() -> str | None:
     """Who would see a measurement's kernels as the user's own, unless the user wants that."""
     if (_mode or env.measure()) == "always":
@@ -414,7 +394,7 @@ def _why_not_measure(x: Tensor) -> tuple[str | None, bool]:
     mode = _mode or env.measure()
     if mode == "off":
         return "measuring is off", False
-    if _nothing_can_run(x):
+    if nothing_can_run(x.device):
         return "nothing can be measured during capture or compilation", True
     watched = _is_watched()
     if watched is not None:

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.segment_plan import BASE, Segments
-from ...runtime.trust import first_difference, first_use, seeded
+from ...runtime.trust import Trusted, first_difference, seeded
 from .. import call, reference
 from ..call import Adapter, as_shaped, backward_pass, cast_for_autocast, check_call, check_one_dtype, takes_fused_path
 from ..lora import choice
 from . import aten
 
-_failures: dict[tuple[str, torch.dtype, torch.dtype, bool], str | None] = {}  # None: agrees with the reference
+_trusted = Trusted("the backend for several adapters in one batch", "ATen runs instead")
 
 
 def select(
@@ -47,25 +47,19 @@ def select(
     if name == "torch":
         return aten
     module = importlib.import_module("fastlora.ops.mixed.triton")
-    if x.is_cuda and _failure(module, x, lora_As[0].dtype, dropout_p > 0.0) is not None:
+    key = (x.device, x.dtype, lora_As[0].dtype, dropout_p > 0.0, narrow)
+    if x.is_cuda and _trusted.why_not(key, lambda: self_check(module, *key)) is not None:
         return aten
     return module
 
 
-def _failure(module: ModuleType, x: Tensor, adapter_dtype: torch.dtype, dropout: bool) -> str | None:
-    key = (str(x.device), x.dtype, adapter_dtype, dropout)
-    return first_use(
-        _failures,
-        key,
-        lambda: self_check(module, x.device, x.dtype, adapter_dtype, dropout),
-        "the backend for several adapters in one batch",
-        f"{x.device} for {x.dtype}",
-        "ATen runs instead",
-    )
-
-
 def self_check(
-    module: ModuleType, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype, dropout: bool
+    module: ModuleType,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    dropout: bool,
+    narrow: bool = False,
 ) -> str | None:
     """Compares y and every gradient with fp64 on a small problem of two adapters and bare rows that divides nothing;
     None where they agree, else what differs.
@@ -85,8 +79,9 @@ def self_check(
         lora_As = [a.to(device, adapter_dtype) for a in downs]
         lora_Bs = [(torch.randn(n, r, device=device) * r**-0.5).to(adapter_dtype) for r in ranks]
         scalings, ps, yes = (1.5, 0.5), (p, p), (True, True)
-        y, s, states = module.forward(x, weight, bias, lora_As, lora_Bs, scalings, ps, segments)
-        results = module.backward(dy, x, weight, lora_As, lora_Bs, s, states, scalings, ps, segments, (True, yes, yes))
+        y, s, states = module.forward(x, weight, bias, lora_As, lora_Bs, scalings, ps, segments, narrow)
+        of, needs = (weight, lora_As, lora_Bs, s, states, scalings, ps, segments), (True, yes, yes)
+        results = module.backward(dy, x, *of, needs, narrow)
         got = [y, results[0], *results[1], *results[2]]
         keeps = [None, None]
         if dropout:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...runtime.trust import first_difference, first_use, seeded
+from ...runtime.trust import Trusted, first_difference, seeded
 from .. import call
 from .. import layer as ops_layer
 from ..call import Adapter, GroupLayer, as_shaped, backward_pass
@@ -124,7 +124,7 @@ def _as_rows(x: Tensor | None) -> Any:
 ACTIVATIONS = tuple(aten.ACTIVATIONS)
 
 
-_failures: dict[tuple, str | None] = {}  # None: agrees with fp64
+_trusted = Trusted("the backend for MLPs", "the activation runs in eager PyTorch")
 
 
 class Choice(NamedTuple):
@@ -144,24 +144,11 @@ def select(gate: Tensor, activation: str, down: group_op.Member) -> Choice | str
         return Choice(aten, group_aten, choice.names[0])
     module = importlib.import_module("fastlora.ops.mlp.triton")
     if gate.device.type == "cuda":
-        failure = _failure(module, gate, activation, down)
+        key = (gate.device, gate.dtype, down.lora_A.dtype, down.dropout_p > 0.0, activation)
+        failure = _trusted.why_not(key, lambda: self_check(module, *key))
         if failure is not None:
             return failure
     return Choice(module, choice.module, choice.names[0])
-
-
-def _failure(module: ModuleType, gate: Tensor, activation: str, down: group_op.Member) -> str | None:
-    dropout = down.dropout_p > 0.0
-    device, dtype, adapter_dtype = gate.device, gate.dtype, down.lora_A.dtype
-    key = (str(device), dtype, adapter_dtype, dropout, activation)
-    return first_use(
-        _failures,
-        key,
-        lambda: self_check(module, device, dtype, adapter_dtype, dropout, activation),
-        "the backend for MLPs",
-        f"{device} for {dtype} and {activation}",
-        "the activation runs in eager PyTorch",
-    )
 
 
 def self_check(

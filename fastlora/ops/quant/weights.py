@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...runtime.trust import first_use
+from ...runtime.trust import Trusted
 
 FOUR_BIT = "bitsandbytes.nn.modules.Params4bit"
 EIGHT_BIT = "bitsandbytes.nn.modules.Int8Params"
@@ -290,21 +290,12 @@ def release_buffers() -> None:
     _buffers.release()
 
 
-# Whether the Triton kernel is trusted.
-_checks: dict[tuple[torch.device, torch.dtype], str | None] = {}
+_trusted = Trusted("the 4-bit kernel", "bitsandbytes' function runs instead")
 
 
 def nf4_kernel_failure(device: torch.device, dtype: torch.dtype) -> str | None:
     """None where kernels/nf4.py has given bitsandbytes' own bits on this device; otherwise why it is not used."""
-    key = (device, dtype)
-    return first_use(
-        _checks,
-        key,
-        lambda: compare_kernel(device, dtype),
-        "the 4-bit kernel",
-        f"{device} for {dtype}",
-        "bitsandbytes' function runs instead",
-    )
+    return _trusted.why_not((device, dtype), lambda: compare_kernel(device, dtype))
 
 
 def compare_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
