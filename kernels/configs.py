@@ -55,6 +55,11 @@ def shared_memory_limit(target: tuple[int, int]) -> int:
     return 101_376  # 8.6, 8.9, 12.x, and the safe guess for the unknown
 
 
+def vectorised(*matrices: torch.Tensor) -> bool:
+    """Whether a thread can read 16 bytes of a row at a time; else single elements wait in registers, and less fits."""
+    return all(matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0 for matrix in matrices)
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -181,9 +186,9 @@ def gemm(
     rank = max(16, power_of_two_at_least(r))
     table = _gemm_table(dtype, input_precision(dtype), capability(device), aligned)
     config = _best_gemm(M, N, rank, dtype.itemsize, compute_s, table, capability(device), num_sms(device))
-    if wide_adapters and not compute_s and config.block_r > 32:
-        # 64 columns of fp32 spill where dX is masked: 44 stores and loads at 128×256 on sm_90, 21 on sm_100.
-        config = replace(config, block_r=32)
+    if wide_adapters and not compute_s and config.block_r > 16:
+        # S and B in two parts each: 32 columns spill where dX is masked (62 on sm_80, 24 at 128×256 on sm_90).
+        config = replace(config, block_r=16)
     return config
 
 
@@ -282,6 +287,11 @@ class DsDbConfig:
     num_stages: int
 
 
+def _wide(dtype: torch.dtype, adapter_dtype: torch.dtype) -> bool:
+    """Whether an adapter may be split into parts (`tiling.dot`), for which its blocks need room."""
+    return adapter_dtype.itemsize > dtype.itemsize
+
+
 def input_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies fp32: as torch would. Other dtypes have one way only.
 
@@ -321,7 +331,6 @@ def shrink(
     device: torch.device,
     vectorised: bool = True,
 ) -> ShrinkConfig:
-    """vectorised: x's rows are contiguous and aligned, so that a thread reads 16 bytes at a time."""
     target, rank = capability(device), max(16, power_of_two_at_least(r))
     if target == INTERPRETER:
         block_m, block_k, block_r, num_warps = 16, 16, min(rank, 32), 4
@@ -333,6 +342,10 @@ def shrink(
         block_m, block_r, num_warps = 64, rank, 4
     else:
         block_m, block_k, block_r, num_warps = 128, 64, 128, 8
+    if _wide(dtype, adapter_dtype) and rank >= 32 and target != INTERPRETER:
+        # The two parts of A: with 64 columns sm_100 spills 6 at r = 64, sm_80 11 to 2419.
+        block_k = min(block_k, 64 if rank == 32 else 32)
+        block_r = min(block_r, 32 if not vectorised else 64 if target < (9, 0) else 128)
     stage_bytes = block_k * (block_m * dtype.itemsize + block_r * adapter_dtype.itemsize)
     programs = cdiv(M, block_m) * cdiv(r, block_r)
     # One program per multiprocessor keeps 4.3 TB/s busy (33 KB in flight for each of 132, at 1 µs); more cost a
@@ -354,12 +367,17 @@ def expand(
     else:
         # Steps of 64 above r = 64 would take 254 registers on sm_80.
         block_m, block_n, block_r, num_warps = 64, 128, rank if rank <= 64 else 32, 4
+        if _wide(dtype, adapter_dtype):  # both operands in two parts: 64 ranks at once spill 227, 32 still 3 on sm_80
+            block_r = min(rank, 16 if target < (9, 0) else 32)
     stage_bytes = block_r * (block_m * dtype.itemsize + block_n * adapter_dtype.itemsize)
     num_stages = 1 if rank <= block_r else min(3, _stages(stage_bytes, 0, target))
     return ExpandConfig(block_m, block_n, block_r, num_warps, num_stages)
 
 
-def weight_grad(M: int, K: int, r: int, dtype: torch.dtype, device: torch.device) -> WeightGradConfig:
+def weight_grad(
+    M: int, K: int, r: int, dtype: torch.dtype, device: torch.device, wide: bool = False
+) -> WeightGradConfig:
+    """wide: G is in fp32 beside x in half precision."""
     target, rank = capability(device), max(16, power_of_two_at_least(r))
     if target == INTERPRETER:
         block_m, block_k, block_r, num_warps = 16, 32, min(rank, 32), 4
@@ -369,14 +387,24 @@ def weight_grad(M: int, K: int, r: int, dtype: torch.dtype, device: torch.device
         block_m, block_k, block_r, num_warps = 64, 128, rank, 4
     else:
         block_m, block_k, block_r, num_warps = 64, 128, 128, 8
-    stage_bytes = block_m * (block_k + block_r) * dtype.itemsize
+    if wide and target != INTERPRETER:
+        # The two parts of G: with 64 rows sm_80 spills 38 to 2561 from r = 64 on; with 4 warps sm_100 8 under a mask.
+        block_m, num_warps = 32 if rank >= 64 else 64, 8
+        block_r = min(block_r, 64 if target < (9, 0) else 128)
+    stage_bytes = block_m * (block_k * dtype.itemsize + block_r * (4 if wide else dtype.itemsize))
     programs = cdiv(K, block_k) * cdiv(r, block_r)
     num_chunks = _parts(programs, cdiv(M, block_m), 2 * num_sms(device))
     return WeightGradConfig(block_m, block_k, block_r, num_chunks, num_warps, _stages(stage_bytes, 0, target))
 
 
 def ds_db(
-    M: int, N: int, r: int, dtype: torch.dtype, adapter_dtype: torch.dtype, device: torch.device
+    M: int,
+    N: int,
+    r: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    device: torch.device,
+    vectorised: bool = True,
 ) -> DsDbConfig | None:
     """None where two passes over dY cost less than the partials of dS, which are written and read once per strip."""
     target, rank = capability(device), max(16, power_of_two_at_least(r))
@@ -385,15 +413,19 @@ def ds_db(
     elif dtype == torch.float32:
         block_m, block_n, num_warps = 32, 32, 4
     else:
-        # With 4 warps a wider B, cast in registers, spills on sm_100 (8 stores and loads).
-        few = rank <= 16 and adapter_dtype.itemsize <= dtype.itemsize
-        block_m, block_n, num_warps = 64, 256, 4 if few else 8
+        block_m, block_n, num_warps = 64, 256, 8
     strips = cdiv(N, block_n)
     partials_bytes = 8 * r * strips if strips > 1 else 0
     most = 48 if dtype.itemsize == 2 or target == INTERPRETER else 16  # fp32 spills beyond (21 to 47 stores and loads)
+    if _wide(dtype, adapter_dtype) and target != INTERPRETER:
+        most = 32 if vectorised else 0  # 51 spill on sm_90 at r = 48, element by element 38 at 8
     if r > most or (partials_bytes > 0.8 * N * dtype.itemsize and target != INTERPRETER):
         return None
-    stage_bytes = block_m * (block_n + rank) * dtype.itemsize
-    num_chunks = _parts(strips, cdiv(M, block_m), 2 * num_sms(device))
-    num_stages = _stages(stage_bytes, block_n * rank * dtype.itemsize, target)
+    # One program a multiprocessor with all of its shared memory: dS leaves at every step, and with two stages the next
+    # copy would be asked for after the products and waited for at once.
+    wide = _wide(dtype, adapter_dtype)
+    stage_bytes = block_m * (block_n * dtype.itemsize + rank * (4 if wide else dtype.itemsize))
+    fixed_bytes = block_n * rank * dtype.itemsize * (2 if wide else 1) + 16384
+    num_stages = max(2, min(4, (shared_memory_limit(target) - fixed_bytes) // stage_bytes))
+    num_chunks = _parts(strips, cdiv(M, block_m), num_sms(device))
     return DsDbConfig(block_m, block_n, rank, num_chunks, num_warps, num_stages)

@@ -118,7 +118,7 @@ def norm_config(weight: torch.Tensor, lora_A: torch.Tensor) -> DoraNormConfig:
         # A is read once for every block of rows: with 32 of them that is, at r = 16 in fp32, as much from L2 as W0 is
         # from memory. fp32 factors are held as three tf32 ones: with 4 warps steps of 32 ranks spill (82 stores and
         # loads), and what is read element by element does with 8, at 128 columns (23).
-        aligned = all(matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0 for matrix in (weight, lora_A))
+        aligned = configs.vectorised(weight, lora_A)
         block_n, block_k, block_r, num_warps, num_stages = 32, 128 if aligned else 64, min(rank, 32), 8, 3
     num_splits = configs._parts(configs.cdiv(N, block_n), configs.cdiv(K, block_k), configs.num_sms(weight.device))
     return DoraNormConfig(block_n, block_k, block_r, num_splits, num_warps, num_stages)

@@ -116,8 +116,9 @@ def _weight_grad_kernel(
 
 def weight_grad_workspace(x: torch.Tensor, rank: int, config: configs.WeightGradConfig | None = None) -> int:
     """How many fp32 elements `weight_grad` needs as its workspace."""
-    config = config or configs.weight_grad(*x.shape, rank, x.dtype, x.device)
-    return config.num_chunks * x.shape[1] * rank if config.num_chunks > 1 else 0
+    either = [configs.weight_grad(*x.shape, rank, x.dtype, x.device, wide) for wide in (False, x.dtype.itemsize == 2)]
+    chunks = config.num_chunks if config else max(one.num_chunks for one in either)
+    return chunks * x.shape[1] * rank if chunks > 1 else 0
 
 
 def weight_grad(
@@ -143,7 +144,7 @@ def weight_grad(
     if M == 0:
         out.zero_()
         return
-    config = config or configs.weight_grad(M, K, R, x.dtype, x.device)
+    config = config or configs.weight_grad(M, K, R, x.dtype, x.device, is_wide(g, x))
     threshold, dropout_scale = threshold_and_scale(dropout_p) if seed is not None else (0, 1.0)
     chunks = config.num_chunks
     target, strides, transposed = out, (0, *out.stride()), out
@@ -195,7 +196,7 @@ def ds_and_db_workspace(
     M, N = dy.shape
     R = lora_B.shape[1]
     if needs_ds and needs_db:
-        config = config or configs.ds_db(M, N, R, dy.dtype, lora_B.dtype, dy.device)
+        config = config or configs.ds_db(M, N, R, dy.dtype, lora_B.dtype, dy.device, configs.vectorised(dy))
         if config is not None:
             return sum(_partial_sizes(M, N, R, config))
     ds = shrink_workspace(dy, lora_B.t()) if needs_ds else 0
@@ -233,7 +234,7 @@ def ds_and_db(
     R = lora_B.shape[1]
     assert lora_B.shape == (N, R), (dy.shape, lora_B.shape)
     if ds is not None and db is not None and M > 0:
-        config = config or configs.ds_db(M, N, R, dy.dtype, lora_B.dtype, dy.device)
+        config = config or configs.ds_db(M, N, R, dy.dtype, lora_B.dtype, dy.device, configs.vectorised(dy))
         if config is not None:
             assert s is not None
             _ds_and_db_in_one_pass(dy, lora_B, s, ds, db, workspace, scaling, config)

@@ -207,12 +207,12 @@ def shrink_config(x: torch.Tensor, lora_As: Sequence[torch.Tensor]) -> ShrinkCon
         # beyond the block x is read again.
         heavy = len(lora_As) > 2 or widest > x.dtype.itemsize
         widest_block = 32 if target < (9, 0) and heavy else 64
-        block_m, block_k, block_r = 64, 64 if _aligned(x) else 32, min(rank, widest_block)
+        block_m, block_k, block_r = 64, 64 if configs.vectorised(x) else 32, min(rank, widest_block)
         num_warps = 4 if len(lora_As) * block_r <= 48 else 8
     programs = configs.cdiv(M, block_m) * configs.cdiv(rank, block_r)
     splits = configs._parts(programs, configs.cdiv(K, block_k), configs.num_sms(x.device))
     stage = block_k * (block_m * x.dtype.itemsize + len(lora_As) * block_r * widest)
-    num_stages = configs._stages(stage, 0, target) if _aligned(x) else 2
+    num_stages = configs._stages(stage, 0, target) if configs.vectorised(x) else 2
     return ShrinkConfig(block_m, block_k, block_r, splits, num_warps, num_stages)
 
 
@@ -226,11 +226,11 @@ def weight_grad_config(x: torch.Tensor, ranks: Sequence[int]) -> WeightGradConfi
     elif x.dtype == torch.float32:
         block_m, block_k, block_r, num_warps = 32, 32, 16, 4
     else:
-        block_m, block_k, block_r, num_warps = 64, 128 if _aligned(x) else 64, min(rank, 64), 8
+        block_m, block_k, block_r, num_warps = 64, 128 if configs.vectorised(x) else 64, min(rank, 64), 8
     programs = configs.cdiv(K, block_k) * configs.cdiv(rank, block_r)
     chunks = configs._parts(programs, configs.cdiv(M, block_m), 2 * configs.num_sms(x.device))
     stage = block_m * (block_k + len(ranks) * block_r) * x.dtype.itemsize
-    num_stages = configs._stages(stage, 0, target) if _aligned(x) else 2
+    num_stages = configs._stages(stage, 0, target) if configs.vectorised(x) else 2
     return WeightGradConfig(block_m, block_k, block_r, chunks, num_warps, num_stages)
 
 
@@ -241,12 +241,7 @@ def expand_config(out: torch.Tensor, ranks: Sequence[int]) -> ExpandConfig:
         return ExpandConfig(16, 32, 16, 4, 1)
     if out.dtype == torch.float32:
         return ExpandConfig(32, 64, 16, 4, 1)
-    return ExpandConfig(64, 128 if _aligned(out) else 64, min(rank, 32), 8, 1 if rank <= 32 else 2)
-
-
-def _aligned(x: torch.Tensor) -> bool:
-    """Whether a thread can read 16 bytes of x at a time; else single elements wait in registers, and less fits."""
-    return x.stride(1) == 1 and x.stride(0) % 16 == 0
+    return ExpandConfig(64, 128 if configs.vectorised(out) else 64, min(rank, 32), 8, 1 if rank <= 32 else 2)
 
 
 def shrink_workspace(x: torch.Tensor, lora_As: Sequence[torch.Tensor]) -> int:

@@ -227,7 +227,7 @@ def activate_config(gate: torch.Tensor, rank: int, adapter_dtype: torch.dtype) -
     M, K = gate.shape
     target = configs.capability(gate.device)
     block_r = max(16, configs.power_of_two_at_least(rank))
-    aligned = gate.stride(1) == 1 and gate.stride(0) % 16 == 0
+    aligned = configs.vectorised(gate)
     if target == configs.INTERPRETER:
         block_m, block_k, num_warps = 16, 16, 4
     elif gate.dtype == torch.float32:
@@ -247,7 +247,7 @@ def activate_backward_config(gate: torch.Tensor, rank: int) -> ActivateBackwardC
     M, K = gate.shape
     target = configs.capability(gate.device)
     block_r = max(16, configs.power_of_two_at_least(rank))
-    aligned = gate.stride(1) == 1 and gate.stride(0) % 16 == 0
+    aligned = configs.vectorised(gate)
     if target == configs.INTERPRETER:
         block_m, block_k, num_warps = 16, 32, 4
     elif gate.dtype == torch.float32:

@@ -154,7 +154,7 @@ def _chunk_length(segments: Segments, block_m: int, num_chunks: int) -> int:
 
 def _ds_db_config(dy: torch.Tensor, segments: Segments, factors: Factors) -> configs.DsDbConfig | None:
     N, R, dtype = dy.shape[1], factors.max_rank, factors.like.dtype
-    config = configs.ds_db(segments.num_positions, N, R, dy.dtype, dtype, dy.device)
+    config = configs.ds_db(segments.num_positions, N, R, dy.dtype, dtype, dy.device, configs.vectorised(dy))
     if config is not None and config.block_r > 16 and dtype.itemsize > dy.dtype.itemsize:
         config = replace(config, block_n=min(config.block_n, 128))  # with 256, ten stores and loads spill on sm_100
     return config
@@ -234,14 +234,17 @@ def segment_ds_db(
     _reduce(db_target, chunks, factors, db, N, transposed=True)
 
 
-def _weight_grad_plan(x: torch.Tensor, segments: Segments, factors: Factors) -> tuple[configs.WeightGradConfig, Chunks]:
-    config = configs.weight_grad(segments.num_positions, x.shape[1], factors.max_rank, x.dtype, x.device)
+def _weight_grad_plan(
+    x: torch.Tensor, segments: Segments, factors: Factors, wide: bool
+) -> tuple[configs.WeightGradConfig, Chunks]:
+    config = configs.weight_grad(segments.num_positions, x.shape[1], factors.max_rank, x.dtype, x.device, wide)
     return config, segments.chunks(_chunk_length(segments, config.block_m, config.num_chunks), x.device)
 
 
 def segment_weight_grad_workspace(x: torch.Tensor, segments: Segments, factors: Factors) -> int:
     """How many fp32 elements `segment_weight_grad` needs as its workspace."""
-    return _weight_grad_plan(x, segments, factors)[1].count * x.shape[1] * factors.max_rank
+    either = [_weight_grad_plan(x, segments, factors, wide)[1].count for wide in (False, x.dtype.itemsize == 2)]
+    return max(either) * x.shape[1] * factors.max_rank
 
 
 def segment_weight_grad(
@@ -264,7 +267,7 @@ def segment_weight_grad(
     K, R = x.shape[1], factors.max_rank
     assert g.shape == (segments.num_positions, R) and g.is_contiguous(), (g.shape, segments.num_positions, R)
     assert out.numel() == factors.total_rank * K, (out.shape, factors.total_rank, K)
-    config, chunks = _weight_grad_plan(x, segments, factors)
+    config, chunks = _weight_grad_plan(x, segments, factors, is_wide(g, x))
     assert workspace.numel() >= chunks.count * K * R
     launch(
         _segment_weight_grad_kernel,

@@ -175,9 +175,8 @@ def _segment_expand_kernel(
 
 def _shrink_config(x: torch.Tensor, segments: Segments, factors: Factors) -> configs.ShrinkConfig:
     P, K = segments.num_positions, x.shape[1]
-    vectorised = x.stride(1) == 1 and x.stride(0) % 16 == 0
     dtype = factors.like.dtype
-    config = configs.shrink(P, K, factors.max_rank, x.dtype, dtype, x.device, vectorised)
+    config = configs.shrink(P, K, factors.max_rank, x.dtype, dtype, x.device, configs.vectorised(x))
     block_m = _rows_per_tile(segments, config.block_m)
     tiles = segments.chunks(block_m, x.device).count
     programs = tiles * configs.cdiv(factors.max_rank, config.block_r)
@@ -256,7 +255,7 @@ def segment_shrink(
 def _expand_config(s: torch.Tensor, segments: Segments, factors: Factors, out: torch.Tensor) -> configs.ExpandConfig:
     R, N = factors.max_rank, out.shape[1]
     config = configs.expand(s.shape[0], N, R, s.dtype, factors.like.dtype, s.device)
-    if s.dtype != torch.float32 and (out.stride(1) != 1 or out.stride(0) % 16):
+    if s.dtype != torch.float32 and not configs.vectorised(out):
         # Element by element, 18 to 297 stores and loads spill with wider blocks.
         config = replace(config, block_n=min(config.block_n, 64), block_r=min(config.block_r, 32))
     block_m = _rows_per_tile(segments, config.block_m)

@@ -58,8 +58,7 @@ def _shrink_kernel(
 
 
 def _config(x: torch.Tensor, lora_A: torch.Tensor) -> configs.ShrinkConfig:
-    vectorised = x.stride(1) == 1 and x.stride(0) % 16 == 0
-    return configs.shrink(*x.shape, lora_A.shape[0], x.dtype, lora_A.dtype, x.device, vectorised)
+    return configs.shrink(*x.shape, lora_A.shape[0], x.dtype, lora_A.dtype, x.device, configs.vectorised(x))
 
 
 def shrink_workspace(x: torch.Tensor, lora_A: torch.Tensor, config: configs.ShrinkConfig | None = None) -> int:

@@ -29,9 +29,9 @@ def cases(all_of_them: bool) -> Cases:
     from aot import test_dora, test_group, test_importance, test_mlp, test_nf4, test_segments
 
     for shape in SHAPES:
-        for dtype, adapter_dtype in sweep.DTYPES if all_of_them else sweep.DTYPES[:2]:
+        for dtypes in sweep.DTYPES if all_of_them else sweep.DTYPES[:3]:
             for dropout in (False, True):
-                problem = sweep.Problem(*shape, 16, dtype, adapter_dtype, dropout)
+                problem = sweep.Problem(*shape, 16, *dtypes, dropout)
                 for launcher in sweep.LAUNCHERS:
                     yield f"{launcher.__name__} {problem}", lambda f=launcher, p=problem: f(p)
     for family in (test_dora, test_mlp, test_segments):

@@ -115,13 +115,13 @@ def answers(arch: int, kernel: str) -> set[tuple]:
     """Every answer of one rule over a grid of problems much wider than the sweep's."""
     device = torch.device("meta")
     found = set()
-    for m, n, r, (dtype, adapter) in itertools.product(SIZES, FEATURES, ALL_RANKS, sweep.DTYPES):
+    for m, n, r, (dtype, adapter, s_dtype) in itertools.product(SIZES, FEATURES, ALL_RANKS, sweep.DTYPES):
         if kernel == "shrink":
             configured = [configs.shrink(m, n, r, dtype, adapter, device)]
         elif kernel == "expand":
             configured = [configs.expand(m, n, r, dtype, adapter, device)]
         elif kernel == "weight_grad":
-            configured = [configs.weight_grad(m, n, r, dtype, device)]
+            configured = [configs.weight_grad(m, n, r, dtype, device, s_dtype.itemsize > dtype.itemsize)]
         elif kernel == "ds_db":
             configured = [configs.ds_db(m, n, r, dtype, adapter, device)]
         else:

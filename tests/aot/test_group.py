@@ -29,7 +29,7 @@ def workspace(size):
 
 def launch(k, ranks, dtype, adapter_dtype, p, m=8192):
     x, lora_As = tensor(m, k, dtype=dtype), [tensor(r, k, dtype=adapter_dtype) for r in ranks]
-    s = [tensor(m, r, dtype=dtype) for r in ranks]
+    s = [tensor(m, r, dtype=adapter_dtype) for r in ranks]
     dropout = {"seeds": [tensor(1, dtype=torch.int64) if p else None for _ in ranks], "dropout_ps": [p for _ in ranks]}
     group.group_shrink(x, lora_As, s, workspace(group.shrink_workspace(x, lora_As)), **dropout)
     outs = [tensor(*a.shape, dtype=adapter_dtype).t() for a in lora_As]

@@ -40,7 +40,7 @@ def launch(p: Problem) -> None:
     """Every kernel as a training step of this problem launches it."""
     gate, dh = empty(p.m, p.k, dtype=p.dtype), empty(p.m, p.k, dtype=p.dtype)
     up = empty(p.m, p.k, dtype=p.dtype) if p.gated else None
-    a, s = empty(p.r, p.k, dtype=p.adapter_dtype), empty(p.m, p.r, dtype=p.dtype)
+    a, s = empty(p.r, p.k, dtype=p.adapter_dtype), empty(p.m, p.r, dtype=p.adapter_dtype)
     dropout = {"seed": empty(1, dtype=torch.int64), "dropout_p": p.dropout} if p.dropout else {}
     workspace = empty(mlp.activate_workspace(gate, a), dtype=FP32)
     mlp.activate(gate, up, p.activation, torch.empty_like(gate), a, s, workspace, **dropout)

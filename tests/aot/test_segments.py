@@ -56,7 +56,7 @@ def launch(p: Problem) -> None:
     factors: Factors = factors_of(lora_As, lora_Bs, [2.0, 1.0], [p.dropout, 0.0])
     rows, positions = 8 * p.tokens, plan.num_positions
     x, dy = empty(rows, p.k, dtype=p.dtype), empty(rows, p.n, dtype=p.dtype)
-    s, seed = empty(positions, factors.max_rank, dtype=p.dtype), empty(1, dtype=torch.int64)
+    s, seed = empty(positions, factors.max_rank, dtype=p.adapter_dtype), empty(1, dtype=torch.int64)
     db = empty(factors.total_rank * p.n, dtype=p.adapter_dtype)
     da = empty(factors.total_rank * p.k, dtype=p.adapter_dtype)
 

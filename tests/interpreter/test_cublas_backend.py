@@ -51,38 +51,52 @@ def check(
     needs=ALL,
     layout="contiguous",
     backend=cublas,
+    narrow=False,
 ):
     adapter_dtype = adapter_dtype or dtype
     x, weight, bias_, a, b, dy = problem(m, n, k, r, dtype, adapter_dtype, bias, layout)
     assert backend.unsupported(x, weight, bias_, a, b, p) is None
-    y, s, state = backend.forward(x, weight, bias_, a, b, scaling, p)
+    y, s, state = backend.forward(x, weight, bias_, a, b, scaling, p, None, narrow)
     saved_x, saved_s = (x if needs[1] else None), (s if needs[2] else None)
-    grads = backend.backward(dy, saved_x, weight, a, b, saved_s, state, scaling, p, needs)
+    grads = backend.backward(dy, saved_x, weight, a, b, saved_s, state, scaling, p, needs, narrow)
 
     keep = reference_keep_mask(state, m, k, p) if p else torch.ones(m, k, dtype=torch.bool)
     scale = threshold_and_scale(p)[1]
-    leaves64 = [t.to(dtype).double().requires_grad_() for t in (x, a, b)]
+    path = dtype if narrow else torch.promote_types(dtype, adapter_dtype)  # what the low-rank path computes in
+    assert s.dtype == path
+    leaves64 = [t.to(path if t is not x else dtype).double().requires_grad_() for t in (x, a, b)]
     bias64 = None if bias_ is None else bias_.double()
     y64 = dropped_linear(leaves64[0], weight.double(), leaves64[1], leaves64[2], scaling, bias64, keep, scale)
     if p == 0.0:
         expected = reference.lora_linear(leaves64[0], weight.double(), leaves64[1], leaves64[2], scaling, bias64)
         torch.testing.assert_close(y64, expected)
     leaves = [t.clone().requires_grad_() for t in (x, a, b)]
-    eager = dropped_linear(leaves[0], weight, leaves[1].to(dtype), leaves[2].to(dtype), scaling, bias_, keep, scale)
+    low_rank = dropped_linear(
+        leaves[0].to(path), weight.to(path) * 0, *(t.to(path) for t in leaves[1:]), scaling, None, keep, scale
+    )
+    eager = (torch.nn.functional.linear(leaves[0], weight, bias_) + low_rank).to(dtype)
 
     assert_close_to_fp64(y, y64.detach(), eager.detach(), "y")
     grads64, eager_grads = gradients(y64, leaves64, dy.double(), needs), gradients(eager, leaves, dy, needs)
     for what, got, want, eager_grad in zip(("dX", "dA", "dB"), grads, grads64, eager_grads):
         if want is None:
             assert got is None, what
+        elif path != dtype and what != "dX":
+            assert (got.double() - want).norm() <= 1e-5 * want.norm(), what
         else:
             assert_close_to_fp64(got, want, eager_grad, what)
 
 
-@pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32)])
+@pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32), (FP16, FP32)])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_output_and_gradients(dtype, adapter_dtype, p):
     check(37, 53, 45, 5, dtype, adapter_dtype, p=p)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("needs", [ALL, (True, True, False)])  # without S, dS has to find its dtype again
+def test_fp32_adapters_are_cast_where_they_are_to_be(dtype, needs):
+    check(37, 53, 45, 5, dtype, FP32, narrow=True, needs=needs)
 
 
 @pytest.mark.parametrize("m, n, k, r", [(1, 33, 40, 16), (1, 1, 1, 1), (33, 7, 90, 3), (20, 90, 17, 60)])

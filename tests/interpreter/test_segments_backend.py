@@ -73,7 +73,10 @@ def test_output_and_gradients(ids, ps, monkeypatch):
         again = [x1, *(factor for one in changed for factor in one[:2])]
         results[dtype] = [want.detach(), *torch.autograd.grad(want, again, dy.to(dtype))]
     for i, (one, exact, eager) in enumerate(zip(got, results[torch.float64], results[BF16], strict=True)):
-        assert_close_to_fp64(one, exact, eager, f"result {i}")
+        if i < 2:
+            assert_close_to_fp64(one, exact, eager, ("y", "dX")[i])
+        else:  # of fp32 factors
+            assert (one.double() - exact).norm() <= 1e-5 * exact.norm(), f"result {i}"
 
 
 def test_bare_rows_are_the_frozen_layers_bits():

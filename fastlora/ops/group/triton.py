@@ -16,6 +16,7 @@ from ...kernels import group
 from ...kernels.dropout import new_seed
 from ...kernels.expand import expand
 from ...kernels.launch import device_of, new_workspace
+from ..call import low_rank_dtype
 from ..lora.cublas import low_rank_gradients
 
 Tensors = list[Tensor | None]
@@ -30,7 +31,7 @@ def shrink(
         for p in dropout_ps:
             again = seeds[0] if shared_mask and seeds else None
             seeds.append(again if again is not None else new_seed(x.device) if p > 0.0 else None)
-        out = [x.new_empty(x.shape[0], a.shape[0]) for a in lora_As]
+        out = [x.new_empty(x.shape[0], a.shape[0], dtype=low_rank_dtype(x, a, None, narrow)) for a in lora_As]
         workspace = new_workspace(x, group.shrink_workspace(x, lora_As))
         group.group_shrink(x, lora_As, out, workspace, seeds=seeds, dropout_ps=dropout_ps, shared_mask=shared_mask)
         return out, seeds
@@ -65,16 +66,16 @@ def backward(
     given; dS = s·dY B and dB = s·dYᵀ S in one pass over dY."""
     needs_x, needs_s, needs_b = needs
     with device_of(dy):
-        ds, _, grad_b = _low_rank(dy, lora_B, s, scaling, needs_s, needs_b)
+        ds, _, grad_b = _low_rank(dy, lora_B, s, scaling, needs_s, needs_b, narrow)
         if needs_x:
             assert weight is not None
             dx = dy.mm(weight) if dx is None else dx.addmm_(dy, weight)
         return dx if needs_x else None, ds, grad_b
 
 
-def _low_rank(dy, lora_B, s, scaling, needs_s, needs_b):
+def _low_rank(dy, lora_B, s, scaling, needs_s, needs_b, narrow):
     # dS is asked for as dX would ask for it; without its lora_A, dA is not made here.
-    return low_rank_gradients(dy, None, None, lora_B, s, None, scaling, 0.0, (needs_s, False, needs_b))
+    return low_rank_gradients(dy, None, None, lora_B, s, None, scaling, 0.0, (needs_s, False, needs_b), narrow)
 
 
 def shared_gradients(

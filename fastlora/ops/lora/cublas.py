@@ -14,6 +14,7 @@ What is kept for dropout is a seed: the kernels make the mask again wherever it 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...kernels.dropout import new_seed
@@ -21,6 +22,7 @@ from ...kernels.expand import expand
 from ...kernels.grads import ds_and_db, ds_and_db_workspace, weight_grad, weight_grad_workspace
 from ...kernels.launch import DTYPES, INTERPRETED, MAX_RANK, new, new_workspace, planned
 from ...kernels.shrink import shrink, shrink_workspace
+from ..call import low_rank_dtype
 
 
 def unsupported(
@@ -61,7 +63,8 @@ def forward(
     """
     if dropout_p > 0.0 and dropout_state is None:
         dropout_state = new_seed(x.device)
-    y, s = _low_rank_output(x, lora_A, lora_B, bias, dropout_state if dropout_p > 0.0 else None, scaling, dropout_p)
+    seed, dtype = dropout_state if dropout_p > 0.0 else None, low_rank_dtype(x, lora_A, lora_B, narrow)
+    y, s = _low_rank_output(x, lora_A, lora_B, bias, seed, scaling, dropout_p, dtype)
     return y.addmm_(x, weight.t()), s, dropout_state
 
 
@@ -74,9 +77,10 @@ def _low_rank_output(
     seed: Tensor | None,
     scaling: float,
     dropout_p: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(y, S): S = drop(x) Aᵀ and y = s·S Bᵀ + b, onto which the frozen layer is added."""
-    s = new(x, x.shape[0], lora_A.shape[0])
+    s = new(x, x.shape[0], lora_A.shape[0], dtype=dtype)
     shrink(x, lora_A, s, new_workspace(x, shrink_workspace(x, lora_A)), seed=seed, dropout_p=dropout_p)
     y = new(x, x.shape[0], lora_B.shape[0])
     expand(s, lora_B, y, alpha=scaling, bias=bias)
@@ -98,7 +102,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX, dA, dB), None where `needs` (x, lora_A, lora_B) is False."""
     seed = dropout_state if dropout_p > 0.0 else None
-    dx, grad_a, grad_b = _low_rank_backward(dy, x, lora_A, lora_B, s, seed, scaling, dropout_p, needs)
+    dx, grad_a, grad_b = _low_rank_backward(dy, x, lora_A, lora_B, s, seed, scaling, dropout_p, needs, narrow)
     if dx is not None:
         assert weight is not None
         dx.addmm_(dy, weight)
@@ -116,9 +120,10 @@ def _low_rank_backward(
     scaling: float,
     dropout_p: float,
     needs: tuple[bool, bool, bool],
+    narrow: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(drop′(dS A), dA, dB): onto the first the frozen layer's part of dX is added."""
-    ds, grad_a, grad_b = low_rank_gradients(dy, x, lora_A, lora_B, s, seed, scaling, dropout_p, needs)
+    ds, grad_a, grad_b = low_rank_gradients(dy, x, lora_A, lora_B, s, seed, scaling, dropout_p, needs, narrow)
     if not needs[0]:
         return None, grad_a, grad_b
     assert ds is not None
@@ -139,6 +144,7 @@ def low_rank_gradients(
     scaling: float,
     dropout_p: float,
     needs: tuple[bool, bool, bool],
+    narrow: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dS, dA, dB): dS where dX or dA needs it, dA and dB where they are needed. Without a seed nothing is dropped."""
     needs_x, needs_a, needs_b = needs
@@ -147,7 +153,8 @@ def low_rank_gradients(
     if needs_ds or needs_b:
         assert lora_B is not None
         rank = lora_B.shape[1]
-        ds = new(dy, dy.shape[0], rank) if needs_ds else None
+        dtype = low_rank_dtype(dy, lora_A, lora_B, narrow) if s is None else s.dtype
+        ds = new(dy, dy.shape[0], rank, dtype=dtype) if needs_ds else None
         grad_b = new(lora_B, *lora_B.shape) if needs_b else None
         workspace = new_workspace(dy, ds_and_db_workspace(dy, lora_B, needs_ds=needs_ds, needs_db=needs_b))
         ds_and_db(dy, lora_B, s, ds, grad_b, workspace, scaling=scaling)

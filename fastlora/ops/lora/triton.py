@@ -11,12 +11,14 @@ What is kept for dropout is a seed: the kernels make the mask again wherever it 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...kernels.dropout import new_seed
 from ...kernels.gemm import forward_gemm, input_grad_gemm
 from ...kernels.launch import new, new_workspace, planned
 from ...kernels.shrink import shrink, shrink_workspace
+from ..call import low_rank_dtype
 from .cublas import low_rank_gradients, unsupported
 
 __all__ = ["backward", "forward", "unsupported"]
@@ -40,7 +42,8 @@ def forward(
     if dropout_p > 0.0 and dropout_state is None:
         dropout_state = new_seed(x.device)
     seed = dropout_state if dropout_p > 0.0 else None
-    y, s = _forward(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p)
+    dtype = low_rank_dtype(x, lora_A, lora_B, narrow)
+    y, s = _forward(x, weight, bias, lora_A, lora_B, seed, scaling, dropout_p, dtype)
     return y, s, dropout_state
 
 
@@ -54,8 +57,9 @@ def _forward(
     seed: Tensor | None,
     scaling: float,
     dropout_p: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    s = new(x, x.shape[0], lora_A.shape[0])
+    s = new(x, x.shape[0], lora_A.shape[0], dtype=dtype)
     y = new(x, x.shape[0], lora_B.shape[0])
     shrink(x, lora_A, s, new_workspace(x, shrink_workspace(x, lora_A)), seed=seed, dropout_p=dropout_p)
     forward_gemm(x, weight, bias, s, lora_B, y, scaling)
@@ -76,9 +80,8 @@ def backward(
     narrow: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX, dA, dB), None where `needs` (x, lora_A, lora_B) is False."""
-    return _backward(
-        dy, x, weight, lora_A, lora_B, s, dropout_state if dropout_p > 0.0 else None, scaling, dropout_p, needs
-    )
+    seed = dropout_state if dropout_p > 0.0 else None
+    return _backward(dy, x, weight, lora_A, lora_B, s, seed, scaling, dropout_p, needs, narrow)
 
 
 @planned
@@ -93,8 +96,9 @@ def _backward(
     scaling: float,
     dropout_p: float,
     needs: tuple[bool, bool, bool],
+    narrow: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    ds, grad_a, grad_b = low_rank_gradients(dy, x, lora_A, lora_B, s, seed, scaling, dropout_p, needs)
+    ds, grad_a, grad_b = low_rank_gradients(dy, x, lora_A, lora_B, s, seed, scaling, dropout_p, needs, narrow)
     if not needs[0]:
         return None, grad_a, grad_b
     assert ds is not None

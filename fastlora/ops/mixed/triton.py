@@ -26,6 +26,7 @@ from ...kernels.segment_grads import (
 )
 from ...kernels.segment_plan import Segments
 from ...kernels.segments import segment_expand, segment_shrink, segment_shrink_workspace
+from ..call import low_rank_dtype
 
 Tensors = list[Tensor | None]
 
@@ -46,7 +47,8 @@ def forward(
         lora_As, lora_Bs = _contiguous(lora_As), _contiguous(lora_Bs)
         factors = factors_of(lora_As, lora_Bs, scalings, dropout_ps)
         seed = new_seed(x.device) if factors.any_dropout else None
-        s = x.new_empty(segments.num_positions, factors.max_rank)
+        dtype = low_rank_dtype(x, lora_As[0], lora_Bs[0], narrow)
+        s = x.new_empty(segments.num_positions, factors.max_rank, dtype=dtype)
         workspace = new_workspace(x, segment_shrink_workspace(x, segments, factors))
         segment_shrink(x, segments, factors, s, workspace, seed=seed)
         if segments.covers_all_rows:

@@ -15,6 +15,7 @@ from ...kernels.grads import weight_grad, weight_grad_workspace
 from ...kernels.group import group_expand
 from ...kernels.launch import device_of, new_workspace
 from ...kernels.shrink import shrink, shrink_workspace
+from ..call import low_rank_dtype
 
 
 def activate(
@@ -24,7 +25,7 @@ def activate(
     with device_of(gate):
         seed = new_seed(gate.device) if dropout_p > 0.0 else None
         h = gate.new_empty(gate.shape)
-        s = gate.new_empty(gate.shape[0], lora_A.shape[0])
+        s = gate.new_empty(gate.shape[0], lora_A.shape[0], dtype=low_rank_dtype(gate, lora_A, None, False))
         if lora_A.shape[0] <= mlp.fused_rank(gate.dtype):
             workspace = new_workspace(gate, mlp.activate_workspace(gate, lora_A))
             mlp.activate(gate, up, activation, h, lora_A, s, workspace, seed=seed, dropout_p=dropout_p)

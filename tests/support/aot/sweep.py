@@ -37,7 +37,8 @@ SHAPES = [
     (1, 4096, 4096),
 ]
 RANKS = (16, 1, 8, 32, 48, 64, 128, 256, 512)
-DTYPES = [(BF16, BF16), (BF16, FP32), (FP32, FP32)]
+# (of x, of the adapters, of S and dS): fp32 adapters are cast under autocast, and keep their digits otherwise.
+DTYPES = [(BF16, BF16, BF16), (BF16, FP32, BF16), (BF16, FP32, FP32), (FP32, FP32, FP32)]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Problem:
     r: int
     dtype: torch.dtype
     adapter_dtype: torch.dtype
+    s_dtype: torch.dtype
     dropout: bool
     special: str = ""  # what sets it apart from the sweep, if anything: compiled in any case
 
@@ -57,18 +59,24 @@ class Problem:
     def adapter(self, rows: int, columns: int) -> torch.Tensor:
         return self.tensor(rows, columns, self.adapter_dtype)
 
+    def s(self) -> torch.Tensor:
+        return self.tensor(self.m, self.r, self.s_dtype)
+
     def seed(self) -> dict:
         return {"seed": torch.empty(1, dtype=torch.int64, device=META), "dropout_p": 0.1} if self.dropout else {}
 
 
 def problems() -> Iterator[Problem]:
-    for (dtype, adapter_dtype), dropout, r, shape in itertools.product(DTYPES, (False, True), RANKS, SHAPES):
-        yield Problem(*shape, r, dtype, adapter_dtype, dropout)
+    for dtypes, dropout, r, shape in itertools.product(DTYPES, (False, True), RANKS, SHAPES):
+        yield Problem(*shape, r, *dtypes, dropout)
     for r in (8, 32, 64):  # no size is a multiple of 16: no row is aligned, and no run-time size is known to divide
-        yield Problem(1000, 1001, 1003, r, BF16, BF16, dropout=False, special="unaligned")
-    yield Problem(8192, 4096, 4096, 16, FP16, FP16, dropout=True, special="fp16")
+        yield Problem(1000, 1001, 1003, r, BF16, BF16, BF16, dropout=False, special="unaligned")
+        yield Problem(1000, 1001, 1003, r, BF16, FP32, FP32, dropout=True, special="unaligned, fp32 adapters")
+    yield Problem(8192, 4096, 4096, 16, FP16, FP16, FP16, dropout=True, special="fp16")
+    for r in (16, 32, 64, 128):  # the parts of fp32 adapters are others beside fp16
+        yield Problem(8192, 4096, 4096, r, FP16, FP32, FP32, dropout=True, special="fp16, fp32 adapters")
     for shape in (SHAPES[0], (64, 256, 128)):
-        yield Problem(*shape, 16, FP32, FP32, dropout=True, special="tf32")
+        yield Problem(*shape, 16, FP32, FP32, FP32, dropout=True, special="tf32")
 
 
 def _workspace(size: int) -> torch.Tensor | None:
@@ -77,12 +85,12 @@ def _workspace(size: int) -> torch.Tensor | None:
 
 def launch_shrink(p: Problem) -> None:
     x, a = p.tensor(p.m, p.k), p.adapter(p.r, p.k)
-    shrink.shrink(x, a, p.tensor(p.m, p.r), _workspace(shrink.shrink_workspace(x, a)), **p.seed())
+    shrink.shrink(x, a, p.s(), _workspace(shrink.shrink_workspace(x, a)), **p.seed())
 
 
 def launch_expand(p: Problem) -> None:
     """Forward with a bias and no mask, backward through A's transposed view with one."""
-    s = p.tensor(p.m, p.r)
+    s = p.s()
     if p.dropout:
         expand.expand(s, p.adapter(p.r, p.k).t(), p.tensor(p.m, p.k), **p.seed())
     else:
@@ -90,18 +98,18 @@ def launch_expand(p: Problem) -> None:
 
 
 def launch_weight_grad(p: Problem) -> None:
-    x, g, out = p.tensor(p.m, p.k), p.tensor(p.m, p.r), p.adapter(p.r, p.k)
+    x, g, out = p.tensor(p.m, p.k), p.s(), p.adapter(p.r, p.k)
     grads.weight_grad(x, g, out.t(), _workspace(grads.weight_grad_workspace(x, p.r)), **p.seed())
 
 
 def launch_ds_and_db(p: Problem) -> None:
-    dy, b, s = p.tensor(p.m, p.n), p.adapter(p.n, p.r), p.tensor(p.m, p.r)
+    dy, b, s = p.tensor(p.m, p.n), p.adapter(p.n, p.r), p.s()
     workspace = _workspace(grads.ds_and_db_workspace(dy, b))
     grads.ds_and_db(dy, b, s, torch.empty_like(s), torch.empty_like(b), workspace, scaling=2.0)
 
 
 def launch_forward_gemm(p: Problem) -> None:
-    x, w, y, s, b = p.tensor(p.m, p.k), p.tensor(p.n, p.k), p.tensor(p.m, p.n), p.tensor(p.m, p.r), p.adapter(p.n, p.r)
+    x, w, y, s, b = p.tensor(p.m, p.k), p.tensor(p.n, p.k), p.tensor(p.m, p.n), p.s(), p.adapter(p.n, p.r)
     gemm.forward_gemm(x, w, p.tensor(1, p.n)[0] if p.dropout else None, s, b, y, 2.0)
 
 
@@ -117,7 +125,7 @@ def launch_forward_gemm_with_s(p: Problem) -> None:
 
 
 def launch_input_grad_gemm(p: Problem) -> None:
-    dy, w, dx, ds = p.tensor(p.m, p.n), p.tensor(p.n, p.k), p.tensor(p.m, p.k), p.tensor(p.m, p.r)
+    dy, w, dx, ds = p.tensor(p.m, p.n), p.tensor(p.n, p.k), p.tensor(p.m, p.k), p.s()
     gemm.input_grad_gemm(dy, w, ds, p.adapter(p.r, p.k), dx, **p.seed())
 
 
@@ -132,7 +140,7 @@ LAUNCHERS: list[Callable[[Problem], None]] = [
 ]
 
 
-LIGHT_FLAGS = ("DROPOUT", "DROP_X", "DROP_LOW_RANK", "HAS_BIAS")
+LIGHT_FLAGS = ("DROPOUT", "WIDE", "DROP_X", "DROP_LOW_RANK", "HAS_BIAS")
 
 
 @dataclass(frozen=True)
