@@ -2,8 +2,9 @@
 
     python examples/compare.py --task digits     # a few minutes; docs/variants.md has all results
     python examples/compare.py --task gpt
-    python examples/compare.py --task docstrings # finetune.py's model and data
-    python examples/compare.py --quick           # every contestant for a few steps, to see that it works
+    python examples/compare.py --task docstrings # a sentence encoder
+    python examples/compare.py --task language   # finetune.py's model and data: hours
+    python examples/compare.py --task digits --quick  # every contestant for a few steps, to see that it works
     python examples/compare.py --contestants lora lora_ga
 
 Each contestant (contestants.py) is trained and tested with the task's learning rate and some seeds. Then it is trained
@@ -28,10 +29,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from study import settings as options
-from study.comparison import Comparison, parse
 from study.contestants import CONTESTANTS
-from study.settings import UsageError
+from study.settings import (
+    PACKAGES,
+    Comparison,
+    UsageError,
+    choose_device,
+    parse_comparison,
+    require_installed,
+    require_writable,
+)
 
 if TYPE_CHECKING:
     from study.tasks.task import Task
@@ -39,16 +46,15 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 SEARCH_SEED = 1000  # the first seed for choosing learning rates; the others are 0, 1, ...
-PACKAGES = {"docstrings": ["transformers", "safetensors"], "gpt": ["safetensors"], "digits": ["safetensors", "sklearn"]}
 
 
 def main(argv: list[str] | None = None) -> int:
-    settings = parse(argv)
+    settings = parse_comparison(argv)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; its profiler would announce itself
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        options.require_installed(["torch", "fastlora", *PACKAGES[settings.task]], settings.plot)
-        options.require_writable(settings.folder)
+        require_installed(["torch", "fastlora", *PACKAGES[settings.task]], settings.plot)
+        require_writable(settings.folder)
         compare(settings)
         return 0
     except (UsageError, OSError, RuntimeError, ValueError) as error:
@@ -62,7 +68,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def compare(settings: Comparison) -> None:
     """The whole comparison, from where an earlier one stopped."""
-    from finetune import choose_device
     from study import alignment, costs
     from study import report as comparison_report
     from study.files import kept
@@ -91,7 +96,7 @@ def compare(settings: Comparison) -> None:
 def shared_facts(task: Task) -> dict[str, Any]:
     """What every trial of a comparison has in common: settings, data, machine."""
     import torch
-    from study.finetune_report import machine
+    from study.tables import machine
 
     where = {"device": machine(task.device)["device"], "torch": torch.__version__, "threads": torch.get_num_threads()}
     return {**task.settings.shared_by_trials, **task.facts, **where}
@@ -162,5 +167,4 @@ class Trainer:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     sys.exit(main())

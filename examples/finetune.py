@@ -1,13 +1,14 @@
-"""Fine-tune a real sentence encoder on real text, with PEFT's LoRA and with fastlora's, and compare.
+"""Fine-tune a real language model on real text, with PEFT's LoRA and with fastlora's, and compare.
 
-    python examples/finetune.py                  # a few minutes on two idle cores; docs/finetuning.md
+    python examples/finetune.py                    # about five minutes on two idle cores; docs/finetuning.md
+    python examples/finetune.py --task docstrings  # a sentence encoder learns to classify instead
     python examples/finetune.py --help
 
-The encoder is MiniLM-L6 (encoder.py), the task is to tell which module of Python's standard library a docstring came
-from (docstrings.py). Every method starts from the same weights, sees the same batches in the same order, and is timed
-on its own steps. The results go to --out: the table (results.md), everything measured (results.json), the loss curves
-(loss.png), and fastlora's adapter with its head (adapter/), which is then loaded with PEFT into a fresh encoder to show
-that the predictions agree.
+SmolLM2-135M-Instruct learns to write the first line of a function's docstring, from the functions of Python's standard
+library. Every method starts from the same weights, sees the same batches in the same order, and is timed on its own
+steps, in turns; "frozen" is the floor, forward and backward without adapters. The results go to --out: the table and
+what the model writes before and after (results.md), everything measured (results.json), the loss curves (loss.png), and
+fastlora's adapter (adapter/), which PEFT then loads into a fresh model, and merges, to show that all three agree.
 """
 
 from __future__ import annotations
@@ -16,44 +17,36 @@ import os
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from study.settings import ORDINARY_INITS, Settings, UsageError, parse, require_packages, require_writable
+from study.contestants import CONTESTANTS, Contestant
+from study.settings import (
+    ORDINARY_INITS,
+    PACKAGES,
+    FineTuning,
+    UsageError,
+    choose_device,
+    parse_fine_tuning,
+    require_installed,
+    require_writable,
+)
 
 if TYPE_CHECKING:
-    import torch
-    from study.data.batches import TokenizedExamples
-    from study.data.docstrings import Dataset
+    from study.learner import Learner
+    from study.tasks.task import Task
     from study.training import Run
 
 INTERRUPTED = 130
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How the adapter's predictions after a round trip through PEFT compare with the trained model's, over the test
-    set.
-    """
-
-    max_logit_difference: float
-    largest_logit: float
-    same_class: float
-
-    def __str__(self) -> str:
-        return (
-            f"fastlora's adapter, loaded with PEFT into a fresh encoder: {100 * self.same_class:.1f} % of the test "
-            f"predictions are the same, logits differ by at most {self.max_logit_difference:.1e} "
-            f"(the largest is {self.largest_logit:.1f})."
-        )
-
-
 def main(argv: list[str] | None = None) -> int:
-    settings = parse(argv)
+    settings = parse_fine_tuning(argv)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; its profiler would announce itself
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        require_packages(settings)
+        libraries = ["peft", "fastlora"] if {"peft", "fastlora"} & {*settings.methods} else []
+        require_installed(["torch", *PACKAGES[settings.task], *libraries], settings.plot)
         require_writable(settings.out)
         return finetune(settings)
     except (UsageError, FileNotFoundError, RuntimeError, ValueError) as error:
@@ -64,174 +57,123 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def finetune(settings: Settings) -> int:
+def finetune(settings: FineTuning) -> int:
     """The whole run; returns the exit status."""
-    from study.data import docstrings, encoder
-    from study.data.batches import TokenizedExamples, training_order
-    from study.training import Run, train
+    from study import fine_tuning_report as report
+    from study.tasks.task import load_task
+    from study.training import CtrlC, train
 
     start = time.perf_counter()
     device = choose_device(settings.device)
-    source = encoder.find_model(settings.model)
-    tokenizer = encoder.load_tokenizer(source)
-    dataset = docstrings.load()
-    describe(dataset)
-    parts = {
-        part: TokenizedExamples(getattr(dataset, part), tokenizer, settings.max_length)
-        for part in ("train", "validation", "test")
-    }
-    order = training_order(parts["train"], settings.batch_size, settings.steps, settings.seed)
-    models = fresh_models(source, dataset, parts["train"], settings, device)
-    runs = [Run(method, classifier, settings) for method, classifier in models]
-    print(
-        f"Training {', '.join(settings.methods)} on {device}: {settings.steps} steps of {settings.batch_size}",
-        flush=True,
-    )
-    complete = train(runs, parts["train"], parts["validation"], order, settings, device)
-    if not complete:
-        done = ", ".join(f"{run.method} {len(run.losses)}" for run in runs)
-        print(f"Interrupted ({done} of {settings.steps} steps): saving what there is, without the test.", flush=True)
-    conclude(runs, source, dataset, parts, settings, device, complete, start)
-    return 0 if complete else INTERRUPTED
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; raises UsageError where there is none such."""
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (
-        RuntimeError,
-        AssertionError,
-        NotImplementedError,
-    ) as error:  # torch raises each of them for some absent device
-        available = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UsageError(
-            f"--device {name}: not a device of this machine; want one of {', '.join(available)}"
-        ) from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: only cpu and cuda can be measured here")
-    return device
-
-
-def describe(dataset: Dataset) -> None:
-    print(
-        f"{len(dataset)} docstrings of {len(dataset.labels)} modules: {len(dataset.train)} to train on, "
-        f"{len(dataset.validation)} to validate, {len(dataset.test)} to test "
-        f"(always answering the commonest: {100 * dataset.majority_accuracy():.1f} %)",
-        flush=True,
-    )
-
-
-def fresh_models(
-    source: str, dataset: Dataset, train: TokenizedExamples, settings: Settings, device: torch.device
-) -> list[tuple[str, Any]]:
-    """A classifier per method, the LoRA ones with the same initial adapter weights where --init is an ordinary one."""
-    from study import methods
-    from study.data.batches import sketch_batches
-
-    batches = [
-        batch.to(device) for batch in sketch_batches(train, settings.batch_size, settings.sketch_batches, settings.seed)
-    ]
-    models: list[tuple[str, Any]] = []
-    first_lora: Any = None
-    for method in settings.methods:
-        classifier = methods.build(method, source, len(dataset.labels), settings, device, batches)
-        if method in ("peft", "fastlora") and settings.init in ORDINARY_INITS:
-            if first_lora is None:
-                first_lora = classifier
-            else:
-                methods.copy_adapters(first_lora.encoder, classifier.encoder)
-        models.append((method, classifier))
-    return models
-
-
-def conclude(
-    runs: list[Run],
-    source: str,
-    dataset: Dataset,
-    parts: dict[str, TokenizedExamples],
-    settings: Settings,
-    device: torch.device,
-    complete: bool,
-    start: float,
-) -> None:
-    """Tests (only after a complete run), saves the adapter, checks it with PEFT, and writes the report."""
-    from study import finetune_report as report
-    from study.training import accuracy, predict
-
-    test_accuracy: dict[str, float] = {}
-    agreement: Agreement | None = None
+    task = load_task(settings, device)
+    print(task.description, flush=True)
+    runs = runs_of(task, settings)
+    results = report.Results(task, settings, runs)
+    results.before = task.metric.of(task.scores(runs[0].learner.model, "test"))
+    results.written["before"] = task.samples(runs[0].learner.model)
+    print(f"{task.metric.name} before: {task.metric.form.format(results.before)}{task.metric.unit}. "
+          f"{settings.steps} steps of {settings.batch_size} on {device}: {', '.join(settings.methods)}, "
+          f"{'in turns' if settings.interleave else 'one after another'}", flush=True)  # fmt: skip
+    with CtrlC() as stop:
+        results.complete = train(
+            task,
+            runs,
+            settings.steps,
+            settings.seed,
+            eval_every=settings.eval_every,
+            interleave=settings.interleave,
+            stop=stop,
+        )
     for run in runs:
-        logits = predict(run.classifier, parts["test"], device) if complete else None
-        if logits is not None:
-            test_accuracy[run.method] = accuracy(logits, parts["test"])
-        if run.method == "fastlora":
-            agreement = save_and_check(run, logits, source, dataset, parts["test"], settings, device)
-    rows = report.summarise(runs, test_accuracy)
-    seconds = time.perf_counter() - start
-    machine = report.machine(device)
-    facts = {
-        "complete": complete,
-        "seconds": round(seconds, 1),
-        "machine": machine,
-        "data": {"labels": dataset.labels, **{part: len(examples) for part, examples in parts.items()}},
-        "adapter_in_peft": asdict(agreement) if agreement else None,
-    }
-    caption = report.caption(settings, facts)
-    written = report.save_results(settings, rows, runs, facts, caption)
-    if settings.plot:
-        written.append(report.plot_losses(runs, settings.out / "loss.png"))
-    print(f"\n{report.markdown_table(rows)}\n\n{caption}")
-    if agreement:
-        print(agreement)
-    print(
-        "Wrote",
-        ", ".join(map(str, written)),
-        *(["and", settings.out / "adapter"] if "fastlora" in settings.methods else []),
+        if results.complete:
+            results.after[run.name] = task.metric.of(task.scores(run.learner.model, "test"))
+            results.written[run.name] = task.samples(run.learner.model)
+        if run.name == "fastlora":
+            results.agreement = save_and_check(task, run.learner, settings, results.complete)
+    if results.complete:
+        batches = [task.batch(indices) for indices in task.order(settings.seed, settings.steps)]
+        widest = max(batches, key=lambda batch: task.tokens(batch) or 0)
+        results.peaks = {run.name: run.learner.peak_bytes(widest) for run in runs}  # takes a step: comes last
+    else:
+        done = ", ".join(f"{run.name} {len(run.losses)}" for run in runs)
+        print(f"Interrupted ({done} of {settings.steps} steps): saving what there is, without the test.", flush=True)
+    results.seconds = time.perf_counter() - start
+    files = report.save(results)
+    print(f"\n{report.text(results)}\nWrote {', '.join(map(str, files))}")
+    return 0 if results.complete else INTERRUPTED
+
+
+def runs_of(task: Task, settings: FineTuning) -> list[Run]:
+    """A run per method, the LoRA ones with the same initial adapter weights where --init is an ordinary one."""
+    from study.learner import Learner, copy_adapters
+    from study.training import Run
+
+    runs: list[Run] = []
+    for method in settings.methods:
+        entry = entry_of(method, settings)
+        lr = settings.full_lr if method == "full" else settings.lr
+        runs.append(Run(method, entry.title, Learner(task, entry, lr, settings.seed, settings.steps)))
+    adapted = {run.name: run.learner.adapted for run in runs}
+    if settings.init in ORDINARY_INITS and {"peft", "fastlora"} <= adapted.keys():
+        copy_adapters(adapted["fastlora"], adapted["peft"])
+    return runs
+
+
+def entry_of(method: str, settings: FineTuning) -> Contestant:
+    """What one of --methods trains."""
+    if method == "frozen":
+        return Contestant("frozen (the floor)", adapter=None, library="none")
+    if method == "full":
+        return CONTESTANTS["full"]
+    entry = CONTESTANTS[settings.method]
+    if method == "peft":
+        return replace(entry, title=f"{entry.title}, PEFT (eager)", library="peft")
+    origin = "" if settings.init == "kaiming" else f" from {settings.init}"
+    adapter = dict(entry.adapter or {})
+    if settings.init not in ("kaiming", "lora_ga"):
+        adapter["init_lora_weights"] = settings.init
+    sharing = {name: value for name, value in (("group", settings.group), ("mlp", settings.mlp)) if value}
+    how = "".join(f", {name} {value}" for name, value in sharing.items())
+    start = {"start": "lora_ga", "numbers": {**entry.numbers, "gamma": settings.gamma}}
+    return replace(
+        entry,
+        title=f"{entry.title}{origin}, fastlora{how}",
+        adapter=adapter,
+        patch=sharing,
+        **(start if settings.init == "lora_ga" else {}),
     )
 
 
-def save_and_check(
-    run: Run,
-    logits: torch.Tensor | None,
-    source: str,
-    dataset: Dataset,
-    test: TokenizedExamples,
-    settings: Settings,
-    device: torch.device,
-) -> Agreement | None:
-    """Saves fastlora's adapter and head; given the trained model's logits, compares those of a fresh encoder with the
-    files loaded by PEFT.
+def save_and_check(task: Task, learner: Learner, settings: FineTuning, complete: bool) -> dict[str, Any] | None:
+    """Saves fastlora's adapter. After a complete run, compares a fresh model with the files loaded by PEFT, and merged,
+    with the trained one: {"loaded": ..., "merged": ...}.
     """
-    import torch
     from peft import PeftModel
-    from study.data import encoder
-    from study.training import predict
 
     import fastlora
 
     directory = settings.out / "adapter"
-    fastlora.save_adapter(run.classifier.encoder, directory)
-    encoder.save_head(run.classifier, dataset.labels, directory)
-    if logits is None:
+    fastlora.save_adapter(learner.adapted, directory)
+    task.save_rest(learner.model, directory)
+    if not complete:
         return None
-    fresh: Any = encoder.load_encoder(source, getattr(torch, settings.dtype), device)
-    hidden_size = fresh.config.hidden_size
-    loaded = encoder.SentenceClassifier(
-        PeftModel.from_pretrained(fresh, str(directory)), hidden_size, len(dataset.labels)
-    )
-    encoder.load_head(loaded, directory)
-    reloaded = predict(loaded.to(device), test, device)
-    return Agreement(
-        max_logit_difference=(reloaded - logits).abs().max().item(),
-        largest_logit=logits.abs().max().item(),
-        same_class=(reloaded.argmax(-1) == logits.argmax(-1)).double().mean().item(),
-    )
+    logits, written = task.outputs(learner.model), task.samples(learner.model)
+
+    def beside(model: Any) -> dict[str, Any]:
+        theirs = task.outputs(model)
+        return {
+            "max_logit_difference": (theirs - logits).abs().max().item(),
+            "largest_logit": logits.abs().max().item(),
+            "same_class": (theirs.argmax(-1) == logits.argmax(-1)).double().mean().item(),
+            "same_text": task.samples(model) == written,
+        }
+
+    fresh = task.fresh_model(settings.seed)
+    loaded: Any = PeftModel.from_pretrained(task.adapted(fresh), str(directory))  # type: ignore[arg-type]
+    model = task.with_adapted(fresh, loaded)
+    task.load_rest(model, directory)
+    found = {"loaded": beside(model)}
+    return {**found, "merged": beside(task.with_adapted(model, loaded.merge_and_unload()))}
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from study.contestants import Contestant
-from study.finetune_report import format_table
 from study.learner import lora_layers, prepared_model
 from study.progress import Progress
+from study.tables import format_table
 from study.tasks.task import Task
 
 GAMMA = {"gamma": 16.0}  # which has no influence: factors of another size step in the same direction

@@ -1,4 +1,4 @@
-"""What compare.py compares: one entry per way to fine-tune. A new way is one more entry."""
+"""The ways to fine-tune: one entry each. A new way is one more entry."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ OPTIMIZERS = ("adamw", "sgd")
 class Contestant:
     """`adapter`: arguments of `fastlora.patch` beside those that all share; None trains the weights themselves.
     `rank_share`: the rank that it begins with, as a multiple of r. `start`: "" as `adapter` says, or one of
-    `adapting.start_from_gradients`. `groups`: the optimiser's parameter groups, "lora_plus" or "galore". `numbers`: the
-    method's own, read in learners.py. `without`: optimisers with which the entry has no meaning, and why.
+    `learner.start_from_gradients`. `groups`: the optimiser's parameter groups, "lora_plus" or "galore". `numbers`: the
+    method's own, read in learner.py. `without`: optimisers with which the entry has no meaning, and why.
+    `library`: "fastlora", "peft" for its own layers, or "none" for a frozen model; `patch`: further arguments of
+    `fastlora.patch`, which change no number but rounding.
     """
 
     title: str
@@ -24,12 +26,14 @@ class Contestant:
     groups: str = ""
     numbers: Mapping[str, Any] = field(default_factory=dict)
     without: Mapping[str, str] = field(default_factory=dict)
+    library: str = "fastlora"
+    patch: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def recipe(self) -> dict[str, Any]:
         """What of the entry a trial's numbers depend on."""
         values = asdict(self)
-        return {name: values[name] for name in values if name not in ("title", "without")}
+        return {name: values[name] for name in values if name not in ("title", "without", "library", "patch")}
 
     def uses(self, argument: str) -> bool:
         """Whether its adapters are of the kind that an argument of `fastlora.patch` asks for."""

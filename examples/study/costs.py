@@ -12,16 +12,14 @@ from __future__ import annotations
 import os
 import random
 import statistics
-import time
 from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from study.contestants import CONTESTANTS
 from study.learner import Learner
 from study.progress import Progress
 from study.tasks.task import Task
+from study.training import Run
 
 UNTIMED_ROUNDS = 3  # the first steps pay for page faults, and on a GPU for compilation
 
@@ -33,32 +31,19 @@ def measure(task: Task, names: Sequence[str], rounds: int) -> dict[str, Any]:
     learners = {name: Learner(task, CONTESTANTS[name], task.settings.lr, 0, steps) for name in names}
     batches = [task.batch(indices) for indices in task.order(0, steps)]
     generator = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    runs = {name: Run(name, name, learner) for name, learner in learners.items()}
     with Progress(steps - 1, "timing", lines=1) as progress:
         for batch in batches[:-1]:
             for name in generator.sample(list(names), len(names)):
-                seconds[name].append(_timed(learners[name], batch, task.device))
+                runs[name].step(batch)
             progress.advance(f"{len(names)} contestants in turn")
     return {
         "contestants": {
             name: {
-                "step_seconds": statistics.median(seconds[name][UNTIMED_ROUNDS:]),
+                "step_seconds": statistics.median(runs[name].seconds[UNTIMED_ROUNDS:]),
                 "peak_bytes": learner.peak_bytes(batches[-1]),
             }
             for name, learner in learners.items()
         },
         "load average": load,
     }
-
-
-def _timed(learner: Learner, batch: Any, device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    learner.step(batch)
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 SERIES = (1, 2, 5)  # learning rates: ..., 1e-4, 2e-4, 5e-4, 1e-3, ...
 MOST_RATES = 12
+WARMUP_SHARE = 0.1  # of a run's steps; then the learning rate falls linearly to zero
 
 
 class Band(NamedTuple):
@@ -70,3 +71,9 @@ def best_rate(start: float, score: Callable[[float], float]) -> tuple[float, dic
         if inside or len(scores) >= MOST_RATES:
             return rung(best), {rung(k): scores[k] for k in sorted(scores)}, inside
         try_rate(best - 1 if best == min(scores) else best + 1)
+
+
+def share_of_peak(step: int, steps: int) -> float:
+    """The learning rate of step `step` (from 0) of `steps`, as a fraction of the given one."""
+    warmup = max(1, round(WARMUP_SHARE * steps))
+    return min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))

@@ -1,19 +1,20 @@
-"""A contestant on its way: the model prepared as its entry says, its optimisers, its steps."""
+"""A contestant on its way: the model prepared as its entry says, its optimisers, its steps, their peak memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 import fastlora
-from study.adapting import set_training, start_from_gradients
 from study.contestants import Contestant
-from study.memory import peak_growth, tensor_bytes
-from study.schedule import share_of_peak
-from study.tasks.task import Task
+from study.curves import share_of_peak
+
+if TYPE_CHECKING:
+    from study.tasks.task import Task
 
 
 class Learner:
@@ -23,7 +24,9 @@ class Learner:
         self.task, self.entry = task, entry
         self.model = prepared_model(task, entry, seed)
         self.adapted = task.adapted(self.model)
-        self.optimizers = [make_optimizer(task, entry, self.adapted, lr)]
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if any(parameter.requires_grad for parameter in self.adapted.parameters()):
+            self.optimizers.append(make_optimizer(task, entry, self.adapted, lr))
         if head := task.head(self.model):
             self.optimizers.append(torch.optim.AdamW(head, lr=task.settings.head_lr or lr, weight_decay=0.0))
         self.schedulers = [
@@ -118,19 +121,23 @@ def prepared_model(task: Task, entry: Contestant, seed: int) -> nn.Module:
     model = task.fresh_model(seed)
     adapted = task.adapted(model)
     if entry.adapter is None:
-        adapted.requires_grad_(True)
+        adapted.requires_grad_(entry.library != "none")
+        if entry.library == "none":  # the floor: gradients run through every layer and stay nowhere
+            task.embeddings(adapted).register_forward_hook(lambda module, inputs, output: output.requires_grad_())
         return model
     settings = task.settings
     arguments: dict[str, Any] = {
         "r": round(settings.r * entry.rank_share),
         "lora_alpha": settings.lora_alpha * entry.rank_share,  # α/r is then what it is for the others
         "lora_dropout": settings.dropout,
-        "strict": True,
         **task.targets,
         **entry.adapter,
     }
     torch.manual_seed(seed)
-    fastlora.patch(adapted, **arguments)
+    if entry.library == "peft":
+        inject_peft(adapted, arguments)
+    else:
+        fastlora.patch(adapted, **{**arguments, "strict": True, **entry.patch})
     if entry.start:
         batches = task.gradient_batches(seed)
 
@@ -141,6 +148,40 @@ def prepared_model(task: Task, entry: Contestant, seed: int) -> nn.Module:
         start_from_gradients(entry.start, adapted, passes, settings.r, gamma, seed, task.targets)
         model.zero_grad(set_to_none=True)
     return model
+
+
+def inject_peft(adapted: nn.Module, arguments: Mapping[str, Any]) -> None:
+    """PEFT's layers with float32 adapters, as `get_peft_model` makes them, in the module itself."""
+    import peft
+
+    chosen = {"target_modules": "all-linear", **arguments}
+    peft.inject_adapter_in_model(peft.LoraConfig(**chosen), adapted)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+@torch.no_grad()
+def copy_adapters(source: nn.Module, target: nn.Module) -> None:
+    """Gives `target` the adapter weights of `source`, PEFT's or fastlora's, so that both start from the same point.
+
+    Raises RuntimeError where the two do not adapt the same layers in the same shapes: a comparison would mean nothing.
+    """
+
+    def factors(adapted: nn.Module) -> dict[str, torch.Tensor]:
+        return {
+            f"{name}.{holder}": getattr(value, "weight", value)
+            for name, layer in lora_layers(adapted).items()
+            for holder in ("lora_A", "lora_B")
+            for value in getattr(layer, holder).values()
+        }
+
+    ours, theirs = factors(source), factors(target)
+    shapes = [{name: tuple(tensor.shape) for name, tensor in found.items()} for found in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        raise RuntimeError(f"adapted layers differ: {shapes[0]} and {shapes[1]}")
+    for name, tensor in ours.items():
+        theirs[name].copy_(tensor)
 
 
 def make_optimizer(task: Task, entry: Contestant, adapted: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -169,3 +210,69 @@ def rank_allocator(entry: Contestant, adapted: nn.Module, r: int, steps: int) ->
         t_final=round(numbers["final"] * steps),
         delta_t=max(1, round(numbers["interval"] * steps)),
     )
+
+
+def set_training(model: nn.Module, training: bool) -> None:
+    """Train or eval mode for the adapters; everything else stays in eval mode, in every method.
+
+    A pretrained model's own dropout is off, that is: a run sees each text twice or so, too little to overfit, and
+    without it two ways to compute LoRA compute the very same function of the batch.
+    """
+    model.eval()
+    if training:
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                module.train()
+
+
+def start_from_gradients(
+    start: str,
+    adapted: nn.Module,
+    passes: Callable[[], object],
+    r: int,
+    gamma: float,
+    seed: int,
+    targets: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Sets the adapters of the patched module `adapted` from the gradient of `passes`, which runs backward passes of
+    equal weight: "lora_ga", "sign" (`fastlora.sign_factors` by direct minimisation) or "sign_svd" (by the SVD of
+    sign(G)). `targets`: which layers, as `fastlora.patch` was told. Returns `init_lora_ga`'s relative sizes.
+    """
+    # The loss is a mean over equally many examples in each batch, and not every model is called with its labels.
+    chosen = {**(targets or {}), "r": r, "seed": seed, "weighting": "equal"}
+    if start == "lora_ga":
+        with fastlora.GradientSketch(adapted, **chosen) as found:
+            passes()
+    else:
+        method = "svd" if start == "sign_svd" else "direct"
+        every_layer = sum(1 for _ in adapted.modules())  # their gradients fit side by side in models of this size
+        found = fastlora.sign_factors(adapted, passes, method=method, layers_at_once=every_layer, **chosen)
+    return fastlora.init_lora_ga(adapted, found, gamma=gamma, seed=seed)
+
+
+def peak_growth(step: Callable[[], object], device: torch.device) -> int:
+    """Bytes by which the allocator's live tensors exceed, at the highest point of `step()`, what was live before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
+        step()
+    assert recording.profiler is not None
+    assert recording.profiler.kineto_results is not None
+    recorded: list[Any] = recording.profiler.kineto_results.events()
+    events = [event for event in recorded if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors' storages, each counted once however many views share it."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from study.curves import Band, band, running_mean
 from study.files import replacing
 from study.report import WINDOW, Finals, Results, finished, summarise
 from study.tasks.task import Metric
+from study.training import Run
 
 COLORS = (*(f"C{i}" for i in range(10)), "black", "gold")
 STYLES = ("-", "--")  # past twelve contestants colours repeat
@@ -105,3 +107,29 @@ def _draw_test(axes: Any, results: Results) -> None:
     names = list(results.best_rate)
     axes.set_yticks([-number for number in range(len(names))], [CONTESTANTS[name].title for name in names])
     axes.set(xlabel=f"{metric.name}{metric.unit}", title="test: □ one rate, ○ best rates")
+
+
+def plot_runs(runs: Sequence[Run], path: Path) -> Path:
+    """The training loss of finetune.py's methods over steps, and over the seconds that each spent in its own."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    window = max(1, min(10, max(len(run.losses) for run in runs) // 5))
+    figure, (by_step, by_time) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for run, style in zip(runs, (":", "-", "--", "-.")):
+        losses = running_mean(run.losses, window)
+        skipped = len(run.losses) - len(losses)
+        by_step.plot(range(skipped + 1, len(run.losses) + 1), losses, style, label=run.title)
+        by_time.plot(list(itertools.accumulate(run.seconds))[skipped : len(run.losses)], losses, style, label=run.title)
+    by_step.set(xlabel="step", ylabel=f"training loss (mean of {window} step{'s' * (window > 1)})")
+    by_time.set(xlabel="seconds spent in this method's steps")
+    by_step.legend()
+    for axes in (by_step, by_time):
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+    pyplot.close(figure)
+    return path

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from study import alignment
-from study.comparison import by_optimizer
 from study.contestants import BASELINE, CONTESTANTS
 from study.curves import running_mean, steps_to
 from study.files import write_atomically
-from study.finetune_report import format_table, machine
+from study.settings import by_optimizer
+from study.tables import format_table, machine
 from study.tasks.task import Metric, Task
 from study.trials import Trial, commit, plain
 

@@ -1,4 +1,4 @@
-"""The command line of finetune.py and its checks. Imports neither torch nor transformers, so that --help and mistakes
+"""The command lines of finetune.py and compare.py. Imports neither torch nor transformers, so that --help and mistakes
 are answered at once.
 """
 
@@ -9,16 +9,60 @@ import importlib.util
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-METHODS = ("head", "peft", "fastlora", "full")
-DEFAULT_METHODS = ("head", "peft", "fastlora")
+from study.contestants import CONTESTANTS, OPTIMIZERS, Contestant
+
+TASKS = ("language", "docstrings", "gpt", "digits")
 DTYPES = ("float32", "bfloat16")
-ORDINARY_INITS = ("kaiming", "gaussian", "orthogonal")  # BA is zero: PEFT's adapters can start from the same numbers
+METHODS = ("frozen", "peft", "fastlora", "full")
+VARIANTS = ("lora", "rslora", "dora", "lora_plus")  # of the contestants, those that PEFT trains too
+ORDINARY_INITS = ("kaiming", "gaussian", "orthogonal")  # PEFT's adapters can start from the same numbers
 INITS = (*ORDINARY_INITS, "pissa", "olora", "lora_ga")
+
+# What a task does unless told otherwise, and by that which options it has.
+OF_A_TASK: dict[str, dict[str, Any]] = {
+    "language": {"max_length": 256, "model": "smollm2", "dtype": "auto"},
+    "docstrings": {"max_length": 32, "head_lr": 3e-2, "model": "minilm", "dtype": "float32"},
+    "gpt": {},
+    "digits": {},
+}
+FINE_TUNING: dict[str, dict[str, Any]] = {
+    "language": {"steps": 25, "batch_size": 4, "r": 16, "lora_alpha": 32.0, "lr": 1e-3, "full_lr": 1e-4},
+    "docstrings": {"steps": 200, "batch_size": 32, "r": 8, "lora_alpha": 16.0, "lr": 1e-3, "full_lr": 2e-4,
+                   "max_length": 48},
+}  # fmt: skip
+# `lr`: the rate of the protocol with one rate for all, by optimiser, and where the searches start: picked from trial
+# runs of full fine-tuning and LoRA, between or below the best of the two.
+COMPARISON: dict[str, dict[str, Any]] = {
+    "docstrings": {
+        "steps": 150, "batch_size": 16, "r": 8, "lora_alpha": 16.0, "dropout": 0.0, "sketch_batches": 8,
+        "eval_every": 50, "search_seeds": 1, "timed_rounds": 20, "lr": {"adamw": 5e-4, "sgd": 1e-1},
+    },
+    "gpt": {
+        "steps": 160, "batch_size": 8, "r": 4, "lora_alpha": 8.0, "dropout": 0.0, "sketch_batches": 8,
+        "eval_every": 40, "search_seeds": 1, "timed_rounds": 40, "lr": {"adamw": 5e-3, "sgd": 5e-1},
+    },
+    "digits": {
+        "steps": 100, "batch_size": 32, "r": 4, "lora_alpha": 8.0, "dropout": 0.0, "sketch_batches": 8,
+        "eval_every": 10, "search_seeds": 3, "timed_rounds": 400, "lr": {"adamw": 1e-2, "sgd": 2e-2},
+    },
+    "language": {
+        "steps": 60, "batch_size": 4, "r": 16, "lora_alpha": 32.0, "dropout": 0.0, "sketch_batches": 4,
+        "eval_every": 20, "search_seeds": 1, "timed_rounds": 8, "lr": {"adamw": 5e-4, "sgd": 1e-1},
+    },
+}  # fmt: skip
+QUICK = {"steps": 4, "batch_size": 4, "sketch_batches": 1, "eval_every": 2, "seeds": 2, "timed_rounds": 2}
+QUICK_LENGTHS = {"docstrings": 8, "language": 192}
+PACKAGES = {
+    "language": ["transformers", "safetensors"],
+    "docstrings": ["transformers", "safetensors"],
+    "gpt": ["safetensors"],
+    "digits": ["safetensors", "sklearn"],
+}
 
 
 class UsageError(Exception):
@@ -27,88 +71,195 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """What one run of the example does; docs/finetuning.md explains the defaults."""
+    """What a task and its learners need to know. `max_length`, `head_lr`, `model`, `dtype`: None for tasks without."""
 
+    task: str
+    optimizer: str
     steps: int
     batch_size: int
-    max_length: int
     r: int
     lora_alpha: float
     dropout: float
-    init: str
-    gamma: float
     sketch_batches: int
     lr: float
-    head_lr: float
-    full_lr: float
-    methods: tuple[str, ...]
-    model: str
-    device: str
-    dtype: str
-    seed: int
     eval_every: int
-    interleave: bool
+    max_length: int | None
+    head_lr: float | None
+    model: str | None
+    dtype: str | None
+    device: str
     plot: bool
+    quick: bool
     out: Path
 
+    @property
+    def pretrained_models(self) -> Path:
+        """Where the models are that comparisons pretrain and share."""
+        return self.out / "pretrained"
 
-def parse(argv: list[str] | None = None) -> Settings:
+
+@dataclass(frozen=True)
+class FineTuning(Settings):
+    """What one run of finetune.py does; docs/finetuning.md explains the defaults."""
+
+    method: str
+    methods: tuple[str, ...]
+    init: str
+    gamma: float
+    group: str | None
+    mlp: str | None
+    full_lr: float
+    seed: int
+    interleave: bool
+
+
+@dataclass(frozen=True)
+class Comparison(Settings):
+    """What one comparison does."""
+
+    contestants: tuple[str, ...]
+    seeds: int
+    search_seeds: int
+    timed_rounds: int
+
+    @property
+    def folder(self) -> Path:
+        """Where this comparison's files are."""
+        return self.out / (self.task if self.optimizer == "adamw" else f"{self.task}-{self.optimizer}")
+
+    @property
+    def shared_by_trials(self) -> dict[str, Any]:
+        """The settings that every trial has in common."""
+        names = ["task", "optimizer", "steps", "batch_size", "r", "lora_alpha", "dropout", "sketch_batches"]
+        own = ["eval_every", "max_length", "head_lr", "model", "dtype"]
+        return {name: getattr(self, name) for name in (*names, *own) if getattr(self, name) is not None}
+
+
+def parse_fine_tuning(argv: list[str] | None = None) -> FineTuning:
     parser = argparse.ArgumentParser(
         prog="finetune.py",
-        description="Fine-tune a sentence encoder to tell which module of Python's standard library a docstring came "
-        "from, by several methods, and compare their speed, memory and accuracy.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Fine-tune a language model (or, with --task docstrings, a sentence encoder) on texts of Python's "
+        "standard library, with PEFT and with fastlora, and compare speed, memory, losses and what the model writes.",
+        epilog=_defaults(FINE_TUNING),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    training, lora, run = add_shared_options(parser)
-    training.add_argument("--full-lr", type=positive_float, default=2e-4, help="the encoder's, for --methods full")
+    training, lora, run = _shared_options(parser, FINE_TUNING, Path("runs/finetune"))
+    training.add_argument("--full-lr", type=positive_float, help="learning rate of all weights, for --methods full")
     training.add_argument("--seed", type=seed, default=0)
-    lora.add_argument("--lr", type=positive_float, default=1e-3, help="learning rate of the adapters")
+    lora.add_argument("--lr", type=positive_float, help="learning rate of the adapters")
+    lora.add_argument("--method", choices=VARIANTS, default="lora", help="what both libraries train (default lora)")
     lora.add_argument("--init", type=init, default="kaiming", help="how fastlora's adapters start: " + ", ".join(INITS))
     lora.add_argument("--gamma", type=positive_float, default=16.0, help="γ of --init lora_ga: larger starts smaller")
-    run.add_argument(
-        "--methods",
-        nargs="+",
-        choices=METHODS,
-        default=list(DEFAULT_METHODS),
-        metavar="METHOD",
-        help=", ".join(METHODS),
-    )
+    lora.add_argument("--group", choices=["auto"], help="let fastlora's q, k, v share their passes (docs/grouping.md)")
+    lora.add_argument("--mlp", choices=["auto"], help="let fastlora run gated MLPs as one op (docs/mlp.md)")
+    run.add_argument("--methods", nargs="+", choices=METHODS, default=["frozen", "peft", "fastlora"], metavar="METHOD",
+                     help="of " + ", ".join(METHODS))  # fmt: skip
     run.add_argument(
         "--interleave",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="give the methods their steps in turn, so that a noisy machine hits all of them alike",
     )
-    values = vars(parser.parse_args(argv))
+    common = {"dropout": 0.0, "sketch_batches": 8, "eval_every": 0, "optimizer": "adamw", "quick": False}
+    values = _values(parser, argv, FINE_TUNING, common)
     values["methods"] = tuple(dict.fromkeys(values["methods"]))
-    return Settings(**values)
+    return FineTuning(**{"group": None, "mlp": None, **values})
 
 
-def add_shared_options(parser: argparse.ArgumentParser) -> tuple[Any, Any, Any]:
-    """Adds the options that compare.py has too, with finetune.py's defaults; returns the parser's three groups."""
-    training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=positive_int, default=200, help="optimizer steps per method")
-    training.add_argument("--batch-size", type=positive_int, default=32)
-    training.add_argument("--max-length", type=positive_int, default=48, help="tokens kept of each docstring")
-    training.add_argument("--head-lr", type=positive_float, default=3e-2, help="learning rate of the linear head")
-    lora = parser.add_argument_group("LoRA")
-    lora.add_argument("--r", type=positive_int, default=8, help="rank of the adapters")
-    lora.add_argument("--lora-alpha", type=positive_float, default=16.0)
-    lora.add_argument("--dropout", type=probability, default=0.0, help="dropout on the adapters' input")
-    lora.add_argument(
-        "--sketch-batches",
-        type=positive_int,
-        default=8,
-        help="batches whose gradient LoRA-GA looks at before it starts",
+def parse_comparison(argv: list[str] | None = None) -> Comparison:
+    parser = argparse.ArgumentParser(
+        prog="compare.py",
+        description="Compare ways to fine-tune on one task, over several seeds: with one learning rate for all, and "
+        "each at its own best. Goes on where it was interrupted.",
+        epilog=_defaults(COMPARISON),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    training, _, run = _shared_options(parser, COMPARISON, Path("runs/compare"))
+    training.add_argument(
+        "--optimizer", choices=OPTIMIZERS, default="adamw", help="what trains adapters or weights (default adamw)"
+    )
+    training.add_argument("--lr", type=positive_float, help="the one rate for all; searches start around it")
+    training.add_argument("--seeds", type=positive_int, help="trained and tested in both protocols (default 3)")
+    training.add_argument(
+        "--search-seeds", type=positive_int, help="further seeds, for choosing each contestant's best rate"
+    )
+    run.add_argument("--contestants", nargs="+", choices=CONTESTANTS, metavar="NAME", help=", ".join(CONTESTANTS))
+    run.add_argument("--timed-rounds", type=positive_int, help="steps of each contestant that are timed")
+    run.add_argument("--quick", action="store_true", help="a few steps of each, without a search; into OUT/quick")
+    values = _values(parser, argv, COMPARISON, {"seeds": 3})
+    known, left_out = by_optimizer(values["optimizer"])
+    chosen = tuple(dict.fromkeys(values.pop("contestants", known)))
+    impossible = [name for name in chosen if name in left_out]
+    if impossible:
+        name = impossible[0]
+        parser.error(f"--contestants {name}: not with --optimizer {values['optimizer']}: {left_out[name]}")
+    return Comparison(**values, contestants=chosen)
+
+
+def by_optimizer(optimizer: str) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """The contestants that have a meaning with an optimiser, and the others with the reason."""
+    left_out = {name: entry.without[optimizer] for name, entry in CONTESTANTS.items() if optimizer in entry.without}
+    return {name: entry for name, entry in CONTESTANTS.items() if name not in left_out}, left_out
+
+
+def _shared_options(parser: argparse.ArgumentParser, tasks: Iterable[str], out: Path) -> tuple[Any, Any, Any]:
+    """The options of both programs. What a task has a default for is None until `_values`."""
+    tasks = list(tasks)
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=positive_int, help="optimizer steps per method")
+    training.add_argument("--batch-size", "--batch", type=positive_int)
+    training.add_argument("--max-length", "--seq-len", type=positive_int, help="tokens of an example at most")
+    training.add_argument("--head-lr", type=positive_float, help="learning rate of a new linear head")
+    lora = parser.add_argument_group("LoRA")
+    lora.add_argument("--r", type=positive_int, help="rank of the adapters")
+    lora.add_argument("--lora-alpha", type=positive_float)
+    lora.add_argument("--dropout", type=probability, help="dropout on the adapters' input")
+    lora.add_argument("--sketch-batches", type=positive_int, help="batches whose gradient LoRA-GA looks at")
     run = parser.add_argument_group("run")
-    run.add_argument("--model", default="minilm", help="minilm, or a directory or cached name of another encoder")
+    run.add_argument("--task", choices=tasks, default=tasks[0], help=f"what is learnt (default {tasks[0]})")
+    run.add_argument("--model", help="smollm2 or minilm (the task's), random, a directory, or a hub id")
     run.add_argument("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
-    run.add_argument("--dtype", choices=DTYPES, default="float32", help="of the encoder; adapters and head are float32")
-    run.add_argument("--eval-every", type=natural_int, default=100, help="steps between validations; 0: none")
+    run.add_argument(
+        "--dtype", choices=("auto", *DTYPES), help="of the model; adapters are float32. auto: bfloat16 on a GPU"
+    )
+    run.add_argument("--eval-every", type=natural_int, help="steps between validations; 0: none but the last")
     run.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw the loss curves")
-    run.add_argument("--out", type=Path, default=Path("runs/finetune"), help="directory for the results")
+    run.add_argument("--out", type=Path, default=out, help=f"directory for the results (default {out})")
     return training, lora, run
+
+
+def _values(
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    programs: Mapping[str, Mapping[str, Any]],
+    common: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What was given, over the program's defaults for the task, over the task's own."""
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    task = given["task"]
+    defaults = {**common, **OF_A_TASK[task], **programs[task]}
+    if isinstance(defaults["lr"], Mapping):
+        defaults["lr"] = defaults["lr"][given["optimizer"]]
+    own = dict.fromkeys(("max_length", "head_lr", "model", "dtype"))
+    unknown = [name for name in own if name in given and name not in defaults]
+    if unknown:
+        parser.error(f"--{unknown[0].replace('_', '-')}: the task {task} has no such setting")
+    if given.get("quick"):
+        defaults |= QUICK | ({"max_length": QUICK_LENGTHS[task]} if task in QUICK_LENGTHS else {})
+        given["out"] /= "quick"
+    return {**own, **defaults, **given}
+
+
+def _defaults(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    def text(value: Any) -> str:
+        return "/".join(f"{lr:g}" for lr in value.values()) if isinstance(value, Mapping) else str(value)
+
+    lines = [
+        f"  {task}: "
+        + ", ".join(f"{name.replace('_', '-')} {text(value)}" for name, value in {**OF_A_TASK[task], **values}.items())
+        for task, values in tasks.items()
+    ]
+    return "\n".join([f"defaults by task (two rates: {'/'.join(OPTIMIZERS)}):", *lines])
 
 
 def _number(kind: Callable[[str], float], accepts: Callable[[float], bool], wanted: str) -> Callable[[str], float]:
@@ -137,18 +288,8 @@ def init(text: str) -> str:
     return text
 
 
-def require_packages(settings: Settings) -> None:
-    """Raises UsageError that names the packages this run needs and does not find, and how to install them."""
-    needed = ["torch", "transformers", "safetensors"]
-    if "peft" in settings.methods or "fastlora" in settings.methods:
-        needed.append("peft")
-    if "fastlora" in settings.methods:
-        needed.append("fastlora")
-    require_installed(needed, settings.plot)
-
-
 def require_installed(packages: Iterable[str], plot: bool) -> None:
-    """As `require_packages`, for `packages` and, with `plot`, what draws."""
+    """Raises UsageError that names the packages this run needs (and, with `plot`, what draws) and does not find."""
     needed = [*packages, *(["matplotlib"] if plot else [])]
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
@@ -167,3 +308,22 @@ def require_writable(directory: Path) -> None:
             pass
     except OSError as error:
         raise UsageError(f"--out {os.fspath(directory)}: cannot write there ({error.strerror or error})") from error
+
+
+def choose_device(name: str) -> Any:
+    """The torch device called `name`; raises UsageError where there is none such."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises each of them for some device
+        available = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UsageError(
+            f"--device {name}: not a device of this machine; want one of {', '.join(available)}"
+        ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: only cpu and cuda can be measured here")
+    return device

@@ -11,25 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from study.contestants import CONTESTANTS
-from study.curves import running_mean
 from study.files import write_atomically
 from study.learner import Learner
-from study.progress import Progress
 from study.settings import UsageError
 from study.tasks.task import Scores, Task
+from study.training import Run, Validation, train
 
 FORMAT = 2  # of the file; the first held contestants' `overrides` and a test accuracy alone
-SHOWN = 20  # steps that the loss beside the progress bar is the mean of
-
-
-@dataclass(frozen=True)
-class Validation:
-    step: int
-    loss: float
-    accuracy: float
 
 
 @dataclass(frozen=True)
@@ -61,25 +50,10 @@ def run_trial(task: Task, contestant: str, lr: float, seed: int, *, eval_every: 
     """Trains and validates, every `eval_every` steps (0: only at the end); with `test`, tests too."""
     entry = CONTESTANTS[contestant]
     steps = task.settings.steps
-    learner = Learner(task, entry, lr, seed, steps)
-    losses: list[float] = []
-    validation: list[Validation] = []
-    diverged = False
-    with Progress(steps, f"{entry.title}, lr {lr:g}, seed {seed}", lines=0) as progress:
-        for step, indices in enumerate(task.order(seed, steps)):
-            torch.manual_seed(seed * 1_000_003 + step)
-            loss = learner.step(task.batch(indices))
-            diverged = not math.isfinite(loss)
-            if diverged:
-                break
-            losses.append(loss)
-            progress.advance(f"loss {running_mean(losses[-SHOWN:], SHOWN)[-1]:.3f}")
-            if step + 1 == steps or (eval_every and (step + 1) % eval_every == 0):
-                found = task.scores(learner.model, "validation")
-                diverged = not math.isfinite(found.loss)
-                if diverged:
-                    break
-                validation.append(Validation(step + 1, *found))
+    run = Run(contestant, entry.title, Learner(task, entry, lr, seed, steps))
+    title = f"{entry.title}, lr {lr:g}, seed {seed}"
+    train(task, [run], steps, seed, eval_every=eval_every, eval_last=True, title=title, lines=0)
+    learner = run.learner
     return Trial(
         contestant=contestant,
         lr=lr,
@@ -89,10 +63,10 @@ def run_trial(task: Task, contestant: str, lr: float, seed: int, *, eval_every: 
         trainable=learner.trainable,
         optimizer_state=learner.optimizer_state,
         notes=learner.notes(),
-        losses=losses,
-        validation=[] if diverged else validation,
-        test=task.scores(learner.model, "test") if test and not diverged else None,
-        diverged=diverged,
+        losses=run.losses,
+        validation=[] if run.diverged else run.validation,
+        test=task.scores(learner.model, "test") if test and not run.diverged else None,
+        diverged=run.diverged,
     )
 
 

@@ -14,11 +14,10 @@ import compare
 from safetensors import SafetensorError
 from study import contestants, curves, files, trials
 from study import report as comparison_report
-from study.comparison import DEFAULTS, QUICK, parse
 from study.contestants import CONTESTANTS
 from study.data import docstrings, topics
 from study.data.byte_gpt import Shape
-from study.settings import UsageError
+from study.settings import COMPARISON, QUICK, UsageError, parse_comparison
 from study.tasks import gpt as task_gpt
 from study.tasks.task import ACCURACY, Scores
 from study.trials import Store, Trial, Validation
@@ -303,21 +302,21 @@ def test_the_search_table_marks_the_best_and_what_diverged():
 )
 def test_a_wrong_argument_is_explained(capsys, arguments, message):
     with pytest.raises(SystemExit) as exit_:
-        parse(arguments)
+        parse_comparison(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_defaults_are_the_tasks_own():
-    docs, digits = parse([]), parse(["--task", "digits", "--optimizer", "sgd", "--out", "here"])
+    docs, digits = parse_comparison([]), parse_comparison(["--task", "digits", "--optimizer", "sgd", "--out", "here"])
     assert (docs.task, docs.steps, docs.max_length) == ("docstrings", 150, 32)
-    assert docs.lr == DEFAULTS["docstrings"]["lr"]["adamw"]
-    assert (digits.steps, digits.max_length, digits.lr) == (100, None, DEFAULTS["digits"]["lr"]["sgd"])
+    assert docs.lr == COMPARISON["docstrings"]["lr"]["adamw"]
+    assert (digits.steps, digits.max_length, digits.lr) == (100, None, COMPARISON["digits"]["lr"]["sgd"])
     assert (str(digits.folder), str(digits.pretrained_models)) == ("here/digits-sgd", "here/pretrained")
     assert str(docs.folder) == "runs/compare/docstrings"
     assert docs.contestants == tuple(CONTESTANTS)
     assert "lora_plus" not in digits.contestants
-    given = parse(["--task", "gpt", "--quick", "--steps", "9"])
+    given = parse_comparison(["--task", "gpt", "--quick", "--steps", "9"])
     assert (given.steps, given.seeds, str(given.folder)) == (9, QUICK["seeds"], "runs/compare/quick/gpt")
 
 
@@ -369,7 +368,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_result(run, tmp_path, mon
     assert made.count(made[4]) == 2  # the one under way
     whole, parts = (json.loads((tmp_path / o / "docstrings" / "results.json").read_text()) for o in ("whole", "parts"))
     best = {row["contestant"]: row["lr"] for row in whole["best rates"]}
-    one_rate = DEFAULTS["docstrings"]["lr"]["adamw"]
+    one_rate = COMPARISON["docstrings"]["lr"]["adamw"]
     expected = sum(3 + 2 + (2 if lr != one_rate else 0) for lr in best.values())
     assert len(made) == expected + 1  # and no other
     assert whole["trials"] == parts["trials"]

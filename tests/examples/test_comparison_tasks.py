@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from study.comparison import parse
 from study.data import byte_gpt, pretraining, topics
 from study.data.byte_gpt import ByteGPT, Shape
 from study.data.pretraining import pretrained, weights_hash
+from study.settings import parse_comparison
 from study.tasks import digits as task_digits
 from study.tasks import gpt as task_gpt
 from study.tasks import task as tasks
@@ -91,7 +91,7 @@ def small_gpt(tmp_path, monkeypatch):
     monkeypatch.setattr(task_gpt, "Shape", lambda: Shape(width=32, layers=1, heads=2, context=16))
     monkeypatch.setattr(task_gpt, "PRETRAINING", {"steps": 120, "batch_size": 8, "lr": 1e-2, "seed": 0})
     monkeypatch.setattr(topics, "sources", lambda: b"def f(x):\n    return x\n" * 50)
-    return lambda: load_task(parse(["--task", "gpt", "--device", "cpu", "--out", str(tmp_path)]), CPU)
+    return lambda: load_task(parse_comparison(["--task", "gpt", "--device", "cpu", "--out", str(tmp_path)]), CPU)
 
 
 def test_the_gpt_is_pretrained_once_and_adapted_below_its_head(small_gpt, monkeypatch, capsys):
@@ -236,4 +236,4 @@ def test_a_task_is_one_module_with_a_load(tmp_path, monkeypatch):
     module = ModuleType("study.tasks.digits")
     module.load = lambda settings, device: (settings.task, device)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "study.tasks.digits", module)
-    assert load_task(parse(["--task", "digits", "--out", str(tmp_path)]), CPU) == ("digits", CPU)
+    assert load_task(parse_comparison(["--task", "digits", "--out", str(tmp_path)]), CPU) == ("digits", CPU)

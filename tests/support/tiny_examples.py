@@ -39,10 +39,36 @@ def write_library(root: Path, modules: int = 3, functions: int = 40) -> Path:
     return root
 
 
+def write_functions(root: Path, modules: int = 20, functions: int = 3) -> Path:
+    """A small 'standard library' of documented functions, one of them the same in every module."""
+    root.mkdir(exist_ok=True)
+    for module in range(modules):
+        body = ['def same(x):\n    """The same function everywhere, kept once."""\n    return x']
+        body += [
+            f'def f{i}(x, n=1):\n    """Add number {i} of module{module}"""\n    return x + n * {1000 * i + module}'
+            for i in range(functions)
+        ]
+        (root / f"module{module}.py").write_text("\n".join(body))
+    return root
+
+
 def digits_task(out: Path, *options: str) -> Any:
     """The comparison's task on scikit-learn's digits, with its model pretrained under `out` (a second or two)."""
-    from study.comparison import parse
+    from study.settings import parse_comparison
     from study.tasks.task import load_task
 
     arguments = ["--task", "digits", "--device", "cpu", "--out", str(out), *options]
-    return load_task(parse(arguments), torch.device("cpu"))
+    return load_task(parse_comparison(arguments), torch.device("cpu"))
+
+
+def save_tiny_language_model(directory: Path) -> Path:
+    """A Llama of two small layers with a token per byte; returns its directory."""
+    from study.data.language_models import SHAPE, byte_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    byte_tokenizer().save_pretrained(directory)
+    torch.manual_seed(0)
+    small = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**{**SHAPE, **small, **heads}, initializer_range=0.2)).save_pretrained(directory)
+    return directory

@@ -23,17 +23,17 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
-class TokenizedExamples:
-    """Token ids and labels of one part of the data set, tokenised once."""
+class TokenBatches:
+    """Batches of `token_ids`, padded to their own longest text. A subclass says what the labels are."""
 
-    def __init__(self, examples: Sequence[Example], tokenizer: Any, max_length: int):
-        encoded = tokenizer([example.text for example in examples], truncation=True, max_length=max_length)
-        self.token_ids: list[list[int]] = encoded["input_ids"]
-        self.labels = [example.label for example in examples]
-        self.pad_id: int = tokenizer.pad_token_id or 0
+    token_ids: list[list[int]]
+    pad_id: int
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.token_ids)
+
+    def label_rows(self, indices: Sequence[int], width: int) -> torch.Tensor:
+        raise NotImplementedError
 
     def batch(self, indices: Sequence[int]) -> Batch:
         width = max(len(self.token_ids[i]) for i in indices)
@@ -43,7 +43,7 @@ class TokenizedExamples:
             length = len(self.token_ids[i])
             input_ids[row, :length] = torch.tensor(self.token_ids[i])
             mask[row, :length] = 1
-        return Batch(input_ids, mask, torch.tensor([self.labels[i] for i in indices]))
+        return Batch(input_ids, mask, self.label_rows(indices, width))
 
     def in_order(self, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
         """Every example once, shortest first (the least padding), with its indices."""
@@ -53,12 +53,20 @@ class TokenizedExamples:
             yield indices, self.batch(indices)
 
 
-def sketch_batches(examples: TokenizedExamples, batch_size: int, count: int, seed: int) -> list[Batch]:
-    """Batches of the training set for a gradient sketch, drawn apart from those that a run of this seed begins with."""
-    return [examples.batch(indices) for indices in training_order(examples, batch_size, count, seed + SKETCH_SEED)]
+class TokenizedExamples(TokenBatches):
+    """Token ids and one label of each text, tokenised once."""
+
+    def __init__(self, examples: Sequence[Example], tokenizer: Any, max_length: int):
+        encoded = tokenizer([example.text for example in examples], truncation=True, max_length=max_length)
+        self.token_ids = encoded["input_ids"]
+        self.labels = [example.label for example in examples]
+        self.pad_id = tokenizer.pad_token_id or 0
+
+    def label_rows(self, indices: Sequence[int], width: int) -> torch.Tensor:
+        return torch.tensor([self.labels[i] for i in indices])
 
 
-def training_order(examples: TokenizedExamples, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+def training_order(examples: TokenBatches, batch_size: int, steps: int, seed: int) -> list[list[int]]:
     """The indices of each step's batch: shuffled epochs, with texts of like length together.
 
     Within a pool of a few batches the examples are sorted by length before they are dealt out, which halves the

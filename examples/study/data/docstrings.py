@@ -63,7 +63,7 @@ def load(root: Path | None = None, *, max_classes: int = 25, max_per_class: int 
     labels = tuple(sorted(largest))
     parts: dict[str, list[Example]] = {"train": [], "validation": [], "test": []}
     for label, module in enumerate(labels):
-        for text in sorted(by_module[module], key=_text_hash)[:max_per_class]:
+        for text in sorted(by_module[module], key=text_hash)[:max_per_class]:
             parts[part_of(text)].append(Example(text, label))
     if len(labels) < 2 or not all(parts.values()):
         found = sum(map(len, by_module.values()))
@@ -111,14 +111,14 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _text_hash(text: str) -> bytes:
+def text_hash(text: str) -> bytes:
     return hashlib.sha256(normalised(text).encode("utf-8", "surrogatepass")).digest()
 
 
 def part_of(text: str) -> str:
     """The part of the split that a text belongs to."""
     # The last bytes, because the first ones decide which texts of a large class are kept: two independent choices.
-    position = int.from_bytes(_text_hash(text)[-8:], "big") / 2**64
+    position = int.from_bytes(text_hash(text)[-8:], "big") / 2**64
     if position < TEST_SHARE:
         return "test"
     return "validation" if position < TEST_SHARE + VALIDATION_SHARE else "train"

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from study.curves import share_of_peak
 from study.files import replacing
 from study.progress import Progress
-from study.schedule import share_of_peak
 
 Weights = dict[str, torch.Tensor]
 

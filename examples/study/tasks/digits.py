@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from study.comparison import Comparison
 from study.data.docstrings import part_of
 from study.data.pretraining import fit, pretrained, weights_hash
+from study.settings import Settings
 from study.tasks.task import PARTS, Task, shuffled_epochs
 
 PRETRAINING = {"steps": 600, "batch_size": 32, "lr": 1e-3, "seed": 0}
@@ -29,7 +29,7 @@ Images = tuple[torch.Tensor, torch.Tensor]
 class DigitsTask(Task):
     """Adapters on all three layers; nothing starts at random."""
 
-    def __init__(self, settings: Comparison, device: torch.device):
+    def __init__(self, settings: Settings, device: torch.device):
         super().__init__(settings, device)
         self.original = {part: (x.to(device), y.to(device)) for part, (x, y) in digits().items()}
         self.shifted = {part: (rotated_and_inverted(x), y) for part, (x, y) in self.original.items()}
@@ -75,7 +75,7 @@ class DigitsTask(Task):
         yield model(x), y
 
 
-def load(settings: Comparison, device: torch.device) -> Task:
+def load(settings: Settings, device: torch.device) -> Task:
     return DigitsTask(settings, device)
 
 
@@ -106,7 +106,7 @@ def mlp() -> nn.Sequential:
     )
 
 
-def pretrain(settings: Comparison, images: Images, device: torch.device) -> dict[str, torch.Tensor]:
+def pretrain(settings: Settings, images: Images, device: torch.device) -> dict[str, torch.Tensor]:
     """The pretrained weights, from the file under --out or by pretraining."""
     options: dict[str, Any] = PRETRAINING
     x, y = images

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from study.comparison import Comparison
 from study.data import docstrings, encoder
 from study.data.batches import Batch, TokenizedExamples, training_order
 from study.data.encoder import SentenceClassifier
-from study.tasks.task import PARTS, Task
+from study.settings import Settings
+from study.tasks.task import PARTS, Task, dtype_name, dtype_of
 
 EVAL_BATCH_SIZE = 64
 QUICK_SHARE = 8  # one of so many texts is validated and tested on in a quick run
@@ -22,11 +23,11 @@ QUICK_SHARE = 8  # one of so many texts is validated and tested on in a quick ru
 class DocstringsTask(Task):
     """Adapters on the encoder's linear layers, beside a head that starts at random."""
 
-    def __init__(self, settings: Comparison, device: torch.device):
+    def __init__(self, settings: Settings, device: torch.device):
         super().__init__(settings, device)
-        assert settings.model is not None and settings.max_length is not None and settings.dtype is not None
+        assert settings.model is not None and settings.max_length is not None
         self.source = encoder.find_model(settings.model)
-        self.dtype: torch.dtype = getattr(torch, settings.dtype)
+        self.dtype = dtype_of(settings, device)
         tokenizer = encoder.load_tokenizer(self.source)
         dataset = docstrings.load()
         self.labels = dataset.labels
@@ -46,9 +47,10 @@ class DocstringsTask(Task):
         name = "MiniLM-L6" if self.settings.model == encoder.DEFAULT_MODEL else self.settings.model
         counts = {part: len(examples) for part, examples in self.parts.items()}
         return (
-            f"{name} ({self.settings.dtype}) and a new head learn which of {len(self.labels)} modules a docstring came "
-            f"from: {counts['train']} to train on, {counts['validation']} to validate, {counts['test']} to test, cut "
-            f"at {self.settings.max_length} tokens. The head is trained by AdamW at {self.settings.head_lr:g} in all."
+            f"{name} ({dtype_name(self.dtype)}) and a new head learn which of {len(self.labels)} modules a docstring "
+            f"came from: {counts['train']} to train on, {counts['validation']} to validate, {counts['test']} to test, "
+            f"cut at {self.settings.max_length} tokens. The head is trained by AdamW at {self.settings.head_lr:g} in "
+            "all."
         )
 
     def fresh_model(self, seed: int) -> nn.Module:
@@ -61,6 +63,16 @@ class DocstringsTask(Task):
 
     def head(self, model: Any) -> list[nn.Parameter]:
         return list(model.head.parameters())
+
+    def with_adapted(self, model: Any, adapted: nn.Module) -> nn.Module:
+        model.encoder = adapted
+        return model
+
+    def save_rest(self, model: Any, directory: Path) -> None:
+        encoder.save_head(model, self.labels, directory)
+
+    def load_rest(self, model: Any, directory: Path) -> None:
+        encoder.load_head(model, directory)
 
     def order(self, seed: int, steps: int) -> Sequence[Sequence[int]]:
         return training_order(self.parts["train"], self.settings.batch_size, steps, seed)
@@ -77,5 +89,5 @@ class DocstringsTask(Task):
             yield model(moved.input_ids, moved.attention_mask), moved.labels
 
 
-def load(settings: Comparison, device: torch.device) -> Task:
+def load(settings: Settings, device: torch.device) -> Task:
     return DocstringsTask(settings, device)

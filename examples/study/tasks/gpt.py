@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from study.comparison import Comparison
 from study.data import byte_gpt, topics
 from study.data.byte_gpt import ByteGPT, Shape
 from study.data.pretraining import fit, pretrained, weights_hash
+from study.settings import Settings
 from study.tasks.task import PARTS, Metric, Task, shuffled_epochs
 
 PRETRAINING = {"steps": 1200, "batch_size": 16, "lr": 3e-3, "seed": 0}
@@ -27,7 +27,7 @@ class GptTask(Task):
     metric = Metric("test nats/byte", lambda scores: scores.loss, "{:.3f}")
     targets: Mapping[str, Any] = {"exclude_modules": ["head"]}
 
-    def __init__(self, settings: Comparison, device: torch.device):
+    def __init__(self, settings: Settings, device: torch.device):
         super().__init__(settings, device)
         self.shape = Shape()
         texts = topics.load()
@@ -71,7 +71,7 @@ class GptTask(Task):
             yield byte_gpt.next_byte(model, batch)
 
 
-def load(settings: Comparison, device: torch.device) -> Task:
+def load(settings: Settings, device: torch.device) -> Task:
     return GptTask(settings, device)
 
 
@@ -82,7 +82,7 @@ def windows(text: bytes, length: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long().unfold(0, length, length - 1).contiguous()
 
 
-def pretrain(settings: Comparison, shape: Shape, device: torch.device) -> dict[str, torch.Tensor]:
+def pretrain(settings: Settings, shape: Shape, device: torch.device) -> dict[str, torch.Tensor]:
     """The pretrained weights, from the file under --out or by pretraining."""
     options: dict[str, Any] = QUICK_PRETRAINING if settings.quick else PRETRAINING
     corpus = topics.sources()

@@ -1,4 +1,4 @@
-"""What a comparison needs to know of a task: data, a pretrained model, a loss. Each task_*.py has one."""
+"""What learners and reports need to know of a task: data, a pretrained model, a loss. Each module here has one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import importlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from study.adapting import set_training
-from study.comparison import Comparison
 from study.data.batches import SKETCH_SEED
+from study.learner import set_training
+from study.settings import Settings
 
 PARTS = ("train", "validation", "test")
 
@@ -47,8 +48,9 @@ class Task(ABC):
     targets: Mapping[str, Any] = {}
     facts: dict[str, Any]
 
-    def __init__(self, settings: Comparison, device: torch.device):
-        self.settings, self.device = settings, device
+    def __init__(self, settings: Settings, device: torch.device):
+        self.settings: Any = settings
+        self.device = device
 
     @property
     @abstractmethod
@@ -67,6 +69,10 @@ class Task(ABC):
         """What starts at random, and is trained by the same optimiser at the same rate in every contestant."""
         return []
 
+    def embeddings(self, adapted: Any) -> nn.Module:
+        """The layer whose output is the first that depends on weights."""
+        return adapted.get_input_embeddings()
+
     @abstractmethod
     def order(self, seed: int, steps: int) -> Sequence[Sequence[int]]:
         """The indices of each step's training examples, the same for every contestant."""
@@ -79,6 +85,10 @@ class Task(ABC):
     def loss(self, model: Any, batch: Any) -> torch.Tensor:
         """The mean loss of a batch."""
 
+    def tokens(self, batch: Any) -> int | None:
+        """How many tokens a batch has, where it has tokens."""
+        return None
+
     def scores(self, model: nn.Module, part: str) -> Scores:
         """Mean loss and accuracy over all of a part, without the adapters' dropout."""
         set_training(model, False)
@@ -89,6 +99,32 @@ class Task(ABC):
                 losses.append(nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu())
                 right.append((logits.argmax(-1) == labels).double().cpu())
         return Scores(torch.cat(losses).mean().item(), torch.cat(right).mean().item())
+
+    def samples(self, model: Any) -> list[str]:
+        """What the model writes for the first few held-out examples; none where it does not write."""
+        return []
+
+    def questions(self) -> list[tuple[str, str]]:
+        """(what is asked, the right answer) of `samples`."""
+        return []
+
+    def outputs(self, model: nn.Module) -> torch.Tensor:
+        """Logits (n, classes) of a part of the test data, on the CPU."""
+        set_training(model, False)
+        with torch.inference_mode():
+            return next(iter(self._predictions(model, "test")))[0].float().cpu()
+
+    def with_adapted(self, model: Any, adapted: nn.Module) -> nn.Module:
+        """`model` with another module in the place of `adapted(model)`."""
+        return adapted
+
+    def save_rest(self, model: Any, directory: Path) -> None:
+        """Writes what was trained beside the adapters, next to the adapter's files."""
+        return
+
+    def load_rest(self, model: Any, directory: Path) -> None:
+        """Reads what `save_rest` wrote."""
+        return
 
     @abstractmethod
     def _predictions(self, model: Any, part: str) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
@@ -105,7 +141,18 @@ class Task(ABC):
             (self.loss(model, batch) / len(batches)).backward()
 
 
-def load_task(settings: Comparison, device: torch.device) -> Task:
+def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
+    """The dtype of a task's pretrained weights."""
+    if settings.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, settings.dtype or "float32")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def load_task(settings: Settings, device: torch.device) -> Task:
     """The task that the settings name, its data read and its model pretrained."""
     module = importlib.import_module(f"study.tasks.{settings.task}")
     return module.load(settings, device)
