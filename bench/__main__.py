@@ -5,22 +5,19 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
-CASES = {  # name: (module, what it measures)
-    "lora_linear": (
-        "layers.lora_linear",
-        "one LoRA linear layer: eager PyTorch, PEFT, addmm, every backend",
-    ),
-    "lora_group": ("layers.lora_group", "layers that share x, one by one and as a group"),
-    "lora_mlp": ("layers.lora_mlp", "a gated MLP: one by one, grouped, and with what surrounds it"),
-    "multi_adapter": ("layers.multi_adapter", "a batch whose rows belong to several adapters"),
-    "dora": ("layers.dora", "DoRA: PEFT's way and ours"),
+CASES = {  # name: (module, what it measures, its first arguments)
+    "lora_linear": ("layers.lora_linear", "one LoRA linear layer: eager PyTorch, PEFT, addmm, every backend"),
+    "suite": ("models.suite", "groups, MLPs, mixed batches, transformer blocks and a training step"),
+    "group": ("models.suite", "layers that share x, one by one and as a group", "--forms", "group"),
+    "mlp": ("models.suite", "a gated MLP, one by one and as one op", "--forms", "mlp"),
+    "mixed": ("models.suite", "a batch whose sequences use different adapters", "--forms", "mixed"),
+    "dora": ("models.suite", "DoRA: eager PyTorch's, PEFT's and ours", "--forms", "dora"),
     "qlora": ("layers.qlora", "layers over a 4-bit weight"),
     "head": ("layers.head", "the output head: LoRA inside its cross-entropy, without the logits"),
     "overhead": ("layers.overhead", "what a call costs on the host before any kernel runs"),
     "host": ("layers.host", "the host's time per call, launches included, against a driver that runs nothing"),
     "correctness": ("layers.correctness", "errors of every way against fp64, next to eager PyTorch's"),
-    "suite": ("models.suite", "groups, MLPs, mixed batches, transformer blocks and a training step"),
-    "switching": ("models.switching", "switching, disabling and merging a model's adapters"),
+    "switching": ("models.switching", "switching, mixing and merging a model's adapters"),
     "adalora": ("models.adalora", "AdaLoRA's bookkeeping of one step"),
     "galore": ("galore.cost", "GaLore's refreshes and steps, its bases, training with it"),
     "lora_ga": ("starts.lora_ga", "LoRA-GA from sketches: errors, seconds, bytes"),
@@ -36,13 +33,14 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, CASES))
         print(f"{__doc__}\n")
-        print("\n".join(f"  {name:{width}}  {line}" for name, (_, line) in CASES.items()))
+        print("\n".join(f"  {name:{width}}  {line}" for name, (_, line, *_) in CASES.items()))
         return 0
     name, *rest = arguments
     if name not in CASES:
         print(f"python -m bench: got {name!r}, want one of {', '.join(CASES)}", file=sys.stderr)
         return 2
-    return import_module(f"bench.{CASES[name][0]}").main(rest) or 0
+    module, _, *first = CASES[name]
+    return import_module(f"bench.{module}").main([*first, *rest]) or 0
 
 
 if __name__ == "__main__":

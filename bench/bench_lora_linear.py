@@ -12,7 +12,8 @@ import torch
 
 from .harness.contenders import Tensors, Unavailable, build
 from .harness.counting import Problem
-from .layers.lora_linear import DTYPES, SHAPES, contender_names
+from .harness.runner import DTYPES
+from .layers.lora_linear import SHAPES, contender_names
 
 pytest.importorskip("pytest_benchmark")
 

@@ -13,9 +13,9 @@ import torch
 from .harness import turns
 from .harness.contenders import Unavailable
 from .harness.counting import Problem
+from .harness.runner import DTYPES
 from .harness.turns import Case
 from .layers import forms, mixed
-from .layers.lora_linear import DTYPES
 from .models import blocks
 
 pytest.importorskip("pytest_benchmark")
@@ -39,7 +39,7 @@ def case_of(form: str, kind: str) -> Case:
     if form == "mlp":
         return forms.mlp_case(*forms.MLPS[SIZE], like, DEVICE)
     if form == "mixed":
-        return mixed.mixed_case(mixed.BATCHES[SIZE], like, DEVICE)
+        return mixed.mixed_case(mixed.BATCHES[SIZE][0], like, DEVICE)
     if form == "block":
         return blocks.block_case("llama-3-8b" if GPU else "tiny", settings, DEVICE, 1)
     return blocks.training_case("llama-400m" if GPU else "llama-tiny", settings, DEVICE, 1)

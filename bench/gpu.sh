@@ -122,9 +122,8 @@ rehearse() {
         --contenders frozen,eager,peft,addmm,torch,cublas,triton,triton_s_inside --out "$OUT/lora_linear.json"
     step compiled 40 "${BENCH[@]}" bench lora_linear --device cpu --shapes tiny --dtype fp32 --dropout 0 --rounds 2 \
         --contenders frozen,eager,compile,auto --out "$OUT/lora_linear_compiled.json"
-    step suite 50 "${BENCH[@]}" bench suite --device cpu --size tiny --time-limit %LEFT% --out "$OUT/suite.json"
-    step adapters 30 "${BENCH[@]}" bench multi_adapter --device cpu --sizes tiny --rounds 2 --out "$OUT/multi_adapter.json"
-    step dora 15 "${BENCH[@]}" bench dora --device cpu --shapes tiny --rounds 2 --out "$OUT/dora.json"
+    step suite 80 "${BENCH[@]}" bench suite --device cpu --size tiny --time-limit %LEFT% --out "$OUT/suite.json"
+    step dora 15 "${BENCH[@]}" bench dora --device cpu --size tiny --rounds 2 --out "$OUT/dora.json"
     step adalora 15 "${BENCH[@]}" bench adalora --device cpu --layers 4 --width 16 --rounds 2 --out "$OUT/adalora.json"
     step questions 45 "${interpreted[@]}" bench questions --device cpu --rounds 2 --out "$OUT/questions.json"
     step lora_ga 20 "${BENCH[@]}" bench lora_ga --shapes tiny --r 4 --tokens 40 --layers 1 --whole --out "$OUT/lora_ga.json"
@@ -146,7 +145,7 @@ measure() {
     step table 55 "${BENCH[@]}" bench lora_linear --device cuda --dtype bf16 --dtype mixed --time-limit %LEFT% \
         --contenders frozen,eager,peft,addmm,auto,cublas,triton,triton_s_inside --out "$OUT/lora_linear.json"
     step questions 35 "${BENCH[@]}" bench questions --out "$OUT/questions.json"
-    step suite 75 "${BENCH[@]}" bench suite --device cuda --time-limit %LEFT% --out "$OUT/suite.json" \
+    step suite 87 "${BENCH[@]}" bench suite --device cuda --time-limit %LEFT% --out "$OUT/suite.json" \
         --contenders "frozen,eager,peft,addmm,one by one,group,mlp,mixed batch,fastlora,fastlora grouped,fastlora fused"
     step lora_ga 40 "${BENCH[@]}" bench lora_ga --shapes llama-2-7b --device cuda --whole --layers 2 --out "$OUT/lora_ga.json"
     # torch.compile takes seconds for each shape, so one shape is enough.
@@ -154,7 +153,6 @@ measure() {
         --contenders frozen,eager,compile,auto --out "$OUT/lora_linear_compiled.json"
     step peers 35 "${BENCH[@]}" bench lora_linear --device cuda --shapes peers --rounds 15 --time-limit %LEFT% \
         --contenders frozen,eager,peft,addmm,auto,cublas,triton --out "$OUT/lora_linear_peers.json"
-    step adapters 12 "${BENCH[@]}" bench multi_adapter --rounds 10 --out "$OUT/multi_adapter.json"
     step dora 18 "${BENCH[@]}" bench dora --dtype bf16 --dtype mixed --rounds 10 --out "$OUT/dora.json"
     step adalora 15 "${BENCH[@]}" bench adalora --width 4096 --rounds 10 --out "$OUT/adalora.json"
 }

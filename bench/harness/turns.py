@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .contenders import Contender, Unavailable
-from .counting import Roof
+from .counting import Problem, Roof
 from .memory import allocations_of, saved_bytes
 from .timing import Summary, Timer
 
@@ -54,6 +54,8 @@ class Case:
     builders: Mapping[str, Callable[[], Contender]]
     random: bool = False  # with dropout the values of two contenders are not comparable
     most_error: float = MOST_ERROR
+    floors: tuple[str, ...] = ("frozen",)  # contenders that compute something else: not compared
+    problem: Problem | None = None  # where it is one LoRA layer, of which the time can be predicted
 
 
 def measure(case: Case, names: list[str], device: torch.device, timer: Timer, rounds: int, roof: Roof) -> dict:
@@ -72,7 +74,7 @@ def measure(case: Case, names: list[str], device: torch.device, timer: Timer, ro
             memory[name] = {"peak_bytes": peak}
             if name != "compile":  # a compiled graph would be compiled once more under the hooks
                 memory[name]["saved_bytes"] = saved_bytes(contender, case.inputs[0][0])
-            if name != "frozen" and not case.random:
+            if name not in case.floors and not case.random:
                 want = want or step_values(case.builders[REFERENCE](), *case.inputs[0])[1]
                 check_close(values, want, case.most_error)
             timed = passes(contender, case.inputs, device)

@@ -19,9 +19,9 @@ from torch import Tensor
 from ..harness import machine
 from ..harness.contenders import Contender, Tensors, Unavailable, build
 from ..harness.counting import Problem
+from ..harness.runner import DTYPES
 from ..harness.turns import step_values, write_json
 from . import forms
-from .lora_linear import DTYPES
 
 NAMES = ("torch", "cublas", "triton", "triton_s_inside", "peft")
 SHAPES = {

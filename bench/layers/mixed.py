@@ -34,10 +34,10 @@ class Batch:
         return [-1 if i % 8 == 7 else i % self.adapters for i in range(self.sequences)]
 
 
-BATCHES = {
-    "cuda": Batch(32, 256, 4096, 4096, 7),
-    "cpu": Batch(16, 64, 1024, 1024, 4),
-    "tiny": Batch(8, 4, 48, 32, 3),
+BATCHES = {  # training, and serving a token of each sequence
+    "cuda": [Batch(32, 256, 4096, 4096, 7), Batch(64, 1, 4096, 4096, 16)],
+    "cpu": [Batch(16, 64, 1024, 1024, 4), Batch(32, 1, 1024, 1024, 8)],
+    "tiny": [Batch(8, 4, 48, 32, 3)],
 }
 
 

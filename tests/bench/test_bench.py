@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # bench/ is not installed
 
-from bench.harness import counting, machine, timing  # noqa: E402
+from bench.harness import counting, machine, runner, timing  # noqa: E402
 from bench.harness.contenders import CONTENDERS, Tensors, Unavailable, build  # noqa: E402
 from bench.harness.counting import H200, KERNELS, PASSES, Problem, Roof, Step  # noqa: E402
 from bench.layers import lora_linear  # noqa: E402
@@ -129,11 +129,11 @@ def test_the_cpu_timer_takes_turns():
     assert calls == ["a", "a", "b", "b"] + ["a", "b", "b", "a"] * 2
 
 
-@pytest.mark.parametrize("kind", lora_linear.DTYPES)
+@pytest.mark.parametrize("kind", runner.DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
 def test_contenders_compute_the_same(kind, bias):
     """Output and all gradients: a benchmark of different functions compares nothing."""
-    problem = Problem(24, 20, 28, 4, *lora_linear.DTYPES[kind], bias=bias)
+    problem = Problem(24, 20, 28, 4, *runner.DTYPES[kind], bias=bias)
     tensors = Tensors.random(problem, CPU)
     ((x, dy),) = tensors.inputs(1, CPU)
     results = {}
@@ -160,7 +160,8 @@ def test_a_wrong_contender_is_not_measured(monkeypatch):
         return contender
 
     monkeypatch.setitem(CONTENDERS, "addmm", wrong)
-    case = lora_linear.measure_case(Problem(8, 8, 8, 2), ["frozen", "addmm"], CPU, timing.CpuTimer(), 2, H200)
+    case = lora_linear.linear_case(Problem(8, 8, 8, 2), CPU)
+    case = runner.measure(case, ["frozen", "addmm"], CPU, timing.CpuTimer(), 2, H200)
     assert list(case["results"]) == ["frozen"]
     assert "differs from eager" in case["unavailable"]["addmm"]
 
@@ -273,6 +274,8 @@ def test_the_command_lists_and_refuses(capsys):
     assert command["main"]([]) == 0
     listed = capsys.readouterr().out
     assert all(f"  {name} " in listed for name in command["CASES"])
-    assert all((ROOT / "bench" / f"{module.replace('.', '/')}.py").is_file() for module, _ in command["CASES"].values())
+    assert all(
+        (ROOT / "bench" / f"{module.replace('.', '/')}.py").is_file() for module, *_ in command["CASES"].values()
+    )
     assert command["main"](["lora_liner"]) == 2
     assert "got 'lora_liner', want one of lora_linear, " in capsys.readouterr().err

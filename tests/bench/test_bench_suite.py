@@ -136,6 +136,18 @@ def test_a_block_saves_fewer_bytes():
     assert peaks["fastlora"] < min(peaks["eager"], peaks["peft"])
 
 
+def test_doras_agree_and_ours_keeps_less(tmp_path, capsys):
+    pytest.importorskip("peft")
+    out = tmp_path / "dora.json"
+    arguments = ["--forms", "dora", "--device", "cpu", "--size", "tiny", "--dtype", "mixed", "--out", str(out)]
+    assert suite.main([*arguments, "--dropout", "0"]) == 0
+    (case,) = json.loads(out.read_text())["cases"]
+    assert not case["unavailable"]
+    assert set(case["results"]) == {"frozen", "fastlora LoRA", "eager", "fastlora", "peft"}
+    kept = {name: entry["saved_bytes"] for name, entry in case["results"].items()}
+    assert kept["frozen"] == 0 < kept["fastlora"] < kept["peft"]
+
+
 def test_saved_storages_are_counted_once_and_parameters_not():
     weight = torch.randn(4, 4, requires_grad=True)
     x = torch.randn(8, 4, requires_grad=True)
