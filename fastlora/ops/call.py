@@ -101,10 +101,10 @@ def as_one_adapter(adapters: Sequence[Adapter]) -> Adapter | None:
     return concatenate(adapters)
 
 
-def check_one_dtype(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_one_dtype(x: Tensor, weight: Tensor, bias: Tensor | None, caller: str = "lora_linear") -> None:
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         got = f"x {x.dtype}, weight {weight.dtype}" + ("" if bias is None else f", bias {bias.dtype}")
-        raise ValueError(f"lora_linear: x, weight and bias: got {got}, want one dtype (adapters may have another)")
+        raise ValueError(f"{caller}: x, weight and bias: got {got}, want one dtype (adapters may have another)")
 
 
 def takes_fused_path(*tensors: Tensor | None) -> bool:
@@ -142,31 +142,31 @@ def concatenate(adapters: Sequence[Adapter]) -> Adapter:
     return Adapter(lora_A, torch.cat([adapter.lora_B * adapter.scaling for adapter in adapters], dim=1), 1.0)
 
 
-def check_probability(dropout_p: float) -> None:
+def check_probability(dropout_p: float, caller: str = "lora_linear") -> None:
     if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"lora_linear: dropout_p: got {dropout_p}, want a probability in [0, 1]")
+        raise ValueError(f"{caller}: dropout_p: got {dropout_p}, want a probability in [0, 1]")
 
 
-def check_call(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None) -> None:
-    """Raises ValueError for what no backend could mean; cheap enough for every call (about 2 µs)."""
+def check_call(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, caller: str = "lora_linear") -> None:
+    """Raises ValueError for what no backend could mean, in the name of the function that was called; cheap enough for
+    every call (about 2 µs)."""
     lora_A, lora_B = adapter.lora_A, adapter.lora_B
-    check_probability(adapter.dropout_p)
+    check_probability(adapter.dropout_p, caller)
     if x.dim() < 1 or weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
         raise ValueError(
-            "lora_linear: dimensions: got "
-            f"x {x.dim()}-D, weight {weight.dim()}-D, lora_A {lora_A.dim()}-D, lora_B {lora_B.dim()}-D, "
-            "want x at least 1-D and the others 2-D"
+            f"{caller}: dimensions: got x {x.dim()}-D, weight {weight.dim()}-D, lora_A {lora_A.dim()}-D, "
+            f"lora_B {lora_B.dim()}-D, want x at least 1-D and the others 2-D"
         )
     n, k = weight.shape
     r = lora_A.shape[0]
     if x.size(-1) != k or lora_A.shape[1] != k or lora_B.shape[0] != n or lora_B.shape[1] != r or r < 1:
         raise ValueError(
-            f"lora_linear: shapes: got x {tuple(x.shape)}, weight {tuple(weight.shape)}, lora_A {tuple(lora_A.shape)}, "
+            f"{caller}: shapes: got x {tuple(x.shape)}, weight {tuple(weight.shape)}, lora_A {tuple(lora_A.shape)}, "
             f"lora_B {tuple(lora_B.shape)}, want x (..., K), weight (N, K), lora_A (r, K), lora_B (N, r) with r >= 1"
         )
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != n):
         raise ValueError(
-            f"lora_linear: bias: got shape {tuple(bias.shape)}, want ({n},) to match weight {tuple(weight.shape)}"
+            f"{caller}: bias: got shape {tuple(bias.shape)}, want ({n},) to match weight {tuple(weight.shape)}"
         )
     device = x.device
     if (
@@ -176,12 +176,12 @@ def check_call(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None)
         or (bias is not None and bias.device != device)
     ):
         raise ValueError(
-            f"lora_linear: devices: got x on {device}, weight on {weight.device}, lora_A on {lora_A.device}, "
+            f"{caller}: devices: got x on {device}, weight on {weight.device}, lora_A on {lora_A.device}, "
             f"lora_B on {lora_B.device}{'' if bias is None else f', bias on {bias.device}'}, want all on one: move the "
             "model, adapters included, with model.to(device)"
         )
     if not (x.is_floating_point() and lora_A.is_floating_point() and lora_B.is_floating_point()):
         raise ValueError(
-            f"lora_linear: dtypes: got x {x.dtype}, lora_A {lora_A.dtype}, lora_B {lora_B.dtype}, "
+            f"{caller}: dtypes: got x {x.dtype}, lora_A {lora_A.dtype}, lora_B {lora_B.dtype}, "
             "want floating-point tensors"
         )

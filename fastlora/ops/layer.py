@@ -16,18 +16,18 @@ from .lora.linear import fused_linear
 
 
 def multi_dora_linear(
-    x: Tensor, weight: Tensor, adapters: Sequence[Adapter], bias: Tensor | None, backend: str
+    x: Tensor, weight: Tensor, adapters: Sequence[Adapter], bias: Tensor | None, backend: str, caller: str
 ) -> Tensor:
     """Any number of adapters, some with a magnitude, whose arguments are checked: each of those adds its own output's
     difference from the frozen layer's."""
     if len(adapters) == 1:
-        return run(x, weight, adapters[0], bias, backend)
+        return run(x, weight, adapters[0], bias, backend, caller)
     plain = [adapter for adapter in adapters if adapter.magnitude is None]
-    y = multi_lora_linear(x, weight, plain, bias, backend=backend)
+    y = run_layer(x, weight, plain, bias, backend, caller)
     frozen = F.linear(x, weight)
     for adapter in adapters:
         if adapter.magnitude is not None:
-            y = y + (run(x, weight, adapter, None, backend) - frozen)
+            y = y + (run(x, weight, adapter, None, backend, caller) - frozen)
     return y
 
 
@@ -47,21 +47,28 @@ def multi_lora_linear(
     """
     if not training:
         for adapter in adapters:
-            check_probability(adapter.dropout_p)
+            check_probability(adapter.dropout_p, "multi_lora_linear")
         adapters = [adapter._replace(dropout_p=0.0) for adapter in adapters]
+    return run_layer(x, weight, adapters, bias, backend, "multi_lora_linear")
+
+
+def run_layer(
+    x: Tensor, weight: Tensor, adapters: Sequence[Adapter], bias: Tensor | None, backend: str, caller: str
+) -> Tensor:
+    """`multi_lora_linear` with the dropout probabilities in force; `caller` is named by what it raises."""
     if len(adapters) == 1 and adapters[0].magnitude is None:
-        return fused_linear(x, weight, adapters[0], bias, backend)
+        return fused_linear(x, weight, adapters[0], bias, backend, caller)
     if not adapters:
         return F.linear(x, weight, bias)
     for adapter in adapters:
-        check_call(x, weight, adapter, bias)
+        check_call(x, weight, adapter, bias, caller)
     if any(adapter.magnitude is not None for adapter in adapters):
-        return multi_dora_linear(x, weight, adapters, bias, backend)
+        return multi_dora_linear(x, weight, adapters, bias, backend, caller)
     plain = [adapter for adapter in adapters if adapter.dropout_p == 0.0]
     dropped = [adapter for adapter in adapters if adapter.dropout_p > 0.0]
     terms = ([concatenate(plain)] if plain else []) + dropped
     if len(terms) == 1:
-        return fused_linear(x, weight, terms[0], bias, backend)
+        return fused_linear(x, weight, terms[0], bias, backend, caller)
     shared = open_group(x, [Member(weight, bias, a, b, p, backend) for a, b, _, p, *_ in terms])
     if shared is None:
         return _composed(x, weight, terms, bias)
@@ -110,20 +117,25 @@ def lora_group(
     Raises:
         ValueError: as `lora_linear`; with `shared_mask`, probabilities that differ, or an adapter with a magnitude.
     """
+    return run_group(x, layers, training, backend, shared_mask, "lora_group")
+
+
+def run_group(
+    x: Tensor, layers: Sequence[GroupLayer], training: bool, backend: str, shared_mask: bool, caller: str
+) -> tuple[Tensor, ...]:
+    """`lora_group`; `caller` is named by what it raises."""
     layers = [
         layer if training else layer._replace(adapters=[a._replace(dropout_p=0.0) for a in layer.adapters])
         for layer in layers
     ]
     for layer in layers:
         for adapter in layer.adapters:
-            check_call(x, layer.weight, adapter, layer.bias)
+            check_call(x, layer.weight, adapter, layer.bias, caller)
             if shared_mask and adapter.magnitude is not None:
-                raise ValueError("lora_group: shared_mask: got True and an adapter with a magnitude (DoRA), want False")
+                raise ValueError(f"{caller}: shared_mask: got True and an adapter with a magnitude (DoRA), want False")
     probabilities = {adapter.dropout_p for layer in layers for adapter in layer.adapters}
     if shared_mask and len(probabilities) > 1:
-        raise ValueError(
-            f"lora_group: shared_mask: got dropout probabilities {sorted(probabilities)}, want one for all"
-        )
+        raise ValueError(f"{caller}: shared_mask: got dropout probabilities {sorted(probabilities)}, want one for all")
     shared_mask = shared_mask and probabilities != {0.0}
     merged = [as_one_adapter(layer.adapters) for layer in layers]
     members = {
@@ -139,7 +151,7 @@ def lora_group(
     seats = {i: seat for seat, i in enumerate(members)}
     for i, (layer, adapter) in enumerate(zip(layers, merged, strict=True)):
         if shared is None or adapter is None:
-            outputs.append(multi_lora_linear(x, layer.weight, layer.adapters, layer.bias, backend=backend))
+            outputs.append(run_layer(x, layer.weight, layer.adapters, layer.bias, backend, caller))
         else:
             outputs.append(shared.call(seats[i], layer.weight, layer.bias, adapter.lora_B, adapter.scaling))
     return tuple(outputs)

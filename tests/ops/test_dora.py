@@ -227,7 +227,7 @@ def test_torch_func_takes_the_reference():
     [
         ({"magnitude": torch.ones(46)}, r"magnitude: got \(46,\) torch.float32 on cpu, want .* \(47,\) on cpu"),
         ({"magnitude": torch.ones(47, dtype=torch.int64)}, "want floating-point"),
-        ({"lora_A": torch.ones(5, 21)}, "lora_linear: shapes"),
+        ({"lora_A": torch.ones(5, 21)}, "dora_linear: shapes"),
         ({"dropout_p": 1.5}, "probability in"),
     ],
 )

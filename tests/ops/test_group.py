@@ -259,7 +259,7 @@ def test_wrong_arguments():
     layers, x = make_layers(ps=(0.1, 0.2, 0.1)), make_x(19, 33)
     with pytest.raises(ValueError, match=r"lora_group: shared_mask: got dropout probabilities \[0.1, 0.2\]"):
         lora_group(x, layers, shared_mask=True)
-    with pytest.raises(ValueError, match="lora_linear: shapes: got x"):
+    with pytest.raises(ValueError, match="lora_group: shapes: got x"):
         lora_group(x[:, 1:], layers)
     with pytest.raises(ValueError, match="want one dtype"):
         lora_group(x.to(BF16), layers)

@@ -1,5 +1,8 @@
 """`lora_linear` and `multi_lora_linear` on the CPU, through both paths: values, gradients, dropout, bad input."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,7 @@ from numerics import with_layout
 from problems import NAMES, PATHS, assert_right, eager, fused, make_problem, path, run
 from torch import Tensor
 
+import fastlora
 from fastlora.functional import Adapter, lora_linear, multi_lora_linear
 from fastlora.ops import reference
 
@@ -419,3 +423,38 @@ def test_tensor_subclasses_see_every_operation():
     y = lora_linear(problem.x, weight, problem.lora_A, problem.lora_B, 1.5)
     assert isinstance(y, Watching) and F.linear in seen
     torch.testing.assert_close(y.as_subclass(torch.Tensor), want)
+
+
+def _calls(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, p: float) -> dict[str, Callable[[], Any]]:
+    """Every function with a LoRA layer in it, called with one of these."""
+    f, adapter = fastlora.functional, fastlora.functional.Adapter(a, b, 2.0, p)
+    layer = f.GroupLayer(w, [adapter], bias)
+    return {
+        "lora_linear": lambda: f.lora_linear(x, w, a, b, 2.0, bias, p),
+        "multi_lora_linear": lambda: f.multi_lora_linear(x, w, [adapter], bias),
+        "dora_linear": lambda: f.dora_linear(x, w, a, b, torch.ones(6), 2.0, bias, p),
+        "lora_group": lambda: f.lora_group(x, [layer, layer]),
+        "lora_mixed_batch": lambda: f.lora_mixed_batch(x, w, [adapter], [0] * len(x), bias),
+        "lora_activated_linear": lambda: f.lora_activated_linear(x, None, layer),
+        "lora_mlp": lambda: f.lora_mlp(x, layer, layer, layer),
+    }
+
+
+@pytest.mark.parametrize("name", list(_calls(*[torch.empty(6, 6)] * 4, None, 0.0)))
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"a": (3, 5)}, "shapes: got x"),
+        ({"w": (6,)}, "dimensions: got x"),
+        ({"bias": (7,)}, "bias: got shape"),
+        ({"p": 1.5}, "dropout_p: got 1.5"),
+        ({"dtype": torch.float64}, "x, weight and bias: got x torch.float32, weight torch.float64"),
+    ],
+)
+def test_errors_name_the_function_that_was_called(name, wrong, message):
+    shapes = {"x": (6, 6), "w": (6, 6), "a": (3, 6), "b": (6, 3), **wrong}
+    x, w, a, b = (torch.ones(shapes[key]) for key in ("x", "w", "a", "b"))
+    w = w.to(wrong.get("dtype", w.dtype))
+    bias = torch.ones(wrong["bias"]) if "bias" in wrong else None
+    with pytest.raises(ValueError, match=f"^{name}: {message}"):
+        _calls(x, w, a, b, bias, wrong.get("p", 0.0))[name]()

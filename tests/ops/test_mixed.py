@@ -264,7 +264,7 @@ def test_wrong_arguments():
             lora_mixed_batch(x, weight, adapters, [wrong] * 6, bias)
     with pytest.raises(ValueError, match="want x"):
         lora_mixed_batch(x, weight, adapters, Segments(IDS, 4), bias)
-    with pytest.raises(ValueError, match="lora_linear: shapes: got x"):
+    with pytest.raises(ValueError, match="lora_mixed_batch: shapes: got x"):
         lora_mixed_batch(x[..., 1:], weight, adapters, IDS, bias)
     with pytest.raises(ValueError, match="want one dtype"):
         lora_mixed_batch(x.to(BF16), weight, adapters, IDS, bias)

@@ -248,22 +248,24 @@ def dora_linear(
 
     Source: Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, arXiv 2402.09353, equations 5 and 11.
     """
-    call.check_probability(dropout_p)
+    call.check_probability(dropout_p, "dora_linear")
     adapter = Adapter(lora_A, lora_B, scaling, dropout_p if training else 0.0, magnitude)
-    call.check_call(x, weight, adapter, bias)
+    call.check_call(x, weight, adapter, bias, "dora_linear")
     return run(x, weight, adapter, bias, backend)
 
 
-def run(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, backend: str) -> Tensor:
+def run(
+    x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, backend: str, caller: str = "dora_linear"
+) -> Tensor:
     """`dora_linear` of an adapter with a magnitude; all but the magnitude is checked."""
     lora_A, lora_B, scaling, dropout_p, magnitude, norm = adapter
     assert magnitude is not None
-    _check_magnitude(weight, magnitude)
+    _check_magnitude(weight, magnitude, caller)
     unrounded = weight
     narrow = call.autocast_enabled(x)
     if narrow:
         x, weight, bias = call.cast_for_autocast(x, weight, bias)
-    call.check_one_dtype(x, weight, bias)
+    call.check_one_dtype(x, weight, bias, caller)
     tensors = (x, weight, bias, lora_A, lora_B, magnitude)
     if weight.numel() == 0 or x.is_nested or not call.takes_fused_path(*tensors):
         return reference.dora_linear(x, weight, lora_A, lora_B, magnitude, scaling, bias, dropout_p)
@@ -296,9 +298,9 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, 
     return norm_as_constant(weight, lora_A, lora_B, scaling, backend)
 
 
-def _check_magnitude(weight: Tensor, magnitude: Tensor) -> None:
+def _check_magnitude(weight: Tensor, magnitude: Tensor, caller: str) -> None:
     if magnitude.shape != weight.shape[:1] or magnitude.device != weight.device or not magnitude.is_floating_point():
         raise ValueError(
-            f"dora_linear: magnitude: got {tuple(magnitude.shape)} {magnitude.dtype} on {magnitude.device}, want "
+            f"{caller}: magnitude: got {tuple(magnitude.shape)} {magnitude.dtype} on {magnitude.device}, want "
             f"floating-point ({weight.shape[0]},) on {weight.device}, a length for every row of weight"
         )

@@ -196,12 +196,9 @@ def _head(
     empty = h.new_empty(1, weight.shape[1])
     a = empty if lora_A is None else lora_A
     b = h.new_empty(weight.shape[0], 1) if lora_B is None else lora_B
-    try:
-        call.check_call(h, weight, call.Adapter(a, b, scaling, dropout_p), bias)
-        if not call.autocast_enabled(h):
-            call.check_one_dtype(h, weight, bias)
-    except ValueError as error:
-        raise ValueError(str(error).replace("lora_linear:", f"{where}:", 1)) from None
+    call.check_call(h, weight, call.Adapter(a, b, scaling, dropout_p), bias, where)
+    if not call.autocast_enabled(h):
+        call.check_one_dtype(h, weight, bias, where)
     return Head(weight, bias, lora_A, lora_B, scaling, dropout_p, logit_scale, softcap or 0.0, temperature)
 
 

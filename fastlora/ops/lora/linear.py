@@ -59,13 +59,15 @@ def lora_linear(
     return fused_linear(x, weight, adapter, bias, backend)
 
 
-def fused_linear(x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, backend: str) -> Tensor:
+def fused_linear(
+    x: Tensor, weight: Tensor, adapter: Adapter, bias: Tensor | None, backend: str, caller: str = "lora_linear"
+) -> Tensor:
     lora_A, lora_B, scaling, dropout_p, _, _ = adapter
-    check_call(x, weight, adapter, bias)
+    check_call(x, weight, adapter, bias, caller)
     narrow = call.autocast_enabled(x)
     if narrow:
         x, weight, bias = cast_for_autocast(x, weight, bias)
-    check_one_dtype(x, weight, bias)
+    check_one_dtype(x, weight, bias, caller)
     if weight.numel() == 0 or x.is_nested or not takes_fused_path(x, weight, bias, lora_A, lora_B):
         return reference.lora_linear(x, weight, lora_A, lora_B, scaling, bias, dropout_p)
     return autograd.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, narrow)

@@ -247,13 +247,13 @@ def run_segments(
 ) -> Tensor:
     """`lora_mixed_batch` where the batch is sorted already: one adapter for each of the segments."""
     for adapter in adapters:
-        check_call(x, weight, adapter, bias)
+        check_call(x, weight, adapter, bias, "lora_mixed_batch")
     if segments.num_positions == 0:  # no adapter, or no row
         return F.linear(x, weight, bias)
     narrow = call.autocast_enabled(x)
     if narrow:
         x, weight, bias = cast_for_autocast(x, weight, bias)
-    check_one_dtype(x, weight, bias)
+    check_one_dtype(x, weight, bias, "lora_mixed_batch")
     if any(adapter.magnitude is not None for adapter in adapters):
         raise ValueError(
             "lora_mixed_batch: adapters: got one with a magnitude (DoRA), want plain ones: run its "

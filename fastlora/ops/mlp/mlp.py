@@ -232,12 +232,12 @@ def lora_mlp(
 
     Source: Shazeer 2020, GLU Variants Improve Transformer, arXiv 2002.05202.
     """
-    _check_activation(activation)
+    _check_activation(activation, "lora_mlp")
     if up is None:
-        (gated,), upped = ops_layer.lora_group(x, [gate], training, backend), None
+        (gated,), upped = ops_layer.run_group(x, [gate], training, backend, False, "lora_mlp"), None
     else:
-        gated, upped = ops_layer.lora_group(x, [gate, up], training, backend)
-    return lora_activated_linear(gated, upped, down, activation, training, backend)
+        gated, upped = ops_layer.run_group(x, [gate, up], training, backend, False, "lora_mlp")
+    return _run_activated(gated, upped, down, activation, training, backend, "lora_mlp")
 
 
 def lora_activated_linear(
@@ -258,17 +258,29 @@ def lora_activated_linear(
     Args: gate, up: (..., K), of one dtype; layer: weight (N, K). The rest as in `lora_mlp`.
     Raises: ValueError as `lora_mlp`.
     """
-    _check_activation(activation)
+    _check_activation(activation, "lora_activated_linear")
+    return _run_activated(gate, up, layer, activation, training, backend, "lora_activated_linear")
+
+
+def _run_activated(
+    gate: Tensor,
+    up: Tensor | None,
+    layer: GroupLayer,
+    activation: str,
+    training: bool,
+    backend: str,
+    caller: str,
+) -> Tensor:
     if up is not None and (up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device):
         raise ValueError(
-            f"lora_mlp: gate and up: got {tuple(gate.shape)} {gate.dtype} on {gate.device} and {tuple(up.shape)} "
+            f"{caller}: gate and up: got {tuple(gate.shape)} {gate.dtype} on {gate.device} and {tuple(up.shape)} "
             f"{up.dtype} on {up.device}, want the same"
         )
     if not training:
         layer = layer._replace(adapters=[adapter._replace(dropout_p=0.0) for adapter in layer.adapters])
     weight, bias = layer.weight, layer.bias
     for one in layer.adapters:
-        call.check_call(gate, weight, one, bias)
+        call.check_call(gate, weight, one, bias, caller)
     adapter = call.as_one_adapter(layer.adapters)
     choice = None
     if adapter is not None and not torch.compiler.is_compiling() and _may_activate(gate, up, weight, bias, adapter):
@@ -277,7 +289,8 @@ def lora_activated_linear(
         choice = select(rows, activation, member)
     if adapter is None or choice is None or isinstance(choice, str):
         h = aten.ACTIVATIONS[activation].value(gate)
-        return ops_layer.multi_lora_linear(h if up is None else h * up, weight, layer.adapters, bias, backend=backend)
+        h = h if up is None else h * up
+        return ops_layer.run_layer(h, weight, layer.adapters, bias, backend, caller)
     return activated_linear(gate, up, weight, bias, *adapter[:4], activation, choice)
 
 
@@ -291,6 +304,6 @@ def _may_activate(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor 
     return call.takes_fused_path(gate, up, weight, bias, adapter.lora_A, adapter.lora_B)
 
 
-def _check_activation(activation: str) -> None:
+def _check_activation(activation: str, caller: str) -> None:
     if activation not in ACTIVATIONS:
-        raise ValueError(f"lora_mlp: activation: got {activation!r}, want one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(f"{caller}: activation: got {activation!r}, want one of {', '.join(ACTIVATIONS)}")
