@@ -131,7 +131,9 @@ def _gains_on_cpu(recipe: Recipe, x: Tensor) -> bool:
 def _layer(down: Any, gate: Tensor) -> tuple[call.GroupLayer, str] | None:
     """The down projection as it is now, and its backend; None where it is to be called as a module."""
     terms = down.terms(gate)
-    if isinstance(terms, str) or terms.weight.dtype != gate.dtype or call.as_one_adapter(terms.adapters) is None:
+    if isinstance(terms, str) or terms.weight.dtype != gate.dtype or terms.weight.device != gate.device:
+        return None
+    if call.as_one_adapter(terms.adapters) is None:
         return None
     down.calls.fused += 1
     return call.GroupLayer(terms.weight, terms.adapters, terms.bias), down.backend
@@ -232,14 +234,18 @@ class _Probe:
         cuda = [device] if device.type == "cuda" else []
         with _in_evaluation(module), torch.random.fork_rng(devices=cuda), torch.no_grad():
             module.training = training
+            children = [module._modules[name].__dict__ for name in self.names]  # type: ignore[union-attr]
+            kept = [attributes.get("forward") for attributes in children]  # accelerate's
             for name in self.names:
                 module._modules[name].__dict__["forward"] = functools.partial(self._stand_in, name)  # type: ignore[union-attr]
             try:
                 with torch.autocast(device.type, enabled=False):
                     y = type(module).forward(module, self.x)
             finally:
-                for name in self.names:
-                    module._modules[name].__dict__.pop("forward", None)  # type: ignore[union-attr]
+                for attributes, forward in zip(children, kept, strict=True):
+                    attributes.pop("forward")
+                    if forward is not None:
+                        attributes["forward"] = forward
         return self._read(y)
 
     def _stand_in(self, name: str, given: Any, *args: Any, **kwargs: Any) -> Tensor:

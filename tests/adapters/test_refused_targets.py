@@ -192,3 +192,34 @@ def test_some_of_pefts_layers_fall_back():
     assert len(report.patched) == 13
     assert message.startswith("fastlora.patch: 1 PEFT layers cannot run fused")
     assert "layers.0.mlp.up_proj: hooks on the base layer" in message
+
+
+@pytest.mark.parametrize("mlp", [None, True])
+def test_pefts_layers_that_accelerate_placed_run_fused(mlp):
+    """A hook on the LoRA layers and everything in them, as `dispatch_model` leaves a PeftModel."""
+    model: Any = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules="all-linear"))
+    wanted = model(**tiny_batch("llama")).loss
+    layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)]
+    for layer in layers:
+        for module in layer.modules():
+            if next(module.parameters(recurse=False), None) is not None or module is layer:
+                add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    report = fastlora.patch(model, strict=True, mlp=mlp)
+    assert len(report.patched) == 14 and len(report.mlps) == (2 if mlp else 0)
+    assert all("forward" in layer.__dict__ for layer in layers), "accelerate's hooks stay"
+    for one in (model, copy.deepcopy(model)):
+        torch.testing.assert_close(one(**tiny_batch("llama")).loss, wanted)
+        assert fastlora.fallbacks(one) == {}
+    before = [layer.calls.fused for layer in layers]
+    fastlora.unpatch(model)
+    torch.testing.assert_close(model(**tiny_batch("llama")).loss, wanted)
+    assert min(before) >= 1 and not any(hasattr(layer, "calls") for layer in layers)
+
+
+def test_pefts_layers_that_accelerate_offloads_say_so():
+    model: Any = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules="all-linear"))
+    for module in list(model.modules()):
+        if isinstance(module, peft.tuners.lora.Linear):
+            add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", offload=True))
+    report, _ = warned(model)
+    assert set(report.left_alone.values()) == {"accelerate's hook offloads its weights"}

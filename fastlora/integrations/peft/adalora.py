@@ -26,6 +26,8 @@ class FusedSVDLinear(FusedForward, ExactMerge, SVDLinear):
     """PEFT's AdaLoRA `SVDLinear` whose forward runs `functional.multi_lora_linear` wherever that computes the same
     thing. Never constructed: see `adopt.adopt`."""
 
+    PLAIN = SVDLinear
+
     @staticmethod
     def read_adapters(layer: Any, plan: Terms, x: Tensor | None, mixed: Sequence[str] | None) -> str | None:
         modules = layer._modules

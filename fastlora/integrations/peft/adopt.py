@@ -10,6 +10,7 @@ Merging is in merge.py. docs/peft.md lists what is fused, what is not, and the r
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import Any, cast
 
@@ -18,52 +19,60 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ...introspect.fused import has_own_forward, rebind_forward
 from ...layers.checks import keep_off_the_fast_path
 from ...layers.fused import CallCounts
 from .adalora import FusedSVDLinear
-from .lora import QUANTISED_LAYERS, FusedForward, FusedPeftLinear, PeftFusedLayer, class_name
-from .merge import why_not_base
+from .lora import QUANTISED_LAYERS, FusedPeftLinear, PeftFusedLayer, class_name
 
-# PEFT's classes, and what their instances become.
+# PEFT's classes, and what their instances become; those on quantised bases are imported where a model has them.
 FUSED: dict[type[nn.Module], Any] = {PeftLinear: FusedPeftLinear, SVDLinear: FusedSVDLinear}
 
 
+def _fused_class(layer: nn.Module) -> Any:
+    """What an instance becomes or is; None for a class that stays with PEFT."""
+    if isinstance(layer, PeftFusedLayer):
+        return type(layer)
+    if class_name(layer) in QUANTISED_LAYERS:
+        module, name = QUANTISED_LAYERS[class_name(layer)]
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+    return FUSED.get(type(layer))
+
+
 def unsupported(layer: nn.Module) -> str | None:
-    """None where `adopt` takes this layer, or why it is left to PEFT as it is (docs/peft.md)."""
-    if (quantised := _quantised(layer)) is not None:
-        return quantised.unsupported(layer)
-    if type(layer) not in (*FUSED, *FUSED.values()):
+    """None where `adopt` takes this layer, or why it is left to PEFT as it is (docs/peft.md, docs/qlora.md)."""
+    fused = _fused_class(layer)
+    if fused is None:
         only = "only peft.tuners.lora.layer.Linear and AdaLoRA's SVDLinear are fused"
         return f"PEFT layer class {class_name(layer)}: {only}"
-    if "forward" in layer.__dict__:
-        return "its forward was replaced on the instance"
+    if not has_own_forward(layer):
+        hooked = "accelerate's hook offloads its weights" if hasattr(layer, "_hf_hook") else None
+        return hooked or "its forward was replaced on the instance"
     base = cast(Any, layer).base_layer
     if isinstance(base, BaseTunerLayer):
         return f"nested in another PEFT layer ({type(base).__name__})"
-    return why_not_base(base)
+    return fused.why_not_base(base)
 
 
 def prediction(layer: Any) -> str | None:
-    """None where a call would be fused now, or why it would be left to PEFT's forward. Inputs may add reasons."""
-    if (quantised := _quantised(layer)) is not None:
-        return quantised.prediction(layer)
+    """None where a call (with gradients) would be fused now, or why it would be left to PEFT's forward. Inputs may add
+    reasons."""
     reason = unsupported(layer)
     if reason is not None or layer._disable_adapters or layer.merged_adapters:
         return reason
-    plan = FUSED.get(type(layer), type(layer)).plan_of(layer, None)
+    plan = _fused_class(layer).plan_of(layer, None)
     return plan if isinstance(plan, str) else None
 
 
 def adopt(layer: nn.Module, backend: str = "auto") -> Any:
     """Makes a PEFT LoRA layer its fused form, in place. Raises ValueError with `unsupported`'s reason."""
-    if (quantised := _quantised(layer)) is not None:
-        return quantised.adopt(layer, backend)
     reason = unsupported(layer)
     if reason is not None:
         raise ValueError(f"fastlora: adopt: layer: {reason}")
-    fused = cast(Any, layer)
-    if type(layer) in FUSED:
-        fused.__class__ = FUSED[type(layer)]
+    fused, cls = cast(Any, layer), _fused_class(layer)
+    if type(layer) is not cls:
+        rebind_forward(layer, cls)
+        fused.__class__ = cls
         fused.calls, fused.undos, fused.group = CallCounts(), [], None
         fused.lora_A.register_forward_pre_hook(keep_off_the_fast_path)
     fused.backend = backend
@@ -72,29 +81,15 @@ def adopt(layer: nn.Module, backend: str = "auto") -> Any:
 
 def release(layer: Any) -> None:
     """Makes it PEFT's own layer again, as if it had never been adopted: what was merged is merged again by PEFT."""
-    if (quantised := _quantised(layer)) is not None:
-        return quantised.release(layer)
-    merged = list(layer.merged_adapters)
-    layer._restore()
-    again = merged[len(layer.merged_adapters) :]
-    for name in FusedForward.STATE:
+    again = layer.take_back_merges()
+    for name in PeftFusedLayer.STATE:
         delattr(layer, name)
     hooks = layer.lora_A._forward_pre_hooks
     for key in [key for key, hook in hooks.items() if hook is keep_off_the_fast_path]:
         del hooks[key]
-    layer.__class__ = next(peft for peft, fused in FUSED.items() if type(layer) is fused)
+    rebind_forward(layer, layer.PLAIN)
+    layer.__class__ = layer.PLAIN
     if again:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT warns of merging on top of others
             layer.merge(adapter_names=again)
-
-
-def _quantised(layer: nn.Module) -> Any:
-    """quantised.py, where the layer is one of its; it is imported only then."""
-    if class_name(layer) not in QUANTISED_LAYERS and (
-        not isinstance(layer, PeftFusedLayer) or isinstance(layer, FusedForward)
-    ):
-        return None
-    from . import quantised as peft_quantised
-
-    return peft_quantised

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -37,6 +38,9 @@ AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class PeftFusedLayer(FusedPeftLayer, FusedLayer):
     """What every swapped layer has beside PEFT's own, whatever its base."""
 
+    STATE = ("backend", "calls", "undos", "group")  # set by `adopt.adopt`, taken away by `release`
+    PLAIN: type[nn.Module]  # PEFT's own class
+
     def _get_name(self) -> str:
         """PEFT's class in `repr`, where scripts look for it."""
         return next(cls.__name__ for cls in type(self).__mro__ if cls.__module__.startswith("peft."))
@@ -58,8 +62,7 @@ class PeftFusedLayer(FusedPeftLayer, FusedLayer):
 class FusedForward(PeftFusedLayer):
     """A PEFT layer whose forward runs `functional.multi_lora_linear` wherever that computes the same thing."""
 
-    # Set by `adopt.adopt`, taken away by `release`.
-    STATE = ("backend", "calls", "undos", "group")
+    why_not_base = staticmethod(why_not_base)
 
     @staticmethod
     def read_adapters(layer: Any, plan: Terms, x: Tensor | None, mixed: Sequence[str] | None) -> str | None:
@@ -207,6 +210,8 @@ class FusedPeftLinear(FusedForward, ExactMergeLinear):
     Never constructed: `adopt(layer)` turns a PEFT layer into one, `release(layer)` turns it back. Everything PEFT does
     to its layers goes on working. `calls` counts what happened; `prediction(layer)` says what would happen now.
     """
+
+    PLAIN = PeftLinear
 
     @staticmethod
     def read_adapters(layer: Any, plan: Terms, x: Tensor | None, mixed: Sequence[str] | None) -> str | None:

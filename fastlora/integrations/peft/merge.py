@@ -86,6 +86,12 @@ class ExactMerge(LoraLayer):
         tie_again(self)
         return None
 
+    def take_back_merges(self) -> list[str]:
+        """Takes back what this class merged, and says which adapters that were."""
+        merged = list(self.merged_adapters)
+        self._restore()
+        return merged[len(self.merged_adapters) :]
+
     def _restore(self) -> None:
         """Takes back what this class merged, latest first, bit for bit."""
         base = self.get_base_layer()

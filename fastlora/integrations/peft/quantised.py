@@ -11,7 +11,6 @@ The layers of bitsandbytes are in bnb.py, which is imported only where a model h
 from __future__ import annotations
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,11 +18,11 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules import module as nn_module
 
 from ...layers.checks import is_overridden
-from ...layers.fused import CallCounts, Terms
+from ...layers.fused import Terms
 from ...ops import call
 from ...ops.quant import weights
 from ...ops.quant.linear import is_wider, quantised_dora_linear, quantised_lora_linear
@@ -40,8 +39,16 @@ class FusedQuantisedLayer(PeftFusedLayer):
     """
 
     shares_input = False
-    STATE = ("backend", "calls")
-    PLAIN: type[nn.Module]  # PEFT's own class
+    why_not_base = staticmethod(weights.why_not)
+
+    @staticmethod
+    def plan_of(layer: Any, x: Tensor | None) -> Plan | str:
+        return read_plan(layer, x)
+
+    def take_back_merges(self) -> list[str]:
+        """Nothing: PEFT merged the weights, and they stay as they are."""
+        self.__dict__.pop(merge.KEPT, None)
+        return []
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = cast(Any, self)
@@ -99,48 +106,6 @@ class Plan:
     out_dtype: torch.dtype
     bias: Tensor | None
     adapters: list[call.Adapter]
-
-
-def unsupported(layer: nn.Module) -> str | None:
-    """None where `adopt` takes this layer, or why it is left to PEFT as it is (docs/qlora.md)."""
-    if "forward" in layer.__dict__:
-        return "its forward was replaced on the instance"
-    base = cast(Any, layer).base_layer
-    if isinstance(base, BaseTunerLayer):
-        return f"nested in another PEFT layer ({type(base).__name__})"
-    return weights.why_not(base)
-
-
-def prediction(layer: nn.Module) -> str | None:
-    """None where a call with gradients would be fused now, or why it would be left to PEFT's forward."""
-    reason = unsupported(layer)
-    peft_layer = cast(Any, layer)
-    if reason is not None or peft_layer._disable_adapters or peft_layer.merged_adapters:
-        return reason
-    plan = read_plan(peft_layer, None)
-    return plan if isinstance(plan, str) else None
-
-
-def adopt(layer: nn.Module, backend: str = "auto") -> Any:
-    """Makes a PEFT LoRA layer its fused form, in place. Raises ValueError with `unsupported`'s reason."""
-    reason = unsupported(layer)
-    if reason is not None:
-        raise ValueError(f"fastlora: adopt: layer: {reason}")
-    fused = cast(Any, layer)
-    if not isinstance(layer, FusedQuantisedLayer):
-        module, name = lora.QUANTISED_LAYERS[lora.class_name(layer)]
-        fused.__class__ = getattr(importlib.import_module(f"fastlora.integrations.peft.{module}"), name)
-        fused.calls = CallCounts()
-    fused.backend = backend
-    return fused
-
-
-def release(layer: FusedQuantisedLayer) -> None:
-    """Makes it PEFT's own layer again. Merged weights stay as they are: PEFT merged them."""
-    for name in FusedQuantisedLayer.STATE:
-        delattr(layer, name)
-    layer.__dict__.pop(merge.KEPT, None)
-    cast(Any, layer).__class__ = layer.PLAIN
 
 
 def read_plan(layer: Any, x: Tensor | None) -> Plan | str:
