@@ -686,3 +686,23 @@ def test_a_peft_model_gets_its_weights_back_where_the_file_does_not_fit(tmp_path
     with pytest.raises(ValueError, match="does not fit this PeftModel: keys missing"):
         fastlora.load_adapter(model, tmp_path / "plain", adapter_name="second")
     state.assert_same_tensors(model)
+
+
+def test_pissa_takes_the_plain_way_where_lanczos_would_not_pay(monkeypatch):
+    """Not one Lanczos step for a flat spectrum at 1024 and r = 32, where failed attempts took up to six times PEFT's
+    time; and no full decomposition of a large weight that a few steps decompose."""
+    decompose, whole = starts.linalg.truncated_svd, torch.linalg.svd
+    monkeypatch.setattr(starts.linalg, "truncated_svd", lambda *_, **__: pytest.fail("an attempt that cannot pay"))
+    weight = torch.randn(1024, 1024)
+    a, b = starts.from_weight(weight, 32, 2.0, "pissa")
+    _, s, vh = whole(weight, full_matrices=False)
+    assert torch.allclose(2.0 * b.norm(dim=0).square(), s[:32], rtol=1e-4)
+    assert torch.allclose((a @ vh[:32].t()).diagonal().abs(), (s[:32] / 2.0).sqrt(), rtol=1e-2)
+    monkeypatch.setattr(starts.linalg, "truncated_svd", decompose)
+    monkeypatch.setattr(
+        torch.linalg, "svd", lambda x, **options: pytest.fail("all") if min(x.shape) > 200 else whole(x, **options)
+    )
+    u, v = (torch.linalg.qr(torch.randn(2048, 12))[0] for _ in range(2))
+    values = 0.8 ** torch.arange(12)
+    a, b = starts.from_weight((u * values) @ v.t(), 4, 1.0, "pissa")
+    assert torch.allclose(b @ a, (u[:, :4] * values[:4]) @ v[:, :4].t(), atol=1e-5)
