@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlora.linalg import orthonormal
 from fastlora.linalg.operators import Rows
 from fastlora.linalg.svd import subspace_iteration
 from fastlora.optim.galore.projector import EXTRA_COLUMNS
 
-from ..starts.lora_ga import Task, docstring_task, full_gradients
+from ..starts.lora_ga import docstring_task, full_gradients
 
 WARM_UP, BATCHES, HELD_OUT = 10, 16, 8  # steps of training before; batches that bases are made of; and that test them
 RANKS = (8, 32, 128)
@@ -25,17 +26,16 @@ EVERY = 3  # of the 36 layers
 def batch_gradients(batch_size: int = 8) -> list[dict[str, Tensor]]:
     """Each batch's gradients, by layer."""
     task = docstring_task(WARM_UP + BATCHES + HELD_OUT, batch_size)
-    task.classifier.requires_grad_(True)
-    optimizer = torch.optim.AdamW(task.classifier.parameters(), lr=2e-4)
+    task.model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=2e-4)
     for batch in task.batches[:WARM_UP]:
-        logits = task.classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        nn.functional.cross_entropy(logits, batch.labels).backward()
+        task.loss(task.model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-    task.classifier.requires_grad_(False)
+    task.model.requires_grad_(False)
     found = []
     for batch in task.batches[WARM_UP:]:
-        gradients = full_gradients(Task(task.classifier, [batch]))
+        gradients = full_gradients(replace(task, batches=[batch]))
         found.append({name: gradients[name] for name in list(gradients)[::EVERY]})
     return found
 

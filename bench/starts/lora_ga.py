@@ -1,8 +1,9 @@
 """How well LoRA-GA's ways of starting are aligned with the gradient, and what they cost: `python -m bench lora_ga`.
 
-On the gradients of MiniLM-L6 for the docstring task (examples/), every linear layer of the encoder. The measure is what
-one step of SGD leaves of the gradient, ‖G − c·(B Bᵀ G + G Aᵀ A)‖²/‖G‖² with the best step size c, over what the best
-update of rank 2r leaves (Eckart and Young): 1 is perfect. With --shapes: bench/starts/shapes.py.
+On the gradients of MiniLM-L6, or with --model smollm2 of SmolLM2-135M, for their tasks (examples/): every linear layer
+but a language model's head. Seconds are the processor's, beyond the backward passes of the frozen model. The error is
+what one step of SGD leaves of the gradient, ‖G − c·(B Bᵀ G + G Aᵀ A)‖²/‖G‖² with the best step size c, over what the
+best update of rank 2r leaves (Eckart and Young): 1 is perfect. With --shapes: bench/starts/shapes.py.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ Factors = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass
 class Task:
-    """The classifier with its micro-batches; `encoder` is the part that adapters go into."""
+    """A model with its micro-batches and its loss of one; `encoder` is the part that adapters go into."""
 
-    classifier: nn.Module
+    model: nn.Module
     batches: list[Any]
+    loss: Callable[[Any, Any], Tensor]
 
     @property
     def encoder(self) -> nn.Module:
-        return self.classifier.encoder  # type: ignore[return-value]
+        return getattr(self.model, "encoder", self.model)
 
     def passes(self) -> None:
         """A forward and a backward pass of each micro-batch; each counts the same."""
         for batch in self.batches:
-            logits = self.classifier(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-            nn.functional.cross_entropy(logits, batch.labels).backward()
+            self.loss(self.model, batch).backward()
 
 
 @dataclass
@@ -58,27 +59,25 @@ class Result:
     errors: list[float] = field(default_factory=list)
 
 
-def docstring_task(micro_batches: int, batch_size: int, max_length: int = 64) -> Task:
-    """Raises FileNotFoundError where MiniLM's weights are not installed."""
+def docstring_task(micro_batches: int, batch_size: int, max_length: int = 64, model: str = "minilm") -> Task:
+    """The task in examples/ of MiniLM or a language model. Raises FileNotFoundError where its weights are missing."""
     folder = str(machine.ROOT / "examples")
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    from study.data import docstrings, encoder
-    from study.data.batches import TokenizedExamples, training_order
+    from study.settings import parse_fine_tuning
+    from study.tasks.task import load_task
 
-    source = encoder.find_model(encoder.DEFAULT_MODEL)
-    dataset = docstrings.load()
-    examples = TokenizedExamples(dataset.train, encoder.load_tokenizer(source), max_length)
-    body = encoder.load_encoder(source, torch.float32, torch.device("cpu"))
-    torch.manual_seed(0)
-    classifier = encoder.SentenceClassifier(body, body.config.hidden_size, len(dataset.labels)).eval()
-    classifier.requires_grad_(False)
-    order = training_order(examples, batch_size, micro_batches, seed=0)
-    return Task(classifier, [examples.batch(indices) for indices in order])
+    name = "docstrings" if model == "minilm" else "language"
+    sizes = ["--batch", str(batch_size), "--seq-len", str(max_length), "--dtype", "float32"]
+    task = load_task(parse_fine_tuning(["--task", name, "--model", model, *sizes]), torch.device("cpu"))
+    batches = [task.batch(indices) for indices in task.order(0, micro_batches)]
+    return Task(task.fresh_model(0).eval().requires_grad_(False), batches, task.loss)
 
 
 def linear_layers(task: Task) -> dict[str, nn.Linear]:
-    return {name: module for name, module in task.encoder.named_modules() if isinstance(module, nn.Linear)}
+    head = getattr(task.encoder, "get_output_embeddings", lambda: None)()
+    found = task.encoder.named_modules()
+    return {name: module for name, module in found if isinstance(module, nn.Linear) and module is not head}
 
 
 def full_gradients(task: Task) -> dict[str, Tensor]:
@@ -193,9 +192,9 @@ def two_halves(u: Tensor, s: Tensor, vh: Tensor, r: int) -> tuple[Tensor, Tensor
 
 @contextmanager
 def stopwatch() -> Iterator[Callable[[], float]]:
-    start, stop = time.perf_counter(), []
-    yield lambda: (stop[0] if stop else time.perf_counter()) - start
-    stop.append(time.perf_counter())
+    start, stop = time.process_time(), []
+    yield lambda: (stop[0] if stop else time.process_time()) - start
+    stop.append(time.process_time())
 
 
 def frozen_passes(task: Task) -> float:
@@ -256,6 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--widths", type=int, nargs="*", help="columns of the sketch beside the default")
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--model", default="minilm", help="minilm, smollm2, or another language model (a directory)")
+    parser.add_argument("--max-length", type=int, default=64, help="tokens of an example")
     parser.add_argument("--shapes", choices=sorted(shapes.MODELS), help="synthetic gradients of these shapes")
     parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch, with --shapes")
     parser.add_argument("--layers", type=int, default=3, help="to compare with the peers, with --shapes")
@@ -274,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     facts = machine.describe(torch.device("cpu"))
     print(", ".join(f"{key} {value}" for key, value in facts.items() if value is not None), flush=True)
-    task = docstring_task(options.micro_batches, options.batch_size)
+    task = docstring_task(options.micro_batches, options.batch_size, options.max_length, options.model)
     tokens = sum(int(batch.attention_mask.sum()) for batch in task.batches)
     print(f"{len(linear_layers(task))} layers, {len(task.batches)} micro-batches, {tokens} tokens, r = {options.r}")
     print(table(measure(task, options.r, [None, *(options.widths or [])])))
