@@ -13,9 +13,9 @@ import triton.language as tl
 
 from . import configs
 from .dropout import keep_mask, threshold_and_scale
-from .launch import launch
+from .launch import launch, parts
 from .shrink import shrink, shrink_workspace
-from .tiling import dot, is_wide, load_tile, reduce_partials, store_tile
+from .tiling import dot, is_wide, load_tile, reduce_partials, store_sum, store_tile
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -24,7 +24,9 @@ def _ds_db_kernel(
     b_ptr,  # (N, R), of dY's dtype or another
     s_ptr,  # (M, R)
     ds_ptr,  # (strips, M, R): dS where there is one strip, else fp32 partials
-    db_ptr,  # (chunks, N, R): dB where there is one chunk, else fp32 partials
+    db_ptr,  # (N, R)
+    db_partials_ptr,  # (chunks, N, R) fp32, contiguous; None where there is one chunk
+    counters_ptr,  # (strips,) int32, zeros
     M,
     N,
     R,
@@ -37,7 +39,6 @@ def _ds_db_kernel(
     stride_ds_strip,
     stride_ds_m,
     stride_ds_r,
-    stride_db_chunk,
     stride_db_n,
     stride_db_r,
     rows_per_chunk,  # a multiple of BLOCK_M
@@ -48,13 +49,12 @@ def _ds_db_kernel(
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """dS[strip] (M, R) = scaling · dY[:, strip] B[strip] and dB[chunk] (N, R) = scaling · dY[chunk]ᵀ S[chunk]."""
+    """dS[strip] (M, R) = scaling · dY[:, strip] B[strip] and dB (N, R) = scaling · dYᵀ S, summed over the chunks."""
     strip = tl.program_id(0)
     chunk = tl.program_id(1)
     column = strip * BLOCK_N
     b = load_tile(b_ptr, column, 0, N, R, stride_bn, stride_br, BLOCK_N, BLOCK_R, False)
     ds_ptr += strip.to(tl.int64) * stride_ds_strip
-    db_ptr += chunk.to(tl.int64) * stride_db_chunk
     db = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     row_start = chunk * rows_per_chunk
     for row in range(row_start, min(M, row_start + rows_per_chunk), BLOCK_M):
@@ -63,14 +63,31 @@ def _ds_db_kernel(
         ds = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), WIDE, INPUT_PRECISION)
         db = dot(tl.trans(dy), s, db, WIDE, INPUT_PRECISION)
         store_tile(ds_ptr, ds * scaling, row, 0, M, R, stride_ds_m, stride_ds_r, False)
-    store_tile(db_ptr, db * scaling, column, 0, N, R, stride_db_n, stride_db_r, False)
+    if db_partials_ptr is not None:
+        counters_ptr += strip
+    store_sum(
+        db * scaling,
+        db_ptr,
+        db_partials_ptr,
+        counters_ptr,
+        chunk,
+        tl.num_programs(1),
+        column,
+        0,
+        N,
+        R,
+        stride_db_n,
+        stride_db_r,
+    )
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _weight_grad_kernel(
     x_ptr,  # (M, K)
     g_ptr,  # (M, R)
-    out_ptr,  # (chunks, K, R): the result where there is one chunk, else fp32 partials
+    out_ptr,  # (K, R)
+    partials_ptr,  # (chunks, K, R) fp32, contiguous; None where there is one chunk
+    counters_ptr,  # (blocks of out,) int32, zeros
     seed_ptr,  # (1,) int64, read only with DROPOUT
     M,
     K,
@@ -79,7 +96,6 @@ def _weight_grad_kernel(
     stride_xk,
     stride_gm,
     stride_gr,
-    stride_o_chunk,
     stride_ok,
     stride_or,
     rows_per_chunk,  # a multiple of BLOCK_M
@@ -92,7 +108,7 @@ def _weight_grad_kernel(
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """out[chunk] (K, R) = scale · (x ∘ mask)[chunk]ᵀ G[chunk], accumulated in fp32.
+    """out (K, R) = scale · (x ∘ mask)ᵀ G, accumulated in fp32 over each chunk of the rows, then over the chunks.
 
     The long side K is the one that fills the 64 rows of a tensor-core instruction on Hopper; r as rows would waste
     most of them.
@@ -110,8 +126,11 @@ def _weight_grad_kernel(
         if DROPOUT:
             x = tl.where(keep_mask(seed, row, k, threshold, BLOCK_M, BLOCK_K), x, tl.zeros_like(x))
         acc = dot(tl.trans(x), g, acc, WIDE, INPUT_PRECISION)
-    out_ptr += chunk.to(tl.int64) * stride_o_chunk
-    store_tile(out_ptr, acc * scale, k, r, K, R, stride_ok, stride_or, False)
+    if partials_ptr is not None:
+        counters_ptr += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    store_sum(
+        acc * scale, out_ptr, partials_ptr, counters_ptr, chunk, tl.num_programs(2), k, r, K, R, stride_ok, stride_or
+    )
 
 
 def weight_grad_workspace(x: torch.Tensor, rank: int, config: configs.WeightGradConfig | None = None) -> int:
@@ -147,27 +166,21 @@ def weight_grad(
     config = config or configs.weight_grad(M, K, R, x.dtype, x.device, is_wide(g, x))
     threshold, dropout_scale = threshold_and_scale(dropout_p) if seed is not None else (0, 1.0)
     chunks = config.num_chunks
-    target, strides, transposed = out, (0, *out.stride()), out
-    if chunks > 1:
-        assert workspace is not None, "chunks of rows need a workspace"
-        assert workspace.numel() >= chunks * K * R
-        # The partials take the orientation of the result, so that the pass that adds them writes it in whole lines.
-        transposed = out.t() if out.stride(0) < out.stride(1) else out
-        target = workspace
-        strides = (K * R, 1, K) if transposed is not out else (K * R, R, 1)
+    grid = (configs.cdiv(R, config.block_r), configs.cdiv(K, config.block_k), chunks)
     launch(
         _weight_grad_kernel,
-        (configs.cdiv(R, config.block_r), configs.cdiv(K, config.block_k), chunks),
+        grid,
         x,
         g,
-        target,
+        out,
+        *parts(workspace, chunks, K * R, grid[0] * grid[1]),
         seed,
         M,
         K,
         R,
         *x.stride(),
         *g.stride(),
-        *strides,
+        *out.stride(),
         configs.cdiv(configs.cdiv(M, config.block_m), chunks) * config.block_m,
         float(scale) * dropout_scale,
         threshold,
@@ -180,8 +193,6 @@ def weight_grad(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if chunks > 1:
-        reduce_partials(target, transposed, chunks)
 
 
 def ds_and_db_workspace(
@@ -264,14 +275,11 @@ def _ds_and_db_in_one_pass(
     chunks = config.num_chunks
     ds_size, db_size = _partial_sizes(M, N, R, config)
     ds_target, ds_strides = ds, (0, *ds.stride())
-    db_target, db_strides = db, (0, *db.stride())
     if ds_size or db_size:
         assert workspace is not None, "strips and chunks need a workspace"
         assert workspace.numel() >= ds_size + db_size
         if ds_size:
-            ds_target, ds_strides = workspace[:ds_size], (M * R, R, 1)
-        if db_size:
-            db_target, db_strides = workspace[ds_size:], (N * R, R, 1)
+            ds_target, ds_strides, workspace = workspace[:ds_size], (M * R, R, 1), workspace[ds_size:]
     launch(
         _ds_db_kernel,
         (strips, chunks),
@@ -279,7 +287,8 @@ def _ds_and_db_in_one_pass(
         lora_B,
         s,
         ds_target,
-        db_target,
+        db,
+        *parts(workspace, chunks, N * R, strips),
         M,
         N,
         R,
@@ -287,7 +296,7 @@ def _ds_and_db_in_one_pass(
         *lora_B.stride(),
         *s.stride(),
         *ds_strides,
-        *db_strides,
+        *db.stride(),
         configs.cdiv(configs.cdiv(M, config.block_m), chunks) * config.block_m,
         float(scaling),
         BLOCK_M=config.block_m,
@@ -300,5 +309,3 @@ def _ds_and_db_in_one_pass(
     )
     if ds_size:
         reduce_partials(ds_target, ds, strips)
-    if db_size:
-        reduce_partials(db_target, db, chunks)

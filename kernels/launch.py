@@ -67,6 +67,37 @@ def new_workspace(like: Tensor, size: int) -> Tensor | None:
     return new(like, size, dtype=torch.float32) if size else None
 
 
+COUNTERS = 4096  # a kernel in parts has fewer blocks than the device has multiprocessors, twice that at most
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def parts(workspace: Tensor | None, count: int, size: int, blocks: int) -> tuple[Tensor | None, Tensor | None]:
+    """(partials, counters) for `tiling.store_sum`: `count` fp32 partials of `size` elements; the result is `blocks`."""
+    if count == 1:
+        return None, None
+    assert workspace is not None and workspace.numel() >= count * size, "parts need a workspace"
+    assert blocks <= COUNTERS, blocks
+    device, tape = workspace.device, getattr(_here, "tape", None)
+    if tape is not None and tape.counters is not None:
+        return workspace, tape.counters
+    counters = counters_of(device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    if tape is not None:
+        tape.counters = counters
+    return workspace, counters
+
+
+def counters_of(device: torch.device, stream: int) -> Tensor:
+    """Zeros of int32 for the kernels of one stream, which run one after another and each leave zeros behind.
+
+    While a CUDA graph is captured, zeros that the graph fills: two graphs may be replayed side by side.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    if (device, stream) not in _counters:
+        _counters[device, stream] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+    return _counters[device, stream]
+
+
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device, whatever device its arguments are on."""
     index = tensor.get_device()
@@ -160,8 +191,17 @@ class Plan:
     """What a call allocates and launches, on a list of registers: the addresses of its tensors, of what it allocates,
     and what is derived from those. (In the interpreter, the tensors themselves.)"""
 
-    def __init__(self, device: int, allocations: list, derived: list, launches: list, pick: Callable) -> None:
+    def __init__(
+        self,
+        device: int,
+        allocations: list,
+        counts_on: torch.device | None,
+        derived: list,
+        launches: list,
+        pick: Callable,
+    ) -> None:
         self.device = max(0, device)
+        self.counts_on = counts_on  # where its kernels need counters, if they do
         self.allocations = allocations  # (a tensor of its dtype or None, shape, dtype)
         self.derived = derived  # functions of the registers
         self.launches = (
@@ -178,9 +218,13 @@ class Plan:
             tensor = tensors[0].new_empty(shape, dtype=dtype) if like is None else tensors[like].new_empty(shape)
             tensors.append(tensor)
             registers.append(tensor if INTERPRETED else tensor.data_ptr())
+        stream = self.current_stream(self.device)
+        counters = None
+        if self.counts_on is not None:
+            counters = counters_of(self.counts_on, stream)
+            registers.append(counters if INTERPRETED else counters.data_ptr())
         for derive in self.derived:
             registers.append(derive(registers))
-        stream = self.current_stream(self.device)
         for send, template, slots in self.launches:
             arguments = template.copy()  # not the template itself: another thread's call may be under way
             for place, register in slots:
@@ -201,6 +245,7 @@ class Tape:
         self.inputs = list(inputs)
         self.allocated: list[Tensor] = []
         self.launches: list[tuple] = []
+        self.counters: Tensor | None = None
         self.derived: dict[Any, Callable] = {}
 
     def plan(self, result: Any) -> Plan:
@@ -218,12 +263,17 @@ class Tape:
         if size:
             allocations.append((None, (size,), torch.uint8))
         self.base = len(inputs) + len(allocations)  # the first derived register
+        counts_on = None
+        if self.counters is not None:
+            counts_on = self.counters.device
+            self.places.append((self.counters, self.base, 0))
+            self.base += 1
         launches = [self._launch(*launched) for launched in self.launches]
         order = {id(tensor): i for i, tensor in reversed([*enumerate([*inputs, *kept])])}
         if not all(one is None or id(one) in order for one in results):
             raise Unplannable("returns what it neither allocated nor was given")
         pick = itemgetter(*(-1 if one is None else order[id(one)] for one in results))
-        return Plan(inputs[0].get_device(), allocations, list(self.derived.values()), launches, pick)
+        return Plan(inputs[0].get_device(), allocations, counts_on, list(self.derived.values()), launches, pick)
 
     def _launch(self, kernel: Any, compiled: Any, grid: tuple, args: tuple, options: dict) -> tuple:
         """(function of a stream and arguments, arguments, [(place, register) of those to fill in])"""

@@ -9,15 +9,17 @@ import triton.language as tl
 
 from . import configs
 from .dropout import keep_mask, threshold_and_scale
-from .launch import launch
-from .tiling import dot, is_wide, load_tile, reduce_partials, store_tile
+from .launch import launch, parts
+from .tiling import dot, is_wide, load_tile, store_sum
 
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def _shrink_kernel(
     x_ptr,  # (M, K)
     a_ptr,  # (R, K), of x's dtype or another
-    out_ptr,  # (splits, M, R): the result where there is one split, else fp32 partials
+    out_ptr,  # (M, R)
+    partials_ptr,  # (splits, M, R) fp32, contiguous; None where there is one split
+    counters_ptr,  # (blocks of out,) int32, zeros
     seed_ptr,  # (1,) int64, read only with DROPOUT
     M,
     K,
@@ -26,7 +28,6 @@ def _shrink_kernel(
     stride_xk,
     stride_ar,
     stride_ak,
-    stride_os,
     stride_om,
     stride_or,
     k_per_split,  # a multiple of BLOCK_K
@@ -39,7 +40,7 @@ def _shrink_kernel(
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """out[split] (M, R) = scale · (x ∘ mask)[:, split's columns] A[:, split's columns]ᵀ, accumulated in fp32."""
+    """out (M, R) = scale · (x ∘ mask) Aᵀ, accumulated in fp32 over each split of the columns, then over the splits."""
     row = tl.program_id(0) * BLOCK_M
     split = tl.program_id(1)
     r = tl.program_id(2) * BLOCK_R
@@ -53,8 +54,11 @@ def _shrink_kernel(
         if DROPOUT:
             x = tl.where(keep_mask(seed, row, k, threshold, BLOCK_M, BLOCK_K), x, tl.zeros_like(x))
         acc = dot(x, tl.trans(a), acc, WIDE, INPUT_PRECISION)
-    out_ptr += split.to(tl.int64) * stride_os
-    store_tile(out_ptr, acc * scale, row, r, M, R, stride_om, stride_or, False)
+    if partials_ptr is not None:
+        counters_ptr += tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
+    store_sum(
+        acc * scale, out_ptr, partials_ptr, counters_ptr, split, tl.num_programs(1), row, r, M, R, stride_om, stride_or
+    )
 
 
 def _config(x: torch.Tensor, lora_A: torch.Tensor) -> configs.ShrinkConfig:
@@ -93,26 +97,21 @@ def shrink(
     threshold, dropout_scale = threshold_and_scale(dropout_p) if seed is not None else (0, 1.0)
     blocks = configs.cdiv(K, config.block_k)
     splits = config.num_splits
-    if splits > 1:
-        assert workspace is not None, "a split of K needs a workspace"
-        assert workspace.numel() >= splits * M * R
-        target, strides = workspace, (M * R, R, 1)
-    else:
-        target, strides = out, (0, out.stride(0), out.stride(1))
     grid = (configs.cdiv(M, config.block_m), splits, configs.cdiv(R, config.block_r))
     launch(
         _shrink_kernel,
         grid,
         x,
         lora_A,
-        target,
+        out,
+        *parts(workspace, splits, M * R, grid[0] * grid[2]),
         seed,
         M,
         K,
         R,
         *x.stride(),
         *lora_A.stride(),
-        *strides,
+        *out.stride(),
         configs.cdiv(blocks, splits) * config.block_k,
         float(scale) * dropout_scale,
         threshold,
@@ -125,5 +124,3 @@ def shrink(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if splits > 1:
-        reduce_partials(target, out, splits)

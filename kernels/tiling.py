@@ -132,6 +132,47 @@ def is_wide(low_rank: torch.Tensor, x: torch.Tensor) -> bool:
     return low_rank.dtype.itemsize > x.dtype.itemsize
 
 
+@triton.jit
+def store_sum(
+    value,  # this program's part of a block of out, fp32
+    out_ptr,  # (rows, columns)
+    partials_ptr,  # (parts, rows, columns) fp32, contiguous; None where there is one part
+    counter_ptr,  # int32: how many parts of this block have been written; zero before and after
+    part,
+    num_parts,
+    row,
+    column,
+    num_rows,
+    num_columns,
+    stride_row,
+    stride_column,
+):
+    """out's block at (row, column) = the sum of its parts, from the first to the last, by the last program to arrive.
+
+    Which program that is differs from run to run; the sum does not. The barrier puts all threads' stores before the
+    atomic, which releases them; the one that counts the last part acquires the others', and the barrier inside
+    `tl.atomic_add` hands them to all threads.
+    """
+    if partials_ptr is None:
+        store_tile(out_ptr, value, row, column, num_rows, num_columns, stride_row, stride_column, False)
+    else:
+        ROWS: tl.constexpr = value.shape[0]
+        COLUMNS: tl.constexpr = value.shape[1]
+        size = tl.cast(num_rows, tl.int64) * num_columns
+        store_tile(partials_ptr + part * size, value, row, column, num_rows, num_columns, num_columns, 1, False)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+        if arrived == num_parts - 1:
+            total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+            for _ in range(num_parts):
+                total += load_tile(
+                    partials_ptr, row, column, num_rows, num_columns, num_columns, 1, ROWS, COLUMNS, False
+                )
+                partials_ptr += size
+            store_tile(out_ptr, total, row, column, num_rows, num_columns, stride_row, stride_column, False)
+            tl.store(counter_ptr, 0)
+
+
 BLOCK = 1024
 
 

@@ -1,16 +1,18 @@
 """Every shipped configuration compiles for Ampere, Hopper and Blackwell into the code it was chosen for."""
 
 import itertools
+import re
 from dataclasses import asdict
 from unittest import mock
 
 import pytest
 import torch
 from aot import report, sweep
-from aot.pretend import MULTIPROCESSORS, SHARED_MEMORY_LIMIT, Census
+from aot.pretend import MULTIPROCESSORS, SHARED_MEMORY_LIMIT, Census, pretend
 from aot.sweep import ARCHS, BF16, FP32
 
 from fastlora.kernels import configs
+from fastlora.ops.lora import cublas
 
 
 def censuses(compiled: dict[int, list[report.Row]], arch: int) -> list[tuple[report.Row, Census]]:
@@ -45,9 +47,48 @@ def test_nothing_spills(compiled, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_no_atomics_and_no_memory_that_the_launch_would_have_to_allocate(compiled, arch):
+def test_no_atomics_but_counters_and_no_memory_that_the_launch_would_have_to_allocate(compiled, arch):
     found = [row.name for row, census in censuses(compiled, arch) if census.atomics or census.scratch]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_last_program_of_a_block_reads_what_all_have_stored(arch):
+    """The order of `tiling.store_sum`, which the interpreter cannot show, since it runs one program after another:
+    every thread's part is stored before a barrier, then one thread counts it and acquires the others', and a second
+    barrier lies between that and the first thread that reads them."""
+    problem = sweep.Problem(2048, 4096, 4096, 16, BF16, FP32, FP32, dropout=False)
+    with pretend(arch) as launches:
+        for launcher in (sweep.launch_shrink, sweep.launch_weight_grad, sweep.launch_ds_and_db):
+            launcher(problem)
+    counting = [one for one in launches if not one.name.startswith("_reduce")]
+    assert [one.name for one in counting] == ["_shrink_kernel", "_weight_grad_kernel", "_ds_db_kernel"]
+    for one in counting:
+        ptx = one.compile().asm["ptx"]
+        events = re.findall(r"\b(st\.global|ld\.global|bar(?:rier)?\.sync|atom\.[\w.]+|red\.[\w.]+)", ptx)
+        (counted,) = [i for i, event in enumerate(events) if event.startswith(("atom", "red"))]
+        assert events[counted] == "atom.global.gpu.acq_rel.add.u32", one.name
+        before, after = events[:counted], events[counted + 1 :]
+        assert before[-1].endswith(".sync") and "st.global" in before, one.name
+        assert after[0].endswith(".sync"), one.name
+        assert after.index("ld.global") < after.index("st.global"), one.name
+
+
+@pytest.mark.parametrize("adapter_dtype", [BF16, FP32])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("m", [2048, 8192])
+def test_a_layer_takes_six_launches_beside_two_of_cublas(m, dropout_p, adapter_dtype):
+    def empty(*shape: int, dtype=BF16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=sweep.META)
+
+    x, weight, dy = empty(m, 4096), empty(4096, 4096), empty(m, 4096)
+    a, b = empty(16, 4096, dtype=adapter_dtype), empty(4096, 16, dtype=adapter_dtype)
+    seed = empty(1, dtype=torch.int64) if dropout_p else None
+    with pretend(90) as launches:
+        _, s, state = cublas.forward(x, weight, None, a, b, 2.0, dropout_p, seed)
+        cublas.backward(dy, x, weight, a, b, s, state, 2.0, dropout_p, (True, True, True))
+    names = [one.name.strip("_").removesuffix("_kernel") for one in launches]
+    assert names == ["shrink", "expand", "ds_db", "reduce", "weight_grad", "expand"]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

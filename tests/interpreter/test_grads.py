@@ -5,7 +5,7 @@ import pytest
 import torch
 from numerics import assert_close_to_fp64, assert_surroundings_untouched, poisoned_empty, with_layout
 
-from fastlora.kernels import configs
+from fastlora.kernels import configs, launch
 from fastlora.kernels.dropout import reference_keep_mask, threshold_and_scale
 from fastlora.kernels.grads import ds_and_db, ds_and_db_workspace, weight_grad, weight_grad_workspace
 from fastlora.kernels.shrink import shrink
@@ -152,6 +152,16 @@ def test_same_bits_on_every_run():
     for first, second in zip(check_ds_db(100, 90, 5), check_ds_db(100, 90, 5)):
         assert torch.equal(first, second)
     assert torch.equal(check_weight_grad(100, 30, 5, p=0.1), check_weight_grad(100, 30, 5, p=0.1))
+
+
+def test_chunks_are_added_from_the_first_to_the_last_and_their_counters_are_zero_again():
+    # 2^24 + 1 + 1 in fp32 stays at 2^24 in this order, and only in this order.
+    x, g, da = torch.ones(48, 40), torch.zeros(48, 3), poisoned_empty(3, 40, dtype=FP32)
+    g[::16] = torch.tensor([2.0**24, 1.0, 1.0])[:, None]
+    config = configs.WeightGradConfig(16, 32, 16, 3, 4, 2)
+    weight_grad(x, g, da.t(), workspace_of(weight_grad_workspace(x, 3, config)), config=config)
+    assert (da == 2.0**24).all()
+    assert not launch.counters_of(x.device, 0).any()
 
 
 def test_partials_are_added_from_the_first_to_the_last():

@@ -128,6 +128,7 @@ class Census:
     opcodes: dict[str, int] = field(repr=False)  # instructions by opcode without its modifiers
     wgmma_waits: tuple[int, ...] = ()  # the N of every `wgmma.wait_group N` of the PTX
     ptx_atomics: int = 0
+    counters: int = 0  # integer additions that order what programs store (`tiling.store_sum`)
 
     def count(self, *opcodes: str) -> int:
         return sum(self.opcodes.get(opcode, 0) for opcode in opcodes)
@@ -138,12 +139,12 @@ class Census:
 
     @property
     def atomics(self) -> int:
-        """Instructions that read and change memory in one go.
+        """Instructions that read and change memory in one go, but for counters.
 
         Not among them: REDUX (within a warp), SYNCS (mbarriers), and ATOMS, which is what allocating tensor memory
         becomes on sm_100; an atomic on shared memory that a kernel asks for shows in the PTX.
         """
-        return self.ptx_atomics + self.count("ATOM", "ATOMG", "RED", "REDG")
+        return self.ptx_atomics + self.count("ATOM", "ATOMG", "RED", "REDG") - 2 * self.counters
 
     @property
     def matrix_instructions(self) -> int:
@@ -152,6 +153,7 @@ class Census:
 
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 _WAIT = re.compile(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)")
+_COUNTER = re.compile(r"^\s*@%\w+ atom\.global\.gpu\.acq_rel\.add\.[us]32\b", re.MULTILINE)
 _PTX_ATOMIC = re.compile(r"^\s*(?:@!?%\w+\s+)?(?:atom|red)\.", re.MULTILINE)
 
 
@@ -179,6 +181,7 @@ def take_census(launch: Launch) -> Census:
         opcodes=dict(opcodes),
         wgmma_waits=tuple(sorted({int(n) for n in _WAIT.findall(ptx)})),
         ptx_atomics=len(_PTX_ATOMIC.findall(ptx)),
+        counters=len(_COUNTER.findall(ptx)),
     )
 
 
