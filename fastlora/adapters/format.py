@@ -135,6 +135,10 @@ class AdapterFile(NamedTuple):
         kept = _kept(self.config.get("rank_pattern") or {}, f"{name}.lora_E" if name else "lora_E")
         return Allocation(_schedule(self.config), None if kept is None else tuple(kept))
 
+    def cut_to_nothing(self, r: int) -> Allocation:
+        """Of a layer whose r ranks are all gone, and with them its tensors."""
+        return Allocation(_schedule(self.config), (False,) * r)
+
     def tensors(self, name: str, r: int) -> dict[str, Tensor]:
         """A module's tensors for an adapter of rank r: the file's own, or, for the rank that AdaLoRA began with, with
         zeros for the triplets that were cut."""

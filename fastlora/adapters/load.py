@@ -92,6 +92,10 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             for factor, values in file.tensors(name, r).items():
                 parameter = getattr(layer, factor)[adapter_name]
                 parameter.copy_(sharding.spread(values, parameter))
+        for name in _cut_to_nothing(layers, file, adapter_name):
+            layer = cast(FusedLoraLinear, layers[name])
+            layer.lora_E[adapter_name].zero_()
+            layer.allocation[adapter_name] = file.cut_to_nothing(layer.r[adapter_name])
 
 
 def _has_adapter(module: nn.Module, adapter_name: str) -> bool:
@@ -134,7 +138,7 @@ def _check_against_model(model: nn.Module, layers: dict[str, nn.Module], file: A
         raise ValueError(
             f"load_adapter: the adapter has no weights for {some(selected - given)}, which it targets in this model"
         )
-    if existing - given:
+    if existing - given - set(_cut_to_nothing(layers, file, adapter_name)):
         raise ValueError(
             f"load_adapter: adapter_name: {adapter_name!r} exists already, also in {some(existing - given)}, for which "
             "there are no weights; want another name"
@@ -158,6 +162,17 @@ def _check_against_model(model: nn.Module, layers: dict[str, nn.Module], file: A
         )
     for name in file.modules:
         _check_shapes(name, layers[name], file, adapter_name)
+
+
+def _cut_to_nothing(layers: dict[str, nn.Module], file: AdapterFile, adapter_name: str) -> list[str]:
+    """The layers with AdaLoRA's adapter that the file of a model after `shrink_to_ranks` has nothing for."""
+    if not file.is_adalora or not file.config.get("rank_pattern"):
+        return []
+    return [
+        name
+        for name, layer in layers.items()
+        if name not in file.modules and isinstance(layer, FusedLoraLinear) and adapter_name in layer.lora_E
+    ]
 
 
 def _check_shapes(name: str, layer: nn.Module, file: AdapterFile, adapter_name: str) -> None:

@@ -170,12 +170,24 @@ def test_layers_of_rank_0(shrunk, tmp_path):
         name: rank for name, rank in ranks.items() if rank
     }
     assert type(again.get_submodule(NAMES[1])) is nn.Linear
-    if not shrunk:  # into the model with all ranks: the others become zero
-        for factors in triplets(model).values():
-            nn.init.normal_(factors["e"])
-        load_adapter(model, tmp_path)
-        torch.testing.assert_close(model(X), want, **CLOSE)
-        assert {n: int((f["e"] != 0).sum()) for n, f in triplets(model).items()} == ranks
+    full = random_adapter()  # into a model with all ranks: the others become zero
+    load_adapter(full, tmp_path)
+    torch.testing.assert_close(full(X), want, **CLOSE)
+    assert {n: int((f["e"] != 0).sum()) for n, f in triplets(full).items()} == ranks
+    save_adapter(full, tmp_path / "again")  # and stay out of its files
+    torch.testing.assert_close(from_peft(plain(), tmp_path / "again")(X), want, **CLOSE)
+
+
+def test_only_adaloras_cut_files_leave_layers_out(tmp_path):
+    """A file without a pattern, or a layer with another kind of adapter, is a file of another model."""
+    model, _ = with_rank_0()
+    pattern = {name: [e != 0 for e in factors["e"].flatten().tolist()] for name, factors in triplets(model).items()}
+    shrink_to_ranks(model, pattern)
+    save_adapter(model, tmp_path)
+    other = plain()
+    fastlora.patch(other, r=2, target_modules=NAMES)
+    with pytest.raises(ValueError, match=rf"exists already, also in {NAMES[1]}, for which there are no weights"):
+        load_adapter(other, tmp_path)
 
 
 def train_on(model: Any, steps: int = STEPS) -> None:

@@ -396,3 +396,33 @@ def test_copies_and_compilation():
     assert torch.equal(copied(X), model(X))
     compiled = torch.compile(copied, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(X), model(X), rtol=1e-5, atol=1e-6)
+
+
+def test_training_resumes_after_a_cut():
+    """As docs/adalora.md says: the allocator's state, the cut, then the states of the cut sizes."""
+
+    def step(model: Any, optimizer: torch.optim.Optimizer, allocator: RankAllocator, number: int) -> None:
+        loss_of(model, number, gamma=0.1).backward()
+        optimizer.step()
+        allocator.step()
+        optimizer.zero_grad()
+
+    model = patched()
+    optimizer = optimizer_of(model)
+    allocator = allocated(model, optimizer)
+    shrink_to_ranks(model, allocator, optimizer)
+    step(model, optimizer, allocator, STEPS)
+    states = copy.deepcopy((allocator.state_dict(), model.state_dict(), optimizer.state_dict()))
+    step(model, optimizer, allocator, STEPS + 1)
+
+    again = patched()
+    resumed = RankAllocator(again, TARGET, STEPS, t_final=1)
+    resumed.load_state_dict(states[0])
+    shrink_to_ranks(again, resumed)
+    again.load_state_dict(states[1])
+    other = optimizer_of(again)
+    other.load_state_dict(states[2])
+    step(again, other, resumed, STEPS + 1)
+    assert all(
+        torch.equal(mine, theirs) for mine, theirs in zip(model.state_dict().values(), again.state_dict().values())
+    )
