@@ -181,3 +181,30 @@ def test_dora_merged_in_inference_mode_can_be_trained(kind, patched):
     torch.testing.assert_close(y, wanted)
     y.sum().backward()
     assert model.base_model.model.up.lora_A["default"].weight.grad.norm() > 0
+
+
+class Others(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.conv = nn.Embedding(10, 16), nn.Conv1d(16, 16, 3, padding=1)
+        self.attention, self.up = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 16)
+
+    def forward(self, ids):
+        x = self.conv(self.words(ids).transpose(1, 2)).transpose(1, 2)
+        return self.up(self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_layers_that_pefts_own_code_merges_come_back_bit_for_bit(patched):
+    model = with_lora(Others(), target_modules=["words", "conv", "attention", "up"]).eval()
+    if patched:
+        fastlora.patch(model)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        wanted = model(ids)  # in which PEFT merges attention's adapters and subtracts them again: not to the bit
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        fastlora.merge(model)
+        torch.testing.assert_close(model(ids), wanted, rtol=1e-2, atol=1e-3)
+        fastlora.unmerge(model)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())

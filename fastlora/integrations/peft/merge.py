@@ -216,14 +216,16 @@ class Kept:
             object.__setattr__(base, name, value)
 
 
-# On a layer while it is merged: a `Kept`, and the Parameter that other modules use.
+# On a layer while it is merged: a list of `Kept`, and the Parameter that other modules use.
 KEPT, TIED = "_fastlora_kept", "_fastlora_tied"
 
 
 def merge_kept(layer: Any, peft_merge: Callable[..., None], names: list[str] | None) -> None:
     """PEFT's own merge of a layer, all or nothing; `unmerge_kept` puts the bits back."""
     before, base = list(layer.merged_adapters), layer.get_base_layer()
-    kept = Kept(base)
+    # MultiheadAttention's layer merges into its output projection too, which is a LoRA layer of its own.
+    inner = [getattr(child, "base_layer", child) for child in base.children()]
+    kept = [Kept(part) for part in (base, *inner)]
     first = layer.__dict__.get(KEPT) if before else kept  # merging on top of PEFT's own merge keeps nothing
     try:
         with torch.inference_mode(False), torch.no_grad():
@@ -236,7 +238,8 @@ def merge_kept(layer: Any, peft_merge: Callable[..., None], names: list[str] | N
                     "broken; nothing was changed"
                 )
     except BaseException:
-        kept.restore()
+        for part in kept:
+            part.restore()
         layer.merged_adapters[:] = before
         raise
     if layer.merged_adapters and first is not None:
@@ -248,10 +251,13 @@ def unmerge_kept(layer: Any, peft_unmerge: Callable[[], None]) -> None:
     kept = layer.__dict__.pop(KEPT, None)
     if kept is None or not layer.merged_adapters:
         return peft_unmerge()
+    if len(kept) > 1:
+        peft_unmerge()  # for the notes of the layers within
     for name in layer.merged_adapters:
         getattr(layer, "_caches", {}).pop(f"{name}-weight_norm", None)  # DoRA's
     layer.merged_adapters.clear()
-    kept.restore()
+    for part in kept:
+        part.restore()
 
 
 def merge(layer: Any, names: list[str] | None, untie: bool) -> None:
