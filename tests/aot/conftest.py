@@ -3,11 +3,8 @@
 import fcntl
 import os
 import pickle
-import re
-from pathlib import Path
 
 import pytest
-import triton
 from aot import report, sweep
 from aot.pretend import take_censuses
 
@@ -31,17 +28,12 @@ def pytest_configure(config):
         )
 
 
-def _is_pinned() -> bool:
-    """Whether this is the Triton of constraints.txt. On others only the benchmarks' shapes are compiled: a third of
-    the time."""
-    pinned = (Path(__file__).resolve().parents[2] / "constraints.txt").read_text()
-    return re.search(rf"^triton=={re.escape(triton.__version__)}\b", pinned, re.MULTILINE) is not None
-
-
 @pytest.fixture(scope="session")
 def compiled(request, tmp_path_factory) -> dict[int, list[report.Row]]:
     """What was compiled for each architecture, with its census or the compiler's error."""
-    pick = sweep.shipped if request.config.getoption("--full") else sweep.chosen if _is_pinned() else sweep.headlines
+    pick = (
+        sweep.shipped if request.config.getoption("--full") else sweep.chosen if sweep.is_pinned() else sweep.headlines
+    )
     kinds = {arch: pick(arch) for arch in sweep.ARCHS}
     launches = [kind.launch for several in kinds.values() for kind in several]
     base = tmp_path_factory.getbasetemp()

@@ -8,21 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from aot import families
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = [
-    "shrink",
-    "expand",
-    "weight_grad",
-    "ds_and_db",
-    "gemm",
-    "dora",
-    "mlp",
-    "segments",
-    "group",
-    "importance",
-    "nf4",
-]
+FAMILIES = ["shrink", "expand", "weight_grad", "ds_and_db", "gemm", *families.FAMILIES]
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="the stub driver is compiled by gcc")
 
@@ -32,7 +21,7 @@ def results(request, tmp_path_factory) -> dict[str, tuple[int, int, str | None]]
     """Of each case: launches, tensor maps, and what was refused."""
     out = tmp_path_factory.mktemp("launches") / "results.json"
     # A Triton laid over the pinned one comes first.
-    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(ROOT), str(ROOT / "tests" / "support")])
     command = [sys.executable, "-m", "aot.launch_everything", str(out), f"--{request.param}"]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})
     return json.loads(out.read_text())

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -349,89 +346,3 @@ def test_inputs_that_do_not_fit_a_patched_model():
     refused(lambda: model["up"](torch.randn(2, 6, device="meta")), "x on meta", "model.to(device)")
     refused(lambda: model["up"](torch.randn(2, 6).half()), "x torch.float16, weight torch.float32", "one dtype")
     before.assert_unchanged()
-
-
-# Files (test_files.py has the details)
-@pytest.fixture
-def saved(tmp_path) -> Path:
-    fastlora.save_adapter(patched(), tmp_path / "saved")
-    return tmp_path / "saved"
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
-def damage(saved: Path, how: str) -> None:
-    weights, config = saved / "adapter_model.safetensors", saved / "adapter_config.json"
-    if how == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-7])
-    elif how == "no safetensors":
-        weights.write_bytes(b"PK\x03\x04 this is a pickle")
-    elif how == "no JSON":
-        config.write_text("r: 8")
-    elif how == "foreign":
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": "LOHA"}))
-    elif how == "another model's":
-        other = nn.ModuleDict({"up": nn.Linear(5, 8), "down": nn.Linear(8, 6), "conv": Conv1D(4, 6)})
-        fastlora.patch(other, r=3)
-        fastlora.save_adapter(other, saved)
-    elif how == "no weights":
-        weights.unlink()
-    elif how == "no directory":
-        saved.rename(saved.with_name("elsewhere"))
-
-
-DAMAGE = {
-    "truncated": (ValueError, "load_adapter: ", "adapter_model.safetensors"),
-    "no safetensors": (ValueError, "load_adapter: ", "adapter_model.safetensors"),
-    "no JSON": (ValueError, "load_adapter: ", "adapter_config.json"),
-    "foreign": (ValueError, "load_adapter: ", "LOHA"),
-    "another model's": (ValueError, "load_adapter: ", "(3, 5)", "(3, 6)"),
-    "no weights": (FileNotFoundError, "load_adapter: ", "adapter_model.safetensors"),
-    "no directory": (FileNotFoundError, "load_adapter: ", "saved"),
-}
-
-
-@pytest.mark.parametrize("how", DAMAGE)
-@pytest.mark.parametrize("model_is", ["plain", "patched"])
-def test_files_that_cannot_be_loaded(saved, how, model_is):
-    damage(saved, how)
-    model = build() if model_is == "plain" else patched()
-    before, files = ModelState(model), contents(saved.parent)
-    error, *words = DAMAGE[how]
-    refused(lambda: fastlora.load_adapter(model, saved), *words, error=error)
-    before.assert_unchanged()
-    assert contents(saved.parent) == files
-
-
-def test_saving_what_or_where_cannot_be(saved, monkeypatch):
-    model = patched()
-    before, files = ModelState(model), contents(saved)
-    refused(
-        lambda: fastlora.save_adapter(model, saved, adapter_name="third"), "adapter_name: got 'third'", "['default']"
-    )
-    refused(lambda: fastlora.save_adapter(build(), saved), "save_adapter: ", "has no adapters", "fastlora.patch")
-    file = saved / "adapter_config.json"
-    refused(lambda: fastlora.save_adapter(model, file), "is a file", "want a directory")
-    refused(lambda: fastlora.save_adapter(model, file / "below"), "save_adapter: ", str(file / "below"), error=OSError)
-
-    def no_space(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", no_space)
-    refused(lambda: fastlora.save_adapter(model, saved), "save_adapter: ", str(saved), "No space", error=OSError)
-    monkeypatch.undo()
-    before.assert_unchanged()
-    assert contents(saved) == files
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_directory_that_cannot_be_written(saved):
-    model, files = patched(), contents(saved)
-    saved.chmod(0o500)
-    try:
-        refused(lambda: fastlora.save_adapter(model, saved), "save_adapter: ", str(saved), error=PermissionError)
-    finally:
-        saved.chmod(0o700)
-    assert contents(saved) == files

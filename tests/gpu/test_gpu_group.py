@@ -2,13 +2,11 @@
 
 """Groups of layers on a GPU: `lora_group` against fp64 and against the layers one by one. Never run so far."""
 
+import contracts
 import pytest
 import torch
-from numerics import assert_close_to_fp64
 
 from fastlora.functional import Adapter, GroupLayer, lora_group, multi_lora_linear
-from fastlora.ops.group import group as group_op
-from fastlora.ops.group import triton as group_triton
 
 pytestmark = pytest.mark.gpu
 
@@ -46,29 +44,6 @@ def one_by_one(x, layers, **options):
     return [multi_lora_linear(x, layer.weight, layer.adapters, layer.bias, **options) for layer in layers]
 
 
-@pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, BF16), (BF16, FP32), (FP32, FP32)])
-def test_against_fp64(name, dtype, adapter_dtype, kernel_backend):
-    x, layers, dys = make(name, dtype, adapter_dtype, 0.0)
-    got = run(lora_group, x, layers, dys, backend=kernel_backend)
-
-    def convert(to):
-        change = lambda t: t.detach().to(to)  # noqa: E731
-        adapters = [layer.adapters[0] for layer in layers]
-        changed = [
-            GroupLayer(
-                change(layer.weight),
-                [a._replace(lora_A=change(a.lora_A).requires_grad_(), lora_B=change(a.lora_B).requires_grad_())],
-                change(layer.bias),
-            )
-            for layer, a in zip(layers, adapters, strict=True)
-        ]
-        return run(one_by_one, change(x).requires_grad_(), changed, [change(dy) for dy in dys], backend="torch")
-
-    for value, exact, eager in zip(got, convert(torch.float64), convert(dtype), strict=True):
-        assert_close_to_fp64(value, exact, eager.to(value.dtype))
-
-
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_same_numbers_as_one_by_one(p, kernel_backend):
     """The masks too: each member draws its seed in the order of the calls."""
@@ -79,7 +54,10 @@ def test_same_numbers_as_one_by_one(p, kernel_backend):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-2)
 
 
-@pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("dtype", [BF16, torch.float16, FP32])
-def test_the_self_check_passes(dropout, dtype):
-    assert group_op.self_check(group_triton, torch.device("cuda"), dtype, FP32, dropout) is None
+class TestGroup(contracts.Group):
+    places = contracts.ON_A_GPU
+    sizes = {  # noqa: RUF012
+        "qkv": {"shape": (777,), "k": 1000, "sizes": (4096, 1024, 1024), "ranks": (16, 16, 16)},
+        "gate and up": {"shape": (777,), "k": 1000, "sizes": (1000, 1000), "ranks": (8, 64)},
+        "five": {"shape": (7, 111), "k": 1000, "sizes": (64,) * 5, "ranks": (4,) * 5},
+    }

@@ -2,72 +2,18 @@
 in."""
 
 import gc
-from dataclasses import replace
 
+import contracts
 import pytest
 import torch
-from gpu_problems import assert_right, call, leaves, make, philox_mask, run
-from numerics import assert_close_to_fp64, with_layout
-from torch.utils.checkpoint import checkpoint
+from gpu_problems import assert_right, call, leaves, make, run
+from numerics import assert_close_to_fp64
 
 from fastlora.functional import lora_linear
 
 pytestmark = pytest.mark.gpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@pytest.mark.parametrize(
-    "m, n, k",
-    [
-        (2048, 4096, 4096),
-        (512, 14336, 4096),
-        (512, 4096, 14336),
-        (2048, 1024, 4096),
-        (1, 4096, 4096),
-        (333, 1000, 1001),
-    ],
-)
-def test_real_shapes(backend, m, n, k):
-    assert_right(make(m, n, k), backend)
-
-
-@pytest.mark.parametrize("dtype, adapter_dtype", [(FP16, FP16), (FP32, FP32), (BF16, FP32), (FP16, FP32), (FP32, BF16)])
-def test_dtypes(backend, dtype, adapter_dtype):
-    assert_right(make(300, 512, 768, dtype=dtype, adapter_dtype=adapter_dtype), backend)
-
-
-@pytest.mark.parametrize("r", [1, 2, 7, 8, 16, 17, 32, 48, 64, 96, 128, 256, 512])
-def test_ranks(backend, r):
-    assert_right(make(256, 640, 512, r=r), backend)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_follows_the_reference_mask(kernel_backend, p, bias):
-    """p is quantised to 1/65536 in the kernels; 0.5 is exact, and for the others the specification gets the same p."""
-    p = round(p * 65536) / 65536
-    problem = make(512, 768, 1024, bias=bias, dropout_p=p)
-    assert_right(problem, kernel_backend, philox_mask(problem))
-
-
-@pytest.mark.parametrize(
-    "name, layout",
-    [(name, layout) for name in ("x", "weight", "lora_A", "lora_B", "dy") for layout in ("transposed", "offset")]
-    + [("x", "strided"), ("x", "expanded"), ("dy", "expanded")],
-)
-def test_strides(backend, name, layout):
-    problem = make(136, 152, 168)
-    assert_right(replace(problem, **{name: with_layout(getattr(problem, name), layout)}), backend)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.1])
-def test_same_bits_on_every_run(kernel_backend, p):
-    for shape in ((2048, 4096, 4096), (100, 300, 200)):
-        problem = make(*shape, dropout_p=p)
-        first, second = run(problem, kernel_backend), run(problem, kernel_backend)
-        for name in first:
-            assert torch.equal(first[name], second[name]), name
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
@@ -151,26 +97,6 @@ def test_autocast(backend, autocast_dtype):
     assert [grad.dtype for grad in grads] == [FP32] * 3
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("p", [0.0, 0.1])
-def test_activation_checkpointing_makes_the_same_mask_again(backend, p, reentrant):
-    problem = make(128, 256, 192, dropout_p=p)
-    results = []
-    for recompute in (False, True):
-        given = leaves(problem)
-        torch.manual_seed(3)
-        if recompute:
-            y = checkpoint(
-                lambda x, given=given: call(problem, {**given, "x": x}, backend), given["x"], use_reentrant=reentrant
-            )
-        else:
-            y = call(problem, given, backend)
-        y.backward(problem.dy)
-        results.append([y.detach(), *(leaf.grad for leaf in given.values())])
-    for plain, recomputed in zip(*results, strict=True):
-        assert torch.equal(plain, recomputed)
-
-
 def test_grad_scaler_sees_an_overflow_and_recovers(backend):
     problem = make(64, 96, 80, dtype=FP32)
     given = leaves(problem)
@@ -231,3 +157,20 @@ def test_runs_on_the_tensors_device_whatever_the_current_one(kernel_backend):
     )
     assert y.device.index == 1
     assert y.isfinite().all()
+
+
+class TestLoraLinear(contracts.LoraLinear):
+    places = contracts.ON_A_GPU
+    dtypes = (*contracts.LoraLinear.dtypes, (FP16, FP32), (FP32, BF16))
+    sizes = {  # noqa: RUF012
+        "odd": {"shape": (333,), "n": 1000, "k": 1001, "r": 17},
+        "square": {"shape": (2048,), "n": 4096, "k": 4096, "r": 16},
+        "up": {"shape": (512,), "n": 14336, "k": 4096, "r": 16},
+        "down": {"shape": (512,), "n": 4096, "k": 14336, "r": 16},
+        "kv": {"shape": (2048,), "n": 1024, "k": 4096, "r": 16},
+        "row": {"shape": (1,), "n": 4096, "k": 4096, "r": 128},
+    }
+
+
+class TestLoraLinearByAten(TestLoraLinear):
+    places = contracts.ATEN_ON_A_GPU

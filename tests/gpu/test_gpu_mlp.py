@@ -1,13 +1,13 @@
 """The MLP's and the norm's kernels on a GPU, against fp64, with outputs poisoned by NaN; and a whole MLP on each
 backend. These tests have not run so far."""
 
+import contracts
 import pytest
 import torch
 from numerics import assert_close_to_fp64, assert_surroundings_untouched, poisoned_empty
 
 from fastlora.functional import Adapter, GroupLayer, lora_mlp
 from fastlora.ops.mlp import aten as mlp_aten
-from fastlora.ops.mlp import mlp as mlp_op
 
 pytestmark = pytest.mark.gpu
 
@@ -68,15 +68,6 @@ def test_activation_and_its_gradients(case, gated):
         assert_surroundings_untouched(value)
 
 
-@pytest.mark.parametrize("activation", mlp_op.ACTIVATIONS)
-@pytest.mark.parametrize("dropout", [False, True])
-def test_self_checks_pass(activation, dropout, device):
-    from fastlora.ops.mlp import triton as mlp_triton
-
-    for dtype, adapter_dtype in ((BF16, FP32), (FP32, FP32)):
-        assert mlp_op.self_check(mlp_triton, device, dtype, adapter_dtype, dropout, activation) is None
-
-
 def test_an_mlp(kernel_backend):
     """Without dropout the fused forms give what plain ATen gives, to rounding, and the same bits on every run."""
     layers = [
@@ -104,3 +95,13 @@ def test_an_mlp(kernel_backend):
     for one, other, want in zip(first, second, plain, strict=True):
         assert torch.equal(one, other)
         assert (one.double() - want.double()).norm() <= 2e-2 * want.double().norm()
+
+
+class TestMlp(contracts.Mlp):
+    places = contracts.ON_A_GPU
+    dtypes = ((FP32, FP32),)  # of half precision the kernels by themselves, and as near as ATen
+    self_checks = tuple(((dtype, FP32), dropout) for dtype in (BF16, FP32) for dropout in (False, True))
+    sizes = {  # noqa: RUF012
+        "silu": {"activation": "silu", "gated": True, "shape": (2, 500), "k": 1024, "n": 2816, "out": 1024, "r": 16},
+        "gelu, plain": {"activation": "gelu", "gated": False, "shape": (333,), "k": 1000, "n": 1001, "out": 500},
+    }

@@ -5,45 +5,18 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import contracts
 import pytest
 import torch
-from numerics import assert_surroundings_untouched, poisoned_empty
 
 pytestmark = pytest.mark.gpu
 bnb: Any = pytest.importorskip("bitsandbytes", reason="bitsandbytes is the reference")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def quantised(rows: int, columns: int, nested: bool, kind: str = "nf4", block: int = 64) -> tuple[Any, Any]:
-    generator = torch.Generator("cuda").manual_seed(rows)
-    weight = torch.randn(rows, columns, device="cuda", generator=generator)
-    return bnb.functional.quantize_4bit(weight, blocksize=block, compress_statistics=nested, quant_type=kind)
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-@pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("rows, columns, block", [(4096, 4096, 64), (777, 1000, 64), (64, 4096, 512), (3, 10, 64)])
-def test_bits_of_the_kernel(rows, columns, block, nested, dtype):
-    from fastlora.kernels.nf4 import dequantise_4bit
-
-    for kind in ("nf4", "fp4"):
-        packed, state = quantised(rows, columns, nested, kind, block)
-        state.dtype = dtype
-        want = bnb.functional.dequantize_4bit(packed, state)
-        out = poisoned_empty(1, rows * columns, dtype=dtype, device="cuda", layout="offset")
-        inner = {}
-        if nested:
-            inner = {"code2": state.state2.code, "absmax2": state.state2.absmax, "offset": state.offset}
-        dequantise_4bit(packed.reshape(-1), state.code, state.absmax, out, block, **inner)
-        assert torch.equal(out.view(rows, columns), want)
-        assert_surroundings_untouched(out)
-
-
-@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
-def test_the_kernel_is_trusted(device, dtype):
-    from fastlora.ops.quant import weights
-
-    assert weights.nf4_kernel_failure(torch.device("cuda", torch.cuda.current_device()), dtype) is None
+class TestNf4(contracts.Nf4):
+    device = "cuda"
+    shapes = ((4096, 4096), (777, 1000), (64, 4096), (3, 10))
 
 
 def layer_of(bits: int, dropout: float = 0.0) -> Any:

@@ -3,15 +3,12 @@
 """Batches of several adapters on a GPU: against fp64, against each sequence alone, the same bits every time, in a CUDA
 graph, without a synchronisation. Never run so far."""
 
+import contracts
 import pytest
 import torch
-from numerics import assert_close_to_fp64
 
 from fastlora.functional import Adapter, lora_mixed_batch, multi_lora_linear
 from fastlora.kernels.segment_plan import BASE, Segments
-from fastlora.ops import reference
-from fastlora.ops.mixed import mixed as mixed_op
-from fastlora.ops.mixed import triton as mixed_triton
 
 pytestmark = pytest.mark.gpu
 
@@ -52,34 +49,6 @@ def run(ids, x, weight, bias, adapters, dy, **options):
     torch.manual_seed(0)
     y = lora_mixed_batch(x, weight, adapters, ids, bias, **options)
     return [y.detach(), *torch.autograd.grad(y, leaves_of(x, adapters), dy)]
-
-
-def specification(ids, x, weight, bias, adapters, dy, double):
-    change = (lambda t: t.detach().double()) if double else (lambda t: t.detach())
-    x = change(x).requires_grad_()
-    changed = [
-        a._replace(**{f: change(getattr(a, f)).requires_grad_() for f in ("lora_A", "lora_B")}) for a in adapters
-    ]
-    segments = Segments(ids, x.shape[1])
-    assert len(segments.adapters) == len(adapters)
-    y = reference.mixed_batch_lora_linear(x, change(weight), changed, segments.sequences, change(bias))
-    return [y.detach(), *torch.autograd.grad(y, leaves_of(x, changed), change(dy))]
-
-
-@pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, BF16), (BF16, FP32), (FP32, FP32), (torch.float16, FP32)])
-def test_against_fp64(name, dtype, adapter_dtype, kernel_backend):
-    problem = make(name, dtype, adapter_dtype)
-    got = run(*problem, backend=kernel_backend)
-    exact, eager = (specification(*problem, double=double) for double in (True, False))
-    for i, (one, want, plain) in enumerate(zip(got, exact, eager, strict=True)):
-        assert_close_to_fp64(one, want, plain, f"result {i}")
-
-
-@pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, BF16), (BF16, FP32), (torch.float16, BF16), (FP32, FP32)])
-def test_passes_its_self_check(device, dtype, adapter_dtype, dropout):
-    assert mixed_op.self_check(mixed_triton, device, dtype, adapter_dtype, dropout) is None
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -125,3 +94,13 @@ def test_in_a_cuda_graph():
     for _ in range(2):
         graph.replay()
     assert all(torch.equal(one, other) for one, other in zip(got, want, strict=True)) and filler
+
+
+class TestMixedBatch(contracts.MixedBatch):
+    places = contracts.ON_A_GPU
+    sizes = {  # noqa: RUF012
+        name: {"ids": ids, "shape": (len(ids), tokens), "k": 1024, "n": 1000, "ranks": ranks}
+        for name, (ids, tokens, ranks) in BATCHES.items()
+    }
+    shapes = ()
+    test_bare_rows_are_the_frozen_layers_bits = None  # at the sizes of the CPU's alone

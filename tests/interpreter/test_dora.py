@@ -1,13 +1,11 @@
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 
+import contracts
 import pytest
 import torch
 from numerics import assert_close_to_fp64, assert_surroundings_untouched, poisoned_empty, with_layout
 
-from fastlora.functional import dora_linear
 from fastlora.kernels import dora
-from fastlora.ops import reference
-from fastlora.ops.dora import dora as dora_op
 from fastlora.ops.dora import triton as dora_triton
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -129,40 +127,5 @@ def test_same_bits_on_every_run():
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_the_self_check_passes_and_sees_a_wrong_kernel(monkeypatch):
-    arguments = (dora_triton, torch.device("cpu"), BF16, FP32)
-    assert dora_op.self_check(*arguments) is None
-    with monkeypatch.context() as patched:
-        patched.setattr(dora_triton, "scale", lambda z, magnitude, norm, bias: z * magnitude + bias)
-        assert "y differs" in str(dora_op.self_check(*arguments))
-    monkeypatch.setattr(
-        dora_triton, "weight_norm", lambda weight, a, b, s: (weight.float() + s * b @ a).norm(dim=1).bfloat16().float()
-    )
-    assert "the norm" in str(dora_op.self_check(*arguments))
-
-
-@pytest.mark.parametrize("backend", ["cublas", "triton"])
-@pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, FP32), (FP32, FP32)])
-def test_a_whole_layer_on_the_kernels(backend, dtype, adapter_dtype, monkeypatch):
-    used = []
-    original = dora_triton.scale_backward
-    monkeypatch.setattr(dora_triton, "scale_backward", lambda *a: used.append(1) or original(*a))
-    weight, a, b = problem(34, 45, 5, dtype, adapter_dtype)
-    x, dy, bias = torch.randn(2, 9, 45).to(dtype), torch.randn(2, 9, 34).to(dtype), torch.randn(34).to(dtype)
-    magnitude = torch.rand(34) + 0.5
-
-    def leaves(of, adapter_of):
-        return [x.to(of), a.to(adapter_of), b.to(adapter_of), magnitude.to(adapter_of), bias.to(of)]
-
-    results = []
-    for function, of, adapter_of, settings in (
-        (dora_linear, dtype, adapter_dtype, {"backend": backend}),
-        (reference.dora_linear, torch.float64, torch.float64, {}),
-        (reference.dora_linear, dtype, adapter_dtype, {}),
-    ):
-        x_, a_, b_, m_, bias_ = (leaf.clone().requires_grad_() for leaf in leaves(of, adapter_of))
-        y = function(x_, weight.to(of), a_, b_, m_, 1.5, bias_, **settings)
-        results.append([y.detach(), *torch.autograd.grad(y, (x_, a_, b_, m_, bias_), dy.to(y.dtype))])
-    assert used
-    for what, got, exact, near in zip(("y", "dX", "dA", "dB", "dm", "db"), *results, strict=True):
-        assert_close_to_fp64(got, exact, near, what)
+class TestDora(contracts.Interpreted, contracts.Dora):
+    pass

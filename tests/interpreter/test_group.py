@@ -1,11 +1,15 @@
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 
+import contracts
 import pytest
 import torch
 from numerics import assert_close_to_fp64, assert_surroundings_untouched, poisoned_empty, with_layout
+from torch import nn
 
+import fastlora
 from fastlora.kernels import configs, group
 from fastlora.kernels.dropout import reference_keep_mask, threshold_and_scale
+from fastlora.layers import group as grouping
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SEEDS = [torch.tensor([seed]) for seed in (987654321012345, 17, 2**61, 5, 6, 7)]
@@ -149,3 +153,27 @@ def test_same_bits_on_every_run(check):
     first, second = (check(90, 70, (4, 9), ps=[0.1, 0.0]) for _ in range(2))
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
+
+
+class TestGroup(contracts.Interpreted, contracts.Group):
+    sizes = {"three": contracts.Group.sizes["three"]}  # noqa: RUF012
+
+
+class Projections(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(32, 16), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return torch.cat((self.q_proj(x), self.k_proj(x)), -1)
+
+
+def test_a_patched_model_takes_the_kernels():
+    model = Projections()
+    fastlora.patch(model, r=4, init_lora_weights=False, backend="cublas", group="auto")
+    x = torch.randn(9, 32, requires_grad=True)
+    grouped = model(x)
+    got = torch.autograd.grad(grouped.sum(), x)
+    grouping.dissolve_groups(model)
+    torch.testing.assert_close(grouped, model(x))
+    torch.testing.assert_close(got, torch.autograd.grad(model(x).sum(), x))

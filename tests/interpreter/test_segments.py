@@ -2,6 +2,7 @@
 
 """The kernels for several adapters in one batch, against fp64 adapter by adapter."""
 
+import contracts
 import pytest
 import torch
 from numerics import assert_close_to_fp64, assert_surroundings_untouched, poisoned_empty, with_layout
@@ -216,3 +217,7 @@ def test_a_row_does_not_depend_on_the_others():
         segments.segment_shrink(batch.x, batch.segments, batch.factors, out, workspace(size))
         outs.append(out[:7, :5])
     assert torch.equal(*outs)
+
+
+class TestMixedBatch(contracts.Interpreted, contracts.MixedBatch):
+    shapes = contracts.MixedBatch.shapes

@@ -16,7 +16,6 @@ import safetensors.torch
 import torch
 from model_state import ModelState
 from plain_models import LINEARS, Net, Tied
-from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -351,28 +350,6 @@ def test_orthogonal_factors_are_pefts_with_the_same_seed():
     assert torch.equal(mine.lora_B["default"], theirs.lora_B["default"].weight)
 
 
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_training_gives_pefts_losses(init):
-    base: Any = tiny_model("llama")
-    ours, theirs = base, copy.deepcopy(base)
-    settings: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-    fastlora.patch(ours, init_lora_weights=init, **settings)
-    peft_model = with_peft(theirs, init, **settings)
-    losses: list[list[float]] = []
-    batch: Any = tiny_batch("llama")
-    for model in (ours, peft_model):
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        losses.append([])
-        for _ in range(4):
-            loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses[-1].append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert losses[0][-1] < losses[0][0] - 0.05
-
-
 # Files.
 def move(model: nn.Module) -> None:
     """As training would, away from the start."""
@@ -497,33 +474,6 @@ def test_adapters_on_weights_that_cannot_be_found_again_are_refused(tmp_path):
     with pytest.raises(ValueError, match="adapter 'first' has shifted this weight already"):
         fastlora.load_adapter(base, tmp_path / "b" / "plain")
     state.assert_unchanged()
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_failure_while_shifted_weights_are_loaded_leaves_the_model_as_it_was(tmp_path, monkeypatch):
-    saved_by_peft(tmp_path, two_linears(), "pissa", r=R)
-    set_initial_factors, calls = FusedLoraLinear.set_initial_factors, []
-
-    def failing(self, *args, **kwargs):
-        set_initial_factors(self, *args, **kwargs)
-        calls.append(self)
-        if len(calls) == 2:
-            raise MemoryError
-
-    for already in (False, True):
-        base = two_linears()
-        if already:
-            fastlora.patch(base, r=2, target_modules=["2"], adapter_name="first")
-        state = ModelState(base)
-        calls.clear()
-        monkeypatch.setattr(FusedLoraLinear, "set_initial_factors", failing)
-        with pytest.raises(MemoryError):
-            fastlora.load_adapter(base, tmp_path / "plain")
-        monkeypatch.undo()
-        state.assert_same_tensors(base)
-        assert [type(m) for m in base] == [type(m) for _, m in state.modules[1:4]]
-        fastlora.load_adapter(base, tmp_path / "plain")
-        assert base[0].shifted_by == base[2].shifted_by == "default"
 
 
 def test_loading_over_a_shifted_adapter_takes_the_shift_back(tmp_path):

@@ -4,15 +4,14 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
+import contracts
 import pytest
 import torch
-from numerics import assert_close_to_fp64
 from problems import path
-from torch.utils.checkpoint import checkpoint
 
 from fastlora.functional import Adapter, GroupLayer, lora_group, lora_linear, multi_lora_linear
-from fastlora.ops import reference
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -60,55 +59,6 @@ def one_by_one(x, layers):
     return tuple(multi_lora_linear(x, layer.weight, layer.adapters, layer.bias) for layer in layers)
 
 
-def by_reference(x, layers, masks, double):
-    """(outputs, gradients) of the specification, in fp64 or in the problem's dtypes."""
-    change = (
-        (lambda t: None if t is None else t.detach().double())
-        if double
-        else (lambda t: None if t is None else t.detach())
-    )
-    x = change(x).requires_grad_()
-    leaves, outputs = [x], []
-    for layer, mask in zip(layers, masks, strict=True):
-        ((a, b, scaling, p, *_),) = layer.adapters
-        a, b = change(a).requires_grad_(), change(b).requires_grad_()
-        leaves += [a, b]
-        outputs.append(reference.lora_linear(x, change(layer.weight), a, b, scaling, change(layer.bias), p, mask))
-    dys = [make_x(*y.shape, dtype=layers[0].weight.dtype, seed=10 + i).to(y.dtype) for i, y in enumerate(outputs)]
-    return outputs, torch.autograd.grad(outputs, leaves, dys)
-
-
-@pytest.mark.parametrize("dtype, adapter_dtypes", [(FP32, None), (BF16, None), (BF16, (FP32, BF16, torch.float16))])
-@pytest.mark.parametrize("ps", [(0.0, 0.0, 0.0), (0.3, 0.0, 0.6)], ids=["no dropout", "dropout"])
-@pytest.mark.parametrize("shape", [(37, 33), (2, 3, 33)])
-def test_outputs_and_gradients(dtype, adapter_dtypes, ps, shape):
-    layers = make_layers(dtype=dtype, adapter_dtypes=adapter_dtypes, ps=ps)
-    x = make_x(*shape, dtype=dtype).requires_grad_()
-    torch.manual_seed(3)
-    outputs = lora_group(x, layers)
-    got = gradients(outputs, leaves_of(x, layers))
-    torch.manual_seed(3)
-    masks = [torch.nn.functional.dropout(torch.ones(shape, dtype=dtype), p) != 0 if p else None for p in ps]
-    exact_y, exact = by_reference(x, layers, masks, double=True)
-    eager_y, eager = by_reference(x, layers, masks, double=False)
-    for i, y in enumerate(outputs):
-        assert type(y.grad_fn).__name__ == "GroupMemberBackward"
-        assert_close_to_fp64(y.detach(), exact_y[i].detach(), eager_y[i].detach(), f"y of member {i}")
-    for name, one, want, plain in zip(("dX", *"ABABAB"), got, exact, eager, strict=True):
-        assert_close_to_fp64(one, want, plain, name)
-
-
-def test_same_numbers_as_one_by_one():
-    layers, x = make_layers(ps=(0.3, 0.3, 0.3)), make_x(19, 33).requires_grad_()
-    torch.manual_seed(3)
-    together = lora_group(x, layers)
-    torch.manual_seed(3)
-    apart = one_by_one(x, layers)
-    leaves = leaves_of(x, layers)
-    torch.testing.assert_close(together, apart)
-    torch.testing.assert_close(gradients(together, leaves), gradients(apart, leaves))
-
-
 @pytest.mark.parametrize("used", [(0,), (2,), (1, 2), ()])
 def test_unused_outputs_get_none_and_cost_nothing(used):
     layers, x = make_layers(), make_x(19, 33).requires_grad_()
@@ -138,27 +88,6 @@ def test_members_differentiated_apart():
             torch.testing.assert_close([g for g in got if g is not None], [g for g in want if g is not None])
 
 
-@pytest.mark.parametrize("trained", ["x", "adapters", "weights"])
-def test_only_what_is_needed(trained):
-    layers, x = make_layers(), make_x(19, 33).requires_grad_(trained == "x")
-    for layer in layers:
-        for tensor in layer.adapters[0][:2]:
-            tensor.requires_grad_(trained == "adapters")
-        layer.weight.requires_grad_(trained == "weights")
-        layer.bias.requires_grad_(trained == "weights")
-    leaves = [
-        t for t in (*leaves_of(x, layers), *(t for la in layers for t in (la.weight, la.bias))) if t.requires_grad
-    ]
-    torch.testing.assert_close(gradients(lora_group(x, layers), leaves), gradients(one_by_one(x, layers), leaves))
-
-
-def test_differentiating_twice_raises():
-    layers, x = make_layers(), make_x(19, 33).requires_grad_()
-    (dx,) = torch.autograd.grad(sum(y.square().sum() for y in lora_group(x, layers)), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def test_outputs_can_be_written_and_x_must_not_be():
     layers, x = make_layers(), make_x(19, 33).requires_grad_()
     changed = x * 1
@@ -180,37 +109,6 @@ def test_autocast():
     assert [g.dtype for g in got] == [g.dtype for g in want]
     torch.testing.assert_close(together, apart)
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(reentrant):
-    layers, x = make_layers(ps=(0.3, 0.0, 0.2)), make_x(19, 33).requires_grad_()
-    leaves = leaves_of(x, layers)
-
-    def backward(run):
-        for leaf in leaves:
-            leaf.grad = None
-        torch.manual_seed(5)
-        torch.cat(run(x), dim=-1).square().sum().backward()
-        return [leaf.grad for leaf in leaves]
-
-    plain = backward(lambda x: lora_group(x, layers))
-    again = backward(lambda x: checkpoint(lora_group, x, layers, use_reentrant=reentrant))
-    for one, other in zip(plain, again, strict=True):
-        assert torch.equal(one, other)
-
-
-def test_without_gradients_the_same_bits():
-    layers, x = make_layers(ps=(0.3, 0.0, 0.2)), make_x(19, 33)
-    torch.manual_seed(5)
-    with_gradients = lora_group(x, layers)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        without = lora_group(x, layers)
-    for one, other in zip(with_gradients, without, strict=True):
-        assert torch.equal(one, other) and not other.requires_grad
-    with torch.inference_mode():
-        torch.testing.assert_close(lora_group(x, layers, training=False), one_by_one(x, make_layers()))
 
 
 def test_layers_of_every_kind_in_one_group():
@@ -240,19 +138,6 @@ def test_one_mask_for_all_by_request(size):
         assert 0.3 < (ys[0] == 0).float().mean() < 0.7
         own = lora_group(torch.ones(50, k), layers)
         assert not torch.equal(own[0], own[1])
-
-
-def test_one_mask_has_right_gradients():
-    layers, x = make_layers(ps=(0.4, 0.4, 0.4)), make_x(19, 33).requires_grad_()
-    torch.manual_seed(2)
-    outputs = lora_group(x, layers, shared_mask=True)
-    torch.manual_seed(2)
-    mask = torch.nn.functional.dropout(torch.ones(19, 33), 0.4) != 0
-    exact_y, exact = by_reference(x, layers, [mask] * 3, double=True)
-    _, eager = by_reference(x, layers, [mask] * 3, double=False)
-    torch.testing.assert_close([y.double() for y in outputs], exact_y, rtol=1e-5, atol=1e-5)
-    for one, want, plain in zip(gradients(outputs, leaves_of(x, layers)), exact, eager, strict=True):
-        assert_close_to_fp64(one, want, plain)
 
 
 def test_wrong_arguments():
@@ -296,24 +181,24 @@ def test_nothing_is_kept_alive():
     assert alive() is None
 
 
-@pytest.mark.parametrize("shape", [(0, 33), (1, 33), (33,), (1, 1, 33)])
-def test_few_rows(shape):
-    layers, x = make_layers(), make_x(*shape).requires_grad_()
-    together = lora_group(x, layers)
-    torch.testing.assert_close(together, one_by_one(x, layers))
-    leaves = leaves_of(x, layers)
-    torch.testing.assert_close(gradients(together, leaves), gradients(one_by_one(x, layers), leaves))
-
-
-def test_strides():
-    layers, x = make_layers(), make_x(33, 19).t().requires_grad_()
-    leaves = leaves_of(x, layers)
-    torch.testing.assert_close(gradients(lora_group(x, layers), leaves), gradients(one_by_one(x, layers), leaves))
-
-
 def test_small_x_runs_one_by_one():
     layers, x = make_layers(), make_x(19, 33).requires_grad_()
     with path("composed"):
         for y, layer in zip(lora_group(x, layers), layers, strict=True):
             ((a, b, scaling, *_),) = layer.adapters
             assert torch.equal(y, lora_linear(x, layer.weight, a, b, scaling, layer.bias))
+
+
+class TestGroup(contracts.Group):
+    @pytest.mark.parametrize("shared", [False, True])
+    def test_one_mask_for_all_has_right_gradients(self, place, shared):
+        case = replace(self.make(place), ps=(0.5,) * 3)
+        torch.manual_seed(7)
+        got = self.outcome(lambda of: self.op(of, case, shared_mask=shared), case.tensors, case.trained)
+        torch.manual_seed(7)
+        masks = self.masks(case, place)
+        keeps = masks[:1] * 3 if shared else masks
+        wide = {name: t.double() for name, t in case.tensors.items()}
+        want = self.outcome(lambda of: self.specification(of, case, keeps), wide, case.trained)
+        for name, value in got.items():
+            torch.testing.assert_close(value.double(), want[name], rtol=1e-5, atol=1e-5)

@@ -397,20 +397,6 @@ def test_parameters_without_a_gradient_are_left_alone(gradients):
     assert not torch.equal(model.square.weight, before[0])
 
 
-def test_copies_and_pickles_go_on_without_hooks():
-    model = net()
-    optimizer = optimizer_of(model, gradients="hook")
-    train(model, optimizer, 3)
-    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert other.gradients == "plain"
-        weight = other.param_groups[0]["params"][0]
-        assert torch.equal(other.state[weight]["exp_avg"], optimizer.state[model.up.weight]["exp_avg"])
-        weight.grad = torch.ones_like(weight)
-        before = weight.detach().clone()
-        other.step()
-        assert not torch.equal(weight, before)
-
-
 @pytest.mark.parametrize("gradients", MODES)
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"])
 def test_a_copied_run_goes_on_to_the_same_numbers(way, gradients):

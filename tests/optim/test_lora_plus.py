@@ -265,39 +265,6 @@ def test_trains_as_peft_does_step_by_step():
 
 
 # In optimisers, schedulers and the Trainer.
-@pytest.mark.parametrize("way", ["foreach", "fused"])
-def test_optimisers_take_the_groups(way):
-    models = [plain_model(), plain_model()]
-    models[1].load_state_dict(models[0].state_dict())
-    optimizers = [
-        torch.optim.AdamW(lora_plus_param_groups(models[0], LR, RATIO), foreach=False, fused=False),
-        torch.optim.AdamW(lora_plus_param_groups(models[1], LR, RATIO), foreach=way == "foreach", fused=way == "fused"),
-    ]
-    for want, got in train(models, optimizers, 3):
-        for a, b in zip(want, got, strict=True):
-            assert (a - b).norm() <= 1e-4 * a.norm()
-
-
-def test_schedules_and_reloading():
-    """A schedule scales every group, so the ratio stays; a run that is reloaded goes on to the same bits."""
-    model = plain_model()
-    optimizer = torch.optim.AdamW(lora_plus_param_groups(model, LR, RATIO))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    list(train([model], [optimizer], 2))
-    schedule.step()
-    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {
-        "lora_A": LR / 2,
-        "lora_B": RATIO * LR / 2,
-    }
-    again = plain_model()
-    again.load_state_dict(model.state_dict())
-    reloaded = torch.optim.AdamW(lora_plus_param_groups(again, 1.0, 1.0))
-    reloaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert [group["lr"] for group in reloaded.param_groups] == [LR / 2, RATIO * LR / 2]
-    for want, got in train([model, again], [optimizer, reloaded], 2):
-        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
-
-
 class Repeated(Dataset[Any]):
     def __len__(self) -> int:
         return 4

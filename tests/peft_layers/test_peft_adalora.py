@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from typing import Any
 
 import peft
@@ -193,22 +192,6 @@ def test_layers_that_share_an_input_are_grouped(monkeypatch):
     assert report.groups == [tuple(f"base_model.model.{name}" for name in names)]
     assert_agree(model, fused, torch.randn(5, K))
     assert opened == [3]
-
-
-def test_copies_pickles_compilation_and_unpatch():
-    model = peft_model()
-    fused = patched_copy(model)
-    x = torch.randn(5, K)
-    assert_agree(model, copy.deepcopy(fused), x)
-    reborn = pickle.loads(pickle.dumps(fused))
-    assert len(fused_layers(reborn)) == 2
-    assert_agree(model, reborn, x)
-    compiled = torch.compile(copy.deepcopy(fused).base_model.model, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
-    fastlora.unpatch(fused)
-    for (name, ours), (other, theirs) in zip(fused.named_modules(), model.named_modules(), strict=True):
-        assert (name, type(ours)) == (other, type(theirs))
-        assert ours.__dict__.keys() == theirs.__dict__.keys()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -135,26 +135,6 @@ def test_norms_are_kept_on_request(monkeypatch):
     assert not torch.equal(changed, y)
 
 
-def test_training_step_by_step():
-    model = dora_model(lora_dropout=0.1)
-    fused = patched_copy(model)
-    losses: list[list[float]] = []
-    for one in (model, fused):
-        optimizer = torch.optim.AdamW([p for p in one.parameters() if p.requires_grad], lr=1e-2)
-        losses.append([])
-        for step in range(5):
-            torch.manual_seed(step)
-            x = torch.randn(8, K, dtype=FP64)
-            loss = (one(x) - x.roll(1, 1)).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[-1].append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-10)
-    for (name, want), (_, got) in zip(model.named_parameters(), fused.named_parameters(), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10, msg=name)
-
-
 # Quantised bases.
 @pytest.mark.parametrize("bits", [4, 8])
 def test_on_a_quantised_base(bits):

@@ -4,15 +4,12 @@
 
 import contextlib
 import copy
-import gc
-import pickle
 import warnings
-import weakref
 
 import peft
 import pytest
 import torch
-from grouped_models import CALLS, SURROUNDINGS, Attention, Block, K, around_one, counted_rounds, randn, step, trained
+from grouped_models import CALLS, SURROUNDINGS, Attention, Block, K, around_one, counted_rounds, randn, step
 from problems import path
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -145,45 +142,6 @@ def _if_fused(change):
     return lambda layer: change(layer) if isinstance(layer, FusedPeftLinear) else None
 
 
-CHANGES = {
-    "lora_A": _in_place(lambda layer: layer.lora_A["default"].weight),
-    "lora_A.data": _data_swapped,
-    "lora_A's parameter": _new_parameter,
-    "lora_B": lambda layer: layer.lora_B["default"].weight.data.mul_(2),
-    "weight": lambda layer: layer.base_layer.weight.data.mul_(2),
-    "scaling": lambda layer: layer.set_scale("default", 3.0),
-    "merged": lambda layer: layer.merge(),
-    "disabled": lambda layer: layer.enable_adapters(False),
-    "frozen": lambda layer: layer.lora_A["default"].requires_grad_(False),
-    "switched": lambda layer: layer.set_adapter("b"),
-    "both": lambda layer: layer.set_adapter(["default", "b"]),
-    "deleted": lambda layer: layer.delete_adapter("default"),
-    "no adapter": lambda layer: layer.set_adapter([]),
-    "dropout": lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.5)}),
-    "a hook on the base layer": lambda layer: layer.base_layer.register_forward_hook(lambda m, args, y: y * 2),
-    "a hook on lora_A": lambda layer: layer.lora_A["default"].register_forward_pre_hook(lambda m, args: args[0] * 2),
-    "ungrouped": _if_fused(lambda layer: setattr(layer, "group", None)),
-    "unpatched": _if_fused(fastlora.unpatch),
-}
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_layer_changed_between_two_members_calls(name, shrinks):
-    results = []
-    for model in pair(second=True):
-        layers, x = inner(model), randn(7, K).requires_grad_()
-        wanted = [x, *trained(model)]
-        q = layers.q_proj(x)
-        torch.manual_seed(0)
-        CHANGES[name](layers.k_proj)
-        y = torch.cat((q, layers.k_proj(x), layers.v_proj(x)), -1)
-        wanted += [p for p in trained(model) if not any(p is one for one in wanted)]
-        wanted = [tensor for tensor in wanted if tensor.requires_grad]
-        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), wanted, allow_unused=True)])
-    assert shrinks[0] == 3
-    torch.testing.assert_close(*results)
-
-
 @pytest.mark.parametrize("change", ["switched", "both", "deleted", "added", "scaled", "merged and unmerged"])
 def test_the_model_changed_between_calls(change, shrinks):
     plain, grouped = pair(second=True)
@@ -290,39 +248,6 @@ def test_checkpointing_one_member(reentrant, name):
         torch.testing.assert_close(step(grouped, run(inner(grouped))), step(plain, run(inner(plain))))
 
 
-def test_hooks_on_members(shrinks):
-    plain, grouped = pair()
-    for model in (plain, grouped):
-        inner(model).k_proj.register_forward_hook(lambda module, args, y: y * 2)
-    assert_as_peft(plain, grouped, itself, [3], shrinks)
-    for model in (plain, grouped):
-        inner(model).k_proj.register_forward_pre_hook(lambda module, args: args[0] * 3)
-    assert_as_peft(plain, grouped, itself, [2, 3, 2], shrinks)
-    seen = []
-    for model in (plain, grouped):
-        inner(model).v_proj.register_full_backward_hook(lambda module, grads, _: seen.append(module))
-        inner(model).q_proj.base_layer.register_forward_hook(lambda module, args, y: seen.append(module))
-    torch.testing.assert_close(step(plain), step(grouped))
-    assert {id(module) for module in seen} >= {id(inner(m).v_proj) for m in (plain, grouped)} and len(seen) == 4
-
-
-def test_deepcopy_and_pickle_group_their_own_layers(shrinks):
-    plain, grouped = pair()
-    want = step(plain)
-    for twin in (copy.deepcopy(grouped), pickle.loads(pickle.dumps(grouped))):
-        layers = [inner(twin).q_proj, inner(twin).k_proj, inner(twin).v_proj]
-        group = layers[0].group[0]
-        assert group is layers[1].group[0] is not inner(grouped).q_proj.group[0]
-        assert [id(layer) for layer in group.layers()] == [id(layer) for layer in layers]
-        shrinks.clear()
-        torch.testing.assert_close(step(twin), want)
-        assert shrinks == [3]
-    lone = copy.deepcopy(inner(grouped).q_proj)
-    shrinks.clear()
-    torch.testing.assert_close(lone(randn(3, K)), inner(plain).q_proj(randn(3, K)))
-    assert shrinks == []
-
-
 def test_unpatch_is_exact_and_patching_again_without_groups_has_none():
     plain, grouped = pair(Block)
     fastlora.unpatch(grouped)
@@ -369,20 +294,6 @@ def test_conv1d(shrinks):
 
     plain, grouped = pair(Gpt, target_modules=["q", "k"], fan_in_fan_out=True)
     assert_as_peft(plain, grouped, itself, [2], shrinks)
-
-
-def test_nothing_is_kept_after_the_pass():
-    _, grouped = pair()
-    for skipped in (False, True):
-        x = randn(3, K).requires_grad_()
-        hidden = x * 1
-        alive = weakref.ref(hidden)
-        y = inner(grouped).q_proj(hidden) if skipped else grouped(hidden)
-        del hidden
-        y.sum().backward()
-        del y
-        gc.collect()
-        assert alive() is None
 
 
 def test_watching_and_dissolving(shrinks):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-from typing import Any
 
 import peft
 import pytest
@@ -29,8 +28,7 @@ from peft_problems import (
     run,
 )
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastlora
 from fastlora.integrations.peft.adopt import adopt
@@ -164,42 +162,6 @@ def _without_adapters(model, x):
         return model(x)
 
 
-def test_adapter_state_changed_after_patching():
-    """Everything PEFT changes at run time, on a patched model and on an unpatched one."""
-    model = peft_model(lora_dropout=0.1)
-    fused = patched_copy(model)
-    x = torch.randn(5, K)
-
-    def both(change):
-        for each in (model, fused):
-            torch.manual_seed(7)
-            change(each)
-        assert_agree(model, fused, x)
-
-    second = peft.LoraConfig(r=4, target_modules=["up", "down"], init_lora_weights=False, lora_dropout=0.2)
-    both(lambda m: m.add_adapter("second", second))
-    both(lambda m: m.set_adapter("second"))
-    both(lambda m: [layer.set_scale("second", 3.0) for layer in m.modules() if isinstance(layer, PeftLinear)])
-    both(lambda m: [layer.scale_layer(0.5) for layer in m.modules() if isinstance(layer, PeftLinear)])
-    both(lambda m: [layer.unscale_layer() for layer in m.modules() if isinstance(layer, PeftLinear)])
-    both(lambda m: m.add_weighted_adapter(["default", "second"], [0.7, 0.3], "sum", combination_type="linear"))
-    both(lambda m: m.set_adapter("sum"))
-    both(lambda m: m.delete_adapter("second"))
-    assert min(counts(fused)) == 8
-    assert all(not layer.calls.fallback for layer in fused_layers(fused))
-
-
-@pytest.mark.filterwarnings("ignore:Adapter cat was active")
-def test_deleting_the_only_active_adapter():
-    model = peft_model()
-    fused = patched_copy(model)
-    for each in (model, fused):
-        each.add_weighted_adapter(["default"], [2.0], "cat", combination_type="cat")
-        each.set_adapter("cat")
-        each.delete_adapter("cat")
-    assert_agree(model, fused, torch.randn(5, K))
-
-
 def test_saved_and_loaded_by_peft(tmp_path):
     fused = patched_copy(peft_model())
     fused.save_pretrained(tmp_path)
@@ -244,64 +206,11 @@ def test_unpatched_while_merged_is_what_peft_alone_would_have_made():
         assert torch.equal(value, fused.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing(use_reentrant):
-    fused = patched_copy(peft_model(lora_dropout=0.3))
-    x = torch.randn(5, K)
-    want = run(fused, x)
-    inner = fused.base_model.model
-
-    class Checkpointed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return checkpoint(self.inner, x, use_reentrant=use_reentrant)
-
-    got = run(Checkpointed(), x)
-    assert torch.equal(want[0], got[0])
-    assert torch.equal(want[1], got[1])
-    assert all(torch.equal(a, b) for a, b in zip(want[2].values(), got[2].values(), strict=True))
-
-
 def test_autocast_bf16():
     model = peft_model(lora_dropout=0.0)
     fused = patched_copy(model)
     assert_within_twice_in_bf16(model, fused, torch.randn(64, K), autocast=True)
     assert counts(fused) == [1, 1]
-
-
-def test_llama_trained_three_steps():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = peft_model(LlamaForCausalLM(config), target_modules="all-linear", lora_dropout=0.1, init_lora_weights=True)
-    fused = patched_copy(model)
-    ids = torch.randint(0, 64, (3, 2, 9))
-
-    def train(each):
-        torch.manual_seed(5)
-        optimizer = torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=1e-2)
-        losses = []
-        for batch in ids:
-            optimizer.zero_grad()
-            loss = each(input_ids=batch, labels=batch).loss
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
-    theirs, ours = train(model), train(fused)
-    assert ours == pytest.approx(theirs, abs=1e-5)
-    assert len(fused_layers(fused)) == 14
-    assert counts(fused) == [3] * 14
 
 
 # What is left to PEFT's forward.
@@ -505,20 +414,6 @@ def test_dtype_changed_while_merged():
     assert torch.equal(fused.base_model.model.up.weight, before.bfloat16())
 
 
-@pytest.mark.parametrize("variant", [{}, {"use_dora": True}])
-def test_a_merge_that_would_not_be_finite_is_refused(variant):
-    fused = patched_copy(peft_model(Mlp(dtype=torch.float16), **variant))
-    layer = fused.base_model.model.up
-    layer.lora_B["default"].weight.data.fill_(3e5)
-    if variant:
-        layer.lora_B["default"].weight.data.fill_(float("nan"))
-    before = layer.weight.clone()
-    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems to be"):
-        layer.merge()
-    assert torch.equal(layer.weight, before)
-    assert layer.merged_adapters == []
-
-
 def test_merge_and_unload():
     model = peft_model()
     fused = patched_copy(model)
@@ -540,28 +435,6 @@ def test_compiled_without_graph_breaks():
     before = counts(fused)
     compiled(x)
     assert counts(fused) == before
-
-
-def replica(module) -> Any:
-    """What DataParallel makes: shallow copies whose weights are plain tensors in attributes."""
-    copied = module._replicate_for_data_parallel()
-    for name, parameter in module._parameters.items():
-        setattr(copied, name, parameter if parameter is None else parameter * 1.0)
-    for name, child in module._modules.items():
-        copied._modules[name] = replica(child)
-    return copied
-
-
-def test_replicas_of_data_parallel():
-    model = peft_model(lora_bias=True)
-    fused = patched_copy(model)
-    x = torch.randn(5, K)
-    replica(fused)(x).sum().backward()
-    model(x).sum().backward()
-    assert counts(fused) == [1, 1]
-    for (name, want), (_, got) in zip(model.named_parameters(), fused.named_parameters(), strict=True):
-        assert (want.grad is None) == (got.grad is None)
-        assert want.grad is None or torch.allclose(want.grad, got.grad, rtol=1e-4, atol=1e-6), name
 
 
 def test_backend_is_passed_on():

@@ -248,19 +248,6 @@ def test_merging_switching_and_disabling(base, patched):
 
 @either
 @both
-def test_a_weighted_combination(base, patched):
-    model = started(patched, base)
-    train(model)
-    if base == "offset":
-        return  # combinations are of adapters of one base, and this one has shifted its own
-    model.add_weighted_adapter(["default"], [1.0], "combined", combination_type="cat")
-    trained = model(inputs())
-    model.set_adapter("combined")
-    assert_close(model(inputs()), trained)
-
-
-@either
-@both
 def test_copies_pickles_and_state_dicts(base, patched):
     model = started(patched, base)
     train(model)
@@ -283,44 +270,6 @@ def test_copies_pickles_and_state_dicts(base, patched):
     else:
         other.load_state_dict(changed, strict=False)
         assert torch.equal(other.state_dict()[key], changed[key])
-
-
-@either
-def test_an_optimiser_made_before_keeps_its_parameters(patched):
-    model = peft_net(patched)
-    before = [p for p in model.parameters() if p.requires_grad]
-    fastlora.init_lora_ga(model, sketch_of(model))
-    after = [p for p in model.parameters() if p.requires_grad]
-    assert len(before) == len(after) and all(a is b for a, b in zip(before, after))
-
-
-@either
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_a_transformers_model_with_checkpointing(tmp_path, use_reentrant, patched):
-    batch: Any = tiny_batch("gpt2")
-    base: Any = tiny_model("gpt2")
-    before = base(**batch).logits
-    config = peft.LoraConfig(r=R, target_modules="all-linear", lora_alpha=ALPHA, fan_in_fan_out=True)
-    model: Any = peft.get_peft_model(base, config)
-    if patched:
-        fastlora.patch(model)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    model.enable_input_require_grads()
-    with fastlora.GradientSketch(model.train(), r=R) as sketch:
-        model(**batch).loss.backward()
-    fastlora.init_lora_ga(model, sketch)
-    model.eval()
-    assert_close(model(**batch).logits, before)
-    first = model.train()(**batch).loss
-    first.backward()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    assert all(p.grad is not None for group in optimizer.param_groups for p in group["params"])
-    optimizer.step()
-    model.eval()
-    assert model(**batch).loss < first
-    fastlora.save_adapter(model, tmp_path)
-    loaded: Any = peft.PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path)  # type: ignore[arg-type]
-    assert_close(loaded(**batch).logits, model(**batch).logits, 1e-4)
 
 
 def test_the_users_configuration_object_stays():
@@ -361,19 +310,6 @@ def test_undo_in_a_plain_model(base):
     undo_lora_ga(model)
     assert torch.equal(model(inputs()), Net()(inputs()))
     undo_lora_ga(model)  # nothing is left to undo
-
-
-def test_layers_without_a_gradient_start_as_ordinary_lora_by_request():
-    model = started()
-    model.base_model.model.blocks[1].register_forward_pre_hook(lambda module, args: (args[0].detach(),))
-    sketch = sketch_of(model)
-    with pytest.raises(ValueError, match="3 of 6 layers have no gradient"):
-        fastlora.init_lora_ga(model, sketch)
-    sizes = fastlora.init_lora_ga(model, sketch, missing="kaiming")
-    for name, layer in layers_of(model).items():
-        assert (sizes[name] == 0) == ("blocks.0" in name) == (type(layer.lora_A["default"]) is nn.Linear)
-        assert layer.r["default"] == (R if "blocks.0" in name else 2 * R)
-    assert_close(model(inputs()), Net()(inputs()))
 
 
 @either

@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastlora
 from fastlora.layers.schedule import RankSchedule
 from fastlora.ops.importance import aten as importance_aten
-from fastlora.ops.importance import importance as importance_op
 from fastlora.variants import RankAllocator
 
 FP64 = torch.float64
@@ -103,23 +102,6 @@ def test_a_training_run_is_the_paper_s_step_by_step(way, delta_t):
         before = now
     assert allocator.is_final and sum(allocator.ranks.values()) == TARGET * len(NAMES)
     assert returned > 0  # a triplet that was masked came back
-
-
-def test_float32_averages_are_float64_s_to_rounding():
-    model = patched()
-    allocator = RankAllocator(model, **{**SETTINGS, "t_final": 0})
-    paper = Paper(allocator.schedule, dict.fromkeys(NAMES, R))
-    for _ in train(model, optimizer_of(model), allocator, steps=12):
-        factors = triplets(model)
-        # After the masks: the weights that `step` saw had their λ still. So all but λ are compared.
-        paper.see(factors, {n: {k: p.grad for k, p in fs.items() if p.grad is not None} for n, fs in factors.items()})
-    state = allocator.state_dict()["importance"]
-    for name in NAMES:
-        for key, short in (("lora_A", "Q"), ("lora_B", "P")):
-            smooth, unsure = state[name][key]
-            assert smooth.dtype == torch.float32
-            torch.testing.assert_close(smooth.double(), paper.smooth[name, short], rtol=1e-5, atol=1e-12)
-            torch.testing.assert_close(unsure.double(), paper.unsure[name, short], rtol=1e-5, atol=1e-12)
 
 
 def test_p_and_q_of_masked_triplets_go_on_learning():
@@ -331,22 +313,6 @@ def test_follow_with_a_closure_and_positional_or_not():
     assert _same(outcomes[0], outcomes[1]) and _same(outcomes[0], outcomes[2])
 
 
-def test_follow_under_a_grad_scaler_that_leaves_unscaling_to_the_optimiser():
-    outcomes = []
-    for scaled in (False, True):
-        model = patched()
-        optimizer = torch.optim.AdamW(trained(model), lr=0.01, fused=True)
-        allocator = RankAllocator(model, **SETTINGS).follow(optimizer)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2, enabled=scaled)
-        for step in range(6):
-            scaler.scale(loss_of(model, step)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-        outcomes.append(torch.cat(list(allocator.scores.values())))
-    torch.testing.assert_close(outcomes[0], outcomes[1], rtol=1e-4, atol=0.0)
-
-
 @pytest.mark.parametrize("unscaled_before", [False, True])
 def test_steps_that_a_grad_scaler_skips_do_not_count(unscaled_before):
     """In an optimiser that skips them itself (fused), as in one that is not called at all."""
@@ -527,16 +493,6 @@ def test_layers_of_two_dtypes_are_ranked_together():
     assert allocator.ranks == {NAMES[0]: 0, NAMES[1]: 0, NAMES[2]: 3}
 
 
-def test_copies_of_a_model_with_its_allocator():
-    model = patched()
-    allocator = RankAllocator(model, **SETTINGS)
-    run(model, optimizer_of(model), allocator, steps=5)
-    model2, allocator2 = copy.deepcopy((model, allocator))
-    for each, its in ((model, allocator), (model2, allocator2)):
-        run(each, optimizer_of(each), its, first=5)
-    assert _same(dict(model.named_parameters()), dict(model2.named_parameters()))
-
-
 @pytest.mark.parametrize("way", ["copied", "pickled"])
 def test_a_copy_of_an_allocator_that_follows_follows_nothing(way):
     model = patched()
@@ -631,21 +587,6 @@ def test_inside_distributed_data_parallel_names_are_the_model_s(one_process):
     run(alone, optimizer_of(alone), other)
     assert allocator.rank_pattern == other.rank_pattern
     assert _same(dict(model.named_parameters()), dict(alone.named_parameters()))
-
-
-def test_on_a_cpu_aten_runs_and_a_wrong_implementation_is_seen(monkeypatch):
-    model = patched()
-    allocator = RankAllocator(model, **SETTINGS)
-    assert importance_op.select(allocator._factors(allocator._parts[0])) is importance_aten
-    cpu = torch.device("cpu")
-    assert all(importance_op.self_check(importance_aten, cpu, d) is None for d in (FP64, torch.bfloat16))
-    original = importance_aten._smooth
-
-    def swapped(products, averages, part, rate):
-        original(products, averages._replace(beta1=averages.beta2, beta2=averages.beta1), part, rate)
-
-    monkeypatch.setattr(importance_aten, "_smooth", swapped)
-    assert "sensitivity differs" in str(importance_op.self_check(importance_aten, cpu, torch.float32))
 
 
 def test_parts_of_any_size_give_the_same(monkeypatch):

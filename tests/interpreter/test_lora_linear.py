@@ -1,18 +1,25 @@
 # pyright: reportArgumentType=false, reportOptionalMemberAccess=false, reportCallIssue=false
 # Gradients are None where they are not asked for; a test knows which it asked for.
 
+"""`lora_linear` on the Triton kernels, interpreted, and what a backend is asked for beyond the call itself."""
+
+import contracts
 import pytest
 import torch
 from numerics import assert_close_to_fp64, with_layout
 
 from fastlora.kernels.dropout import reference_keep_mask, threshold_and_scale
 from fastlora.ops import reference
-from fastlora.ops.lora import cublas
+from fastlora.ops.lora import cublas, triton_s_inside
 from fastlora.ops.lora import triton as lora_triton
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ALL = (True, True, True)
-BOTH = pytest.mark.parametrize("backend", [cublas, lora_triton], ids=["cublas", "triton"])
+
+
+class TestLoraLinear(contracts.Interpreted, contracts.LoraLinear):
+    places = contracts.INTERPRETED
+    dtypes = ((BF16, BF16), (FP16, FP16), *contracts.Interpreted.dtypes)
 
 
 def problem(m, n, k, r, dtype, adapter_dtype, bias, layout):
@@ -87,60 +94,10 @@ def check(
             assert_close_to_fp64(got, want, eager_grad, what)
 
 
-@pytest.mark.parametrize("dtype, adapter_dtype", [(BF16, BF16), (FP16, FP16), (FP32, FP32), (BF16, FP32), (FP16, FP32)])
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_output_and_gradients(dtype, adapter_dtype, p):
-    check(37, 53, 45, 5, dtype, adapter_dtype, p=p)
-
-
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("needs", [ALL, (True, True, False)])  # without S, dS has to find its dtype again
 def test_fp32_adapters_are_cast_where_they_are_to_be(dtype, needs):
     check(37, 53, 45, 5, dtype, FP32, narrow=True, needs=needs)
-
-
-@pytest.mark.parametrize("m, n, k, r", [(1, 33, 40, 16), (1, 1, 1, 1), (33, 7, 90, 3), (20, 90, 17, 60)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_shapes(m, n, k, r, bias):
-    check(m, n, k, r, p=0.1, bias=bias)
-
-
-@pytest.mark.parametrize(
-    "needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]
-)
-def test_only_what_is_needed(needs):
-    check(18, 35, 20, 4, p=0.2, needs=needs)
-
-
-@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
-def test_strides(layout):
-    check(18, 35, 20, 4, p=0.2, layout=layout)
-
-
-@pytest.mark.parametrize("scaling", [0.0, -2.0, 64.0])
-def test_scaling(scaling):
-    check(18, 35, 20, 4, scaling=scaling)
-
-
-@BOTH
-def test_everything_dropped(backend):
-    x, weight, bias, a, b, dy = problem(6, 9, 10, 2, FP32, FP32, True, "contiguous")
-    y, s, state = backend.forward(x, weight, bias, a, b, 1.0, 1.0)
-    dx, grad_a, grad_b = backend.backward(dy, x, weight, a, b, s, state, 1.0, 1.0, ALL)
-    torch.testing.assert_close(y, torch.nn.functional.linear(x, weight, bias))
-    torch.testing.assert_close(dx, dy @ weight)
-    assert not grad_a.any()
-    assert not grad_b.any()
-
-
-@BOTH
-def test_no_rows(backend):
-    x, weight, bias, a, b, dy = problem(0, 9, 10, 2, BF16, FP32, True, "contiguous")
-    y, s, state = backend.forward(x, weight, bias, a, b, 1.0, 0.5)
-    dx, grad_a, grad_b = backend.backward(dy, x, weight, a, b, s, state, 1.0, 0.5, ALL)
-    assert (y.shape, s.shape, dx.shape) == ((0, 9), (0, 2), (0, 10))
-    assert torch.equal(grad_a, torch.zeros(2, 10))
-    assert torch.equal(grad_b, torch.zeros(9, 2))
 
 
 def test_a_seed_given_again_gives_the_same_output_and_a_fresh_one_follows_the_generator():
@@ -153,16 +110,6 @@ def test_a_seed_given_again_gives_the_same_output_and_a_fresh_one_follows_the_ge
     assert torch.equal(y, again)
     assert not torch.equal(y, another)
     assert torch.equal(y, cublas.forward(x, weight, bias, a, b, 1.0, 0.5, state)[0])
-
-
-def test_saved_tensors_are_not_written_to():
-    x, weight, bias, a, b, dy = problem(20, 30, 40, 4, BF16, FP32, True, "contiguous")
-    _, s, state = cublas.forward(x, weight, bias, a, b, 1.0, 0.5)
-    saved = (dy, x, weight, a, b, s, state)
-    copies = [t.clone() for t in saved]
-    cublas.backward(*saved, 1.0, 0.5, ALL)
-    for tensor, copy in zip(saved, copies):
-        assert torch.equal(tensor, copy)
 
 
 def test_reasons_for_what_the_kernels_cannot_take():
@@ -179,3 +126,44 @@ def test_reasons_for_what_the_kernels_cannot_take():
         reason = cublas.unsupported(*arguments, 0.0)
         assert reason is not None
         assert words in reason, (words, reason)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("m, n, k, r", [(37, 53, 45, 5), (10, 300, 24, 32), (1, 1, 1, 1)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_s_inside_the_gemm(dtype, m, n, k, r, bias):
+    check(m, n, k, r, dtype, bias=bias, backend=triton_s_inside)
+
+
+@pytest.mark.parametrize(
+    "dtype, adapter_dtype, r, p, reason",
+    [
+        (BF16, BF16, 8, 0.1, "no dropout"),
+        (BF16, BF16, 33, 0.0, "rank of at most 32, got 33"),
+        (BF16, FP32, 8, 0.0, "one half-precision dtype, got torch.bfloat16 and torch.float32"),
+        (FP32, FP32, 8, 0.0, "one half-precision dtype, got torch.float32"),
+        (torch.float64, torch.float64, 8, 0.0, "needs bfloat16, float16 or float32"),
+    ],
+)
+def test_what_s_inside_does_not_take(dtype, adapter_dtype, r, p, reason):
+    x, weight, bias, a, b, _ = problem(4, 6, 8, r, dtype, adapter_dtype, True, "contiguous")
+    assert reason in (triton_s_inside.unsupported(x, weight, bias, a, b, p) or "")
+
+
+def test_the_mask_is_the_one_that_the_cublas_backend_makes_of_the_same_seed():
+    x, weight, bias, a, b, dy = problem(20, 30, 40, 4, FP32, FP32, True, "contiguous")
+    y, s, state = lora_triton.forward(x, weight, bias, a, b, 1.0, 0.5)
+    other_y, other_s, same_state = cublas.forward(x, weight, bias, a, b, 1.0, 0.5, state)
+    assert torch.equal(state, same_state)
+    assert torch.equal(s, other_s)
+    torch.testing.assert_close(y, other_y)
+    grads = lora_triton.backward(dy, x, weight, a, b, s, state, 1.0, 0.5, ALL)
+    for grad, other in zip(grads, cublas.backward(dy, x, weight, a, b, s, state, 1.0, 0.5, ALL)):
+        torch.testing.assert_close(grad, other)
+
+
+def test_a_cpu_tensor_is_taken_only_because_triton_is_interpreted(monkeypatch):
+    x, weight, bias, a, b, _ = problem(4, 6, 8, 2, BF16, FP32, True, "contiguous")
+    assert cublas.unsupported(x, weight, bias, a, b, 0.0) is None
+    monkeypatch.setattr(cublas, "INTERPRETED", False)
+    assert "CUDA device, got cpu" in (cublas.unsupported(x, weight, bias, a, b, 0.0) or "")

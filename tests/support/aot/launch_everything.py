@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from aot import pretend, sample_kernels, stub, sweep
+from aot.families import FAMILIES
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 Cases = Iterator[tuple[str, Callable[[], object]]]
@@ -26,24 +27,16 @@ SHAPES = [(2048, 4096, 4096), (1000, 1001, 1003), (1, 4096, 4096), (1 << 20, 128
 def cases(all_of_them: bool) -> Cases:
     """Families by name. A launcher passes None for what a variant lacks: bias, seed, A, magnitude, workspace."""
     sweep.META = torch.device("cpu")  # where the problems put their tensors
-    from aot import test_dora, test_group, test_importance, test_mlp, test_nf4, test_segments
-
     for shape in SHAPES:
         for dtypes in sweep.DTYPES if all_of_them else sweep.DTYPES[:3]:
             for dropout in (False, True):
                 problem = sweep.Problem(*shape, 16, *dtypes, dropout)
                 for launcher in sweep.LAUNCHERS:
                     yield f"{launcher.__name__} {problem}", lambda f=launcher, p=problem: f(p)
-    for family in (test_dora, test_mlp, test_segments):
-        for problem in family.PROBLEMS if all_of_them else family.PROBLEMS[:2] + family.PROBLEMS[-1:]:
-            yield f"{family.__name__} {problem}", lambda f=family.launch, p=problem: f(p)
-    for family, problems in (
-        (test_group, list(test_group.CASES.values())),
-        (test_importance, test_importance.PROBLEMS),
-    ):
-        for problem in problems if all_of_them else problems[:2] + problems[-1:]:
-            yield f"{family.__name__} {problem}", lambda f=family.launch, p=problem: f(*p)
-    yield "test_nf4", test_nf4.launch
+    for name, family in FAMILIES.items():
+        problems = family.problems
+        for problem in problems if all_of_them else [*problems[:2], *problems[-1:]]:
+            yield f"{name} {problem}", lambda f=family.launch, p=problem: f(*p)
 
 
 def faults() -> Cases:

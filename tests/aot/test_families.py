@@ -1,0 +1,80 @@
+"""The kernels of DoRA, groups, importance, MLPs, NF4 and mixed batches compile for Ampere, Hopper and Blackwell into
+what they were written as: no spills, no atomics, memory that the launch would have to allocate or more than there is.
+
+The problems are those that hold most in registers for each configuration that the rules have; the headline is first.
+Most are marked slow, and another Triton than the pinned one compiles the headlines alone.
+"""
+
+from __future__ import annotations
+
+import pytest
+from aot.families import FAMILIES, launches_of
+from aot.pretend import SHARED_MEMORY_LIMIT, Census, Launch, take_censuses
+from aot.sweep import ARCHS, is_pinned
+
+Compiled = dict[tuple[str, int], list[tuple[Launch, Census]]]
+
+
+@pytest.fixture(scope="module", params=["usual", pytest.param("all", marks=pytest.mark.slow)])
+def compiled(request, tmp_path_factory) -> Compiled:
+    launches = {}
+    for name, family in FAMILIES.items():
+        number = len(family.problems) if request.param == "all" else family.usual if is_pinned() else 1
+        for arch in ARCHS:
+            launches[name, arch] = launches_of(family, arch, family.problems[:number])
+    every = [one for several in launches.values() for one in several]
+    results = take_censuses(every, tmp_path_factory.mktemp("triton"))
+    failed = {key: why for key, why in results.items() if not isinstance(why, Census)}
+    assert not failed, failed
+    return {key: [(one, results[one.key]) for one in several] for key, several in launches.items()}  # type: ignore[misc]
+
+
+def at_every_one(test):
+    return pytest.mark.parametrize("arch", ARCHS)(pytest.mark.parametrize("family", FAMILIES)(test))
+
+
+@at_every_one
+def test_compiles_into_what_was_meant(compiled, family, arch):
+    assert {one.name for one, _ in compiled[family, arch]} == {
+        one.name for one in launches_of(FAMILIES[family], arch, FAMILIES[family].problems)
+    }
+    registers = {"importance": 80, "nf4": 128}.get(family, 256)  # so that six programs fit, or four
+    for one, census in compiled[family, arch]:
+        about = f"{one.name} {one.constants()}: {census}"
+        assert not (census.spills or census.local or census.stack or census.atomics or census.scratch), about
+        assert census.shared <= SHARED_MEMORY_LIMIT[arch] and census.registers <= registers, about
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("family", ["dora", "group", "mlp", "segments"])
+def test_products_run_on_the_matrix_units(compiled, family, arch):
+    """DoRA's fp32 factors too, as tf32 in three products: on the plain units r = 128 would take four times W0's time.
+    Elsewhere IEEE fp32 has no matrix unit."""
+    headline = {one.key for one in launches_of(FAMILIES[family], arch, FAMILIES[family].problems[:1])}
+    checked = 0
+    for one, census in compiled[family, arch]:
+        of_norms, half = one.name == "_dora_norm_kernel", "bf16" in str(one.signature)
+        if of_norms or (half and family != "dora" and (family != "segments" or one.key in headline)):
+            checked += 1
+            assert census.matrix_instructions, f"{one.name} {one.constants()}"
+            if family == "segments" and "expand" not in one.name:
+                assert census.count("LDGSTS")  # the compiler knows that rows in any order are aligned
+            if family == "group" and arch == 90 and one.key in headline:
+                assert census.count("HGMMA")
+    assert checked >= {"dora": 1, "group": 3, "mlp": 2, "segments": 5}[family]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_nf4_rounds_as_bitsandbytes_does_and_moves_16_bytes_at_a_time(compiled, arch):
+    """code2 · absmax2 + offset in two roundings, not in one fused multiply-add; wide pieces at 4096², blocks of 64."""
+    for _, census in compiled["nf4", arch]:
+        assert census.count("FMUL", "FMUL2") > 0 and census.count("FFMA", "FFMA2") == 0
+    ptx = compiled["nf4", arch][0][0].compile().asm["ptx"]
+    assert "st.global.v4.b32" in ptx and "ld.global.v4.b32" in ptx
+
+
+def test_short_segments_get_short_tiles():
+    """One token a sequence: sixteen rows, what `tl.dot` asks for, rather than 64 that are mostly empty."""
+    recorded = launches_of(FAMILIES["segments"], 90, [(1, (16, 8))])
+    tiles = {one.name: one.constants()["BLOCK_M"] for one in recorded if "BLOCK_M" in one.constants()}
+    assert tiles["_segment_shrink_kernel"] == tiles["_segment_expand_kernel"] == 16
