@@ -48,7 +48,7 @@ def test_what_is_known_is_not_measured_again_unless_asked(capsys, tmp_path, monk
     monkeypatch.undo()
     monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path))
     measured = []
-    found = measure.Measurement({"cublas": 7.0, "torch": 8.0}, {"cublas": 7.0, "torch": 8.0}, {}, 1.0)
+    found = measure.Measurement({"cublas": 7.0, "torch": 8.0}, {"cublas": 7.0, "torch": 8.0}, {}, 1.0, {})
     monkeypatch.setattr(measure, "measure", lambda key, *_, **__: measured.append(str(key)) or found)
     monkeypatch.setattr(choice, "_modules", {"cublas": backend_with(), "triton": "no", "triton_s_inside": "no"})
     assert tune.main([*TINY, "--again"]) == 0 and measured == [KEY]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from typing import Any, cast
@@ -12,6 +13,7 @@ from pretended_gpu import PretendedGpu, backend_with
 from torch import Tensor
 
 from fastlora.functional import lora_linear
+from fastlora.kernels import configs
 from fastlora.ops.lora import aten as lora_aten
 from fastlora.ops.lora import choice as lora_choice
 from fastlora.runtime import env, trust
@@ -314,3 +316,56 @@ def test_a_warm_choice_is_a_look_up(gpu, monkeypatch):
         sys.setprofile(None)
     # Counted, not timed: select itself, the environment, shapes, layout and the dictionary. `unsupported` alone is 20.
     assert len([event for event in events if event in ("call", "c_call")]) <= 16, events
+
+
+# The first-use check runs the code that real shapes run.
+REAL = ((8192, 4096, 4096), (2048, 4096, 4096), (512, 4096, 4096), (8192, 14336, 4096))
+
+
+def code_of(M: int, N: int, K: int, dtype: torch.dtype, adapter_dtype: torch.dtype) -> set[tuple]:
+    """What a backend's passes compile to at r = 16: configurations, with the parts of a loop only as one or several."""
+    device, wide = torch.device("cuda:0"), adapter_dtype.itemsize > dtype.itemsize
+    found: dict[str, list[Any]] = {
+        "gemm": [configs.gemm(M, n, 16, dtype, device, wide_adapters=wide) for n in (N, K)],
+        "expand": [configs.expand(M, n, 16, dtype, adapter_dtype, device) for n in (N, K)],
+        "shrink": [configs.shrink(M, K, 16, dtype, adapter_dtype, device)],
+        "weight_grad": [configs.weight_grad(M, K, 16, dtype, device, wide)],
+        "ds_db": [configs.ds_db(M, N, 16, dtype, adapter_dtype, device)],
+    }
+    parts = ("num_splits", "num_chunks")
+    return {
+        (name, *((key, value > 1 if key in parts else value) for key, value in vars(config).items()))
+        for name, several in found.items()
+        for config in several
+        if config is not None
+    }
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("target, sms", [((8, 0), 108), ((8, 9), 142), ((9, 0), 132), ((10, 0), 148)])
+def test_the_check_compiles_to_the_code_of_real_shapes(monkeypatch, target, sms, adapter_dtype):
+    monkeypatch.setattr(configs, "capability", lambda device: target)
+    monkeypatch.setattr(configs, "num_sms", lambda device: sms)
+    checked = set().union(*(code_of(*size[:3], torch.bfloat16, adapter_dtype) for size in lora_choice.ALIGNED))
+    for shape in REAL:
+        missing = code_of(*shape, torch.bfloat16, adapter_dtype) - checked
+        assert not missing, f"{shape}: {missing}"
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_on_a_gpu_the_check_takes_the_aligned_problems_too(monkeypatch, dropout):
+    asked, original = [], lora_choice._compare_with_reference
+
+    def smaller(module, device, dtype, adapter_dtype, p, narrow, sizes):
+        asked.append(sizes)
+        of = sizes if sizes is lora_choice.ODD else (64, 32, 48, 16)
+        return original(module, CPU, dtype, adapter_dtype, p, narrow, of)
+
+    monkeypatch.setattr(lora_choice, "_compare_with_reference", smaller)
+    monkeypatch.setattr(lora_choice, "seeded", lambda device: contextlib.nullcontext())
+    gpu = torch.device("cuda:0")
+    assert lora_choice.self_check(lora_aten, gpu, torch.bfloat16, torch.float32, dropout) is None
+    assert asked == [lora_choice.ODD, *lora_choice.ALIGNED]
+    wrong = backend_with(backward=lambda grads, given: (grads[0], grads[1] * (1 + (len(given[0]) == 64)), grads[2]))
+    failure = lora_choice.self_check(wrong, gpu, torch.bfloat16, torch.float32, dropout)
+    assert str(failure).startswith(f"at {lora_choice.ALIGNED[0]}: gradient of lora_A differs")

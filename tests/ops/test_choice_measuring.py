@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -293,3 +294,36 @@ def test_peeking_runs_nothing(gpu):
     after = lora_choice.peek(gpu.call())
     assert after.choice.passes == ("triton", "triton") and after.entry is not None
     assert after.candidates["triton"] == "passed its self-check" and after.candidates["torch"] == "needs no check"
+
+
+def test_eager_calls_cost_the_hosts_time_where_it_is_longer_and_graphs_the_devices(gpu):
+    """`costs` and the choices they make: launches of many kernels take the host longer than the device."""
+    for name in ("cublas", "triton", "torch"):
+        gpu.put(name, backend_with())
+    device = {"cublas": 90e-6, "triton": 60e-6, "torch": 100e-6}
+    host = {"cublas": 95e-6, "triton": 200e-6, "torch": 70e-6}
+    entry = {"forward": device, "backward": device, "left_out": {}, "host": {"forward": host, "backward": host}}
+    assert lora_choice.costs(entry, "forward", eager=True) == {"cublas": 95e-6, "triton": 200e-6, "torch": 100e-6}
+    assert lora_choice.costs(entry, "forward", eager=False) == device
+    call = gpu.call()
+    key = lora_choice.measure.key_of(call.x, call.weight, call.lora_A, 0.0)
+    lora_choice.tuning_cache.for_device(call.x.device).put(str(key), entry)
+    assert gpu.select().passes == ("cublas", "cublas")
+    gpu.capturing = True
+    assert gpu.select().passes == ("triton", "triton")
+    gpu.capturing = False
+    assert gpu.select().passes == ("cublas", "cublas")
+
+
+@pytest.mark.parametrize("pool, private", [((0, 0), False), ((0, 3), True)])
+def test_nothing_is_measured_while_allocations_go_to_a_graphs_pool(monkeypatch, pool, private):
+    device: Any = types.SimpleNamespace(type="cuda")
+    probe = torch.empty(1)
+    segments = [
+        {"address": 0, "total_size": 1, "segment_pool_id": (0, 7)},
+        {"address": probe.data_ptr() - 64, "total_size": 512, "segment_pool_id": pool},
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: probe)
+    assert lora_choice._in_private_pool(device) == private

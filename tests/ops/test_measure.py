@@ -99,16 +99,57 @@ def test_what_differs_at_size_or_raises_is_left_out_and_the_rest_measured():
         raise RuntimeError("no kernel image")
 
     modules = {
-        "cublas": lora_aten,
+        "cublas": backend_with(forward=lambda y, s, state: (y * 1.5, s, state)),
         "triton": backend_with(backward=lambda grads, _: (grads[0], grads[1] * 1.5, grads[2])),
         "triton_s_inside": backend_with(forward=lambda y, s, state: (y, s * float("nan"), state)),
-        "torch": backend_with(forward=raises),
+        "raising": backend_with(forward=raises),
+        "torch": lora_aten,
     }
     found = measure.measure(KEY, modules, CPU)
-    assert list(found.forward) == list(found.backward) == ["cublas"]
+    assert list(found.forward) == list(found.backward) == ["torch"]
+    assert found.left_out["cublas"].startswith("output differs by 5.0e-01"), "the first candidate is none to go by"
     assert found.left_out["triton"].startswith("gradient of lora_A differs by 5.0e-01")
     assert found.left_out["triton_s_inside"].startswith("S differs by nan")
-    assert found.left_out["torch"] == "RuntimeError: no kernel image"
+    assert found.left_out["raising"] == "RuntimeError: no kernel image"
+
+
+def one_row(y, s, state):
+    y[100] *= 1.5
+    return y, s, state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_wrong_row_of_many_is_seen(dtype):
+    key = KEY._replace(M=1024, dtype=dtype, adapter_dtype=dtype)
+    found = measure.measure(key, {"cublas": backend_with(forward=one_row), "torch": lora_aten}, CPU)
+    assert list(found.forward) == ["torch"] and found.left_out["cublas"].startswith("output differs")
+
+
+def test_with_dropout_all_are_compared_with_the_mask_of_the_seed():
+    """Candidates that share a stale mask, as kernels that share code do, do not confirm each other."""
+    right, stale = backend_with(), backend_with()
+    stale.forward = lambda *args: right.forward(*args[:7], args[7] + 1, *args[8:])
+    key = KEY._replace(M=64, dropout=True)
+    found = measure.measure(key, {"cublas": stale, "triton": stale, "triton_s_inside": right}, CPU)
+    assert list(found.forward) == ["triton_s_inside"]
+    assert {why.split(" differs")[0] for why in found.left_out.values()} == {"output"}
+
+
+def test_a_candidate_that_cannot_be_captured_is_left_out_and_the_hosts_time_kept_apart():
+    class Clock(measure.WallClock):
+        def timed(self, function):
+            if len(seen) == 0:
+                seen.append(function)
+                raise measure.NotCapturable("cannot be captured in a CUDA graph: it synchronises")
+            return super().timed(function)
+
+        def host(self, function):
+            return 8.0
+
+    seen: list = []
+    found = measure.measure(KEY, {"cublas": backend_with(), "torch": lora_aten}, CPU, Clock())
+    assert list(found.forward) == ["torch"] and "it synchronises" in found.left_out["cublas"]
+    assert found.host == {"forward": {"torch": 4.0}, "backward": {"torch": 4.0}}  # of 2 sets of inputs
 
 
 def test_running_out_of_memory_ends_it():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastlora.kernels.dropout import reference_keep_mask
 from fastlora.ops.lora import aten as lora_aten
 from fastlora.ops.lora import choice, measure
 from fastlora.runtime import cache as tuning_cache
@@ -20,12 +21,18 @@ def backend_with(forward=None, backward=None, unsupported=None) -> types.ModuleT
     module = types.ModuleType("pretended_backend")
 
     def changed_forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state=None, narrow=False):
+        # A seed stands for the kernels' mask, which is what results are compared with.
+        dropout_state = _mask(dropout_state, x.shape, dropout_p)
         results = lora_aten.forward(x, weight, bias, lora_A, lora_B, scaling, dropout_p, dropout_state, narrow)
         return forward(*results) if forward else results
 
     def changed_backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs, narrow=False):
         grads = lora_aten.backward(dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, needs, narrow)
         return backward(grads, (dy, x, weight, lora_A, lora_B, s, state, scaling)) if backward else grads
+
+    def _mask(state, shape, dropout_p):
+        is_seed = state is not None and state.dtype == torch.int64
+        return reference_keep_mask(state, *shape, dropout_p) if is_seed else state
 
     vars(module).update(
         unsupported=unsupported or lora_aten.unsupported, forward=changed_forward, backward=changed_backward

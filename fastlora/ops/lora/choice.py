@@ -147,6 +147,8 @@ def select(
         lora_B.dtype,
         dropout_p > 0.0,
         narrow,
+        # Within a graph only the device's time counts.
+        x.is_cuda and torch.cuda.is_current_stream_capturing(),
     )
     return _choices.get(key) or _resolve(key, Call(x, weight, bias, lora_A, lora_B, dropout_p), backend, narrow)
 
@@ -162,7 +164,8 @@ def _resolve(key: Any, call: Call, backend: str, narrow: bool) -> Choice:
         choice = resolver.choose(backend)
         if resolver.put_off is None:
             _choices[key] = choice
-            _provisional.pop(key, None)
+            for in_a_graph in (False, True):  # the next capture's too
+                _provisional.pop((*key[:-1], in_a_graph), None)
         else:
             _provisional[key] = choice
         return choice
@@ -306,7 +309,7 @@ class Resolver:
         finally:
             _spent_s += time.monotonic() - begun
         left_out = {name: why for name, why in (why_not | found.left_out).items() if why is not None}
-        entry = {"forward": found.forward, "backward": found.backward, "left_out": left_out}
+        entry = {"forward": found.forward, "backward": found.backward, "left_out": left_out, "host": found.host}
         cache.put(str(key), entry)
         logger.info("measured %s in %.1f s: %s", key, time.monotonic() - begun, describe(entry))
         return entry, None
@@ -315,8 +318,12 @@ class Resolver:
         """The choice that an entry's times make among the candidates that can take the call; None where none can."""
         names = []
         for direction in tuning_cache.DIRECTIONS:
-            times = dict(entry[direction])
+            eager = not nothing_can_run(self.call.x.device)
+            times = costs(entry, direction, eager)
             name = fastest(times)
+            in_a_graph = fastest(entry[direction])
+            if eager and in_a_graph not in (name, None):
+                self.why_not(in_a_graph)  # checked now, while it can be
             while name is not None and self.why_not(name) is not None:
                 del times[name]
                 name = fastest(times)
@@ -355,6 +362,12 @@ def _choice(forward: str, backward: str, reason: str) -> Choice:
     return Choice(FAMILY.get(forward, forward), module, reason, (forward, backward))
 
 
+def costs(entry: tuning_cache.Entry, direction: str, eager: bool) -> dict[str, float]:
+    """Seconds of each candidate: the device's, or the host's where that is slower and no graph queues the kernels."""
+    host = entry.get("host", {}).get(direction, {}) if eager else {}
+    return {name: max(seconds, host.get(name, 0.0)) for name, seconds in entry[direction].items()}
+
+
 def fastest(times: dict[str, float]) -> str | None:
     """The candidate to take: the baseline (cublas, else the next of CANDIDATES that has a time), unless another is at
     least MARGIN faster."""
@@ -366,11 +379,12 @@ def fastest(times: dict[str, float]) -> str | None:
 
 
 def describe(entry: tuning_cache.Entry) -> str:
-    """Times in words: "forward triton 812.0 µs (cublas 840.1, torch 902.5), backward cublas 1604.2 µs"."""
+    """Costs of eager calls: "forward triton 812.0 µs (cublas 840.1, torch 902.5), backward cublas 1604.2 µs"."""
     parts = []
     for direction in tuning_cache.DIRECTIONS:
-        times = {name: f"{1e6 * seconds:.1f}" for name, seconds in entry[direction].items()}
-        name = fastest(entry[direction])
+        seconds = costs(entry, direction, eager=True)
+        times = {name: f"{1e6 * value:.1f}" for name, value in seconds.items()}
+        name = fastest(seconds)
         others = ", ".join(f"{other} {time}" for other, time in times.items() if other != name)
         chosen = "nothing" if name is None else f"{name} {times[name]} µs"
         parts.append(f"{direction} {chosen}{f' ({others})' if others else ''}")
@@ -389,6 +403,18 @@ def _is_watched() -> str | None:
     return None
 
 
+def _in_private_pool(device: torch.device) -> bool:
+    """Whether what is allocated now belongs to a CUDA graph's pool, or another of the user's: a measurement's tensors
+    would stay in it."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    address = torch.empty(1, device=device).data_ptr()
+    for segment in torch.cuda.memory_snapshot():
+        if 0 <= address - segment["address"] < segment["total_size"]:
+            return tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
+    return False
+
+
 def _why_not_measure(x: Tensor) -> tuple[str | None, bool]:
     """(None, or why a first call must not measure; whether a later call of its kind may be asked again)."""
     mode = _mode or env.measure()
@@ -399,6 +425,8 @@ def _why_not_measure(x: Tensor) -> tuple[str | None, bool]:
     watched = _is_watched()
     if watched is not None:
         return f"not measured while {watched}", True
+    if _in_private_pool(x.device):
+        return "not measured while allocations go to a CUDA graph's memory pool", True
     if mode != "always":
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
@@ -451,8 +479,19 @@ def self_check(
     None where they agree, else what differs. With dropout the mask is read off the backend itself: with A = I, S is
     drop(x). The generators' states are left as they were.
     """
+    p = 0.25 if dropout else 0.0
     with seeded(device), torch.no_grad():
-        return _compare_with_reference(module, device, dtype, adapter_dtype, 0.25 if dropout else 0.0, narrow)
+        for sizes in (ODD, *(ALIGNED if device.type == "cuda" else ())):
+            found = _compare_with_reference(module, device, dtype, adapter_dtype, p, narrow, sizes)
+            if found is not None:
+                return found if sizes is ODD else f"at {sizes}: {found}"
+    return None
+
+
+# M, N, K and r. What divides nothing, with a rank that is small enough for S inside the GEMM; then what compiles to the
+# code of real shapes: tiles, stages, reads of 16 bytes, with and without parts to be summed (test_choice.py compares).
+ODD = (203, 152, 72, 10)
+ALIGNED = ((2048, 2048, 1024, 16), (8192, 256, 512, 16), (256, 512, 512, 16))
 
 
 def _compare_with_reference(
@@ -462,13 +501,15 @@ def _compare_with_reference(
     adapter_dtype: torch.dtype,
     dropout_p: float,
     narrow: bool,
+    sizes: tuple[int, int, int, int],
 ) -> str | None:
-    m, n, k = 203, 152, 72
-    r = k if dropout_p else 10  # small enough for S inside the GEMM, which takes no dropout
+    m, n, k, r = sizes
+    identity = dropout_p > 0.0 and sizes is ODD  # S is then drop(x), and shows the mask whatever made it
+    r = k if identity else r
     x = torch.randn(m, k, device=device).to(dtype)
     weight = (torch.randn(n, k, device=device) * k**-0.5).to(dtype)
     bias = torch.randn(n, device=device).to(dtype)
-    a = torch.eye(k, device=device) if dropout_p else torch.randn(r, k, device=device) * k**-0.5
+    a = torch.eye(k, device=device) if identity else torch.randn(r, k, device=device) * k**-0.5
     a, b = a.to(adapter_dtype), (torch.randn(n, r, device=device) * r**-0.5).to(adapter_dtype)
     dy = torch.randn(m, n, device=device).to(dtype)
     scaling = 1.5
@@ -476,7 +517,13 @@ def _compare_with_reference(
     y, s, state = module.forward(x, weight, bias, a, b, scaling, dropout_p, None, narrow)
     grads = module.backward(dy, x, weight, a, b, s, state, scaling, dropout_p, (True, True, True), narrow)
 
-    keep = (s != 0) if dropout_p else None
+    keep = None
+    if identity:
+        keep = s != 0
+    elif dropout_p:
+        from ...kernels.dropout import reference_keep_mask
+
+        keep = reference_keep_mask(state, m, k, dropout_p) if state.dtype == torch.int64 else state != 0
     if keep is not None and not 0.6 < keep.double().mean().item() < 0.9:
         return f"the kept fraction is {keep.double().mean().item():.2f}, expected about {1 - dropout_p}"
     leaves = [t.double().requires_grad_() for t in (x, a, b)]

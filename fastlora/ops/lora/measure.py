@@ -3,11 +3,11 @@
 Every candidate runs its real kernels on random tensors of the call's sizes. Sets of inputs (x, dY and a weight) rotate
 and are larger than twice the L2 together, since in a model a layer's weight is never where the layer before left it. On
 a GPU one turn through the sets is captured in a CUDA graph, which takes out the launch gaps, and replayed between
-events, candidates in turns, so that a clock that drops slows all of them; where capturing fails the events enclose
-ordinary calls. On a CPU it is the wall clock.
+events, candidates in turns, so that a clock that drops slows all of them; a candidate that cannot be captured is left
+out. How long the host takes to queue a call is measured apart. On a CPU it is the wall clock.
 
-Before a candidate is timed, what it computes at these very sizes is compared with the first candidate's: what is fast
-and wrong is left out. torch's generators are not touched.
+Before a candidate is timed, what it computes at these very sizes is compared with ATen's, with dropout by the mask of
+the seed: what is fast and wrong is left out, whichever it is. torch's generators are not touched.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import configs
+from ...runtime.trust import relative_error
+from . import aten
 
 LARGEST_M = 16384  # beyond, everything grows with M alike
 SMALLEST_M = 16
@@ -87,6 +89,11 @@ class Measurement(NamedTuple):
     backward: dict[str, float]
     left_out: dict[str, str]
     seconds: float  # what it all took, compilation included
+    host: dict[str, dict[str, float]]  # by direction: seconds until a call has queued its kernels; empty on a CPU
+
+
+class NotCapturable(Exception):
+    """Why a candidate cannot be timed as the others are."""
 
 
 class ShortOfMemory(Exception):
@@ -100,7 +107,7 @@ def measure(
     clock: Clock | None = None,
     deadline: float = math.inf,
 ) -> Measurement:
-    """Times `modules` (by candidate's name, the one to compare the others with first). After `deadline`, by
+    """Times `modules` (by candidate's name). After `deadline`, by
     `time.monotonic`, no further candidate is prepared.
 
     Raises ShortOfMemory where the inputs would take more than SHARE_OF_FREE_MEMORY of the free memory.
@@ -111,21 +118,26 @@ def measure(
         problem = Problem.random(key, device)
         clock = clock or clock_for(device)
         forward, backward = {}, {}
+        host: dict[str, dict[str, float]] = {"forward": {}, "backward": {}}
         expected: list[Tensor] | None = None
         for name, module in modules.items():
             if time.monotonic() > deadline:
                 left_out[name] = "no time left for measuring"
                 continue
             try:
-                results = problem.results(module)
                 if expected is None:
-                    expected = results
-                failure = _difference(results, expected, key.dtype)
-                del results
+                    expected = problem.expected()
+                failure = _difference(problem.results(module), expected, key.dtype)
                 if failure is not None:
                     left_out[name] = failure
                     continue
-                timed = clock.timed(problem.forward(module)), clock.timed(problem.backward(module))
+                passes = problem.forward(module), problem.backward(module)
+                timed = clock.timed(passes[0]), clock.timed(passes[1])
+                for direction, run in zip(host.values(), passes, strict=True):
+                    direction[name] = clock.host(run) / len(problem.sets)
+            except NotCapturable as error:  # its launch gaps would be timed, and the others' not
+                left_out[name] = str(error)
+                continue
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of one candidate: a kernel that does not compile at these sizes
@@ -137,7 +149,7 @@ def measure(
             {name: seconds / len(problem.sets) for name, seconds in interleaved(functions).items()}
             for functions in (forward, backward)
         ]
-    return Measurement(medians[0], medians[1], left_out, time.monotonic() - begun)
+    return Measurement(medians[0], medians[1], left_out, time.monotonic() - begun, host)
 
 
 def interleaved(timed: dict[str, Callable[[], float]]) -> dict[str, float]:
@@ -168,8 +180,8 @@ class Problem:
         M, N, K, r = key[:4]
         set_bytes = (M * K + M * N + N * K) * key.dtype.itemsize
         count = _number_of_sets(set_bytes, device)
-        # Beside the inputs: outputs and intermediate results of each pass, kept once to compare and once in the graphs.
-        _check_memory(count * set_bytes + 4 * M * (N + K) * key.dtype.itemsize, device)
+        # Beside the inputs: what each pass makes, as wanted, as got and in the graphs; the mask's words.
+        _check_memory(count * set_bytes + 6 * M * (N + K) * key.dtype.itemsize + 16 * M * K * key.dropout, device)
         generator = torch.Generator(device).manual_seed(0)
 
         def normal(rows: int, columns: int, scale: float, dtype: torch.dtype) -> Tensor:
@@ -193,6 +205,17 @@ class Problem:
         a, b = self.lora_A, self.lora_B
         needs = (True, True, True)
         return module.backward(dy, x, weight, a, b, s, state, self.scaling, self.dropout_p, needs, self.key.narrow)
+
+    def expected(self) -> list[Tensor]:
+        """What `results` are to be, by ATen, with dropout's mask made from the seed: of no candidate."""
+        mask, (x, dy, weight) = None, self.sets[0]
+        if self.seed is not None:
+            from ...kernels.dropout import reference_keep_mask
+
+            mask = reference_keep_mask(self.seed, x.shape[0], x.shape[1], self.dropout_p)
+        arguments = (self.lora_A, self.lora_B, self.scaling, self.dropout_p, mask, self.key.narrow)
+        y, s, _ = aten.forward(x, weight, None, *arguments)
+        return [y, s, *self._backward(aten, dy, x, weight, s, mask)]
 
     def results(self, module: ModuleType) -> list[Tensor]:
         """(y, S, dX, dA, dB) of the first set."""
@@ -242,14 +265,10 @@ def _difference(results: list[Tensor], expected: list[Tensor], dtype: torch.dtyp
     allowed = 4e-2 if dtype in (torch.bfloat16, torch.float16) else 5e-3
     names = ("output", "S", "gradient of x", "gradient of lora_A", "gradient of lora_B")
     for name, got, want in zip(names, results, expected):
-        error = (_norm(got - want) / _norm(want)).item()
+        error = relative_error(got, want)
         if not error <= allowed:
             return f"{name} differs by {error:.1e} (relative) at these sizes, allowed {allowed:.0e}"
     return None
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float32)  # accumulated in fp32, without an fp32 copy
 
 
 @contextlib.contextmanager
@@ -265,7 +284,12 @@ class Clock:
     """Turns a function into one that runs it once and returns the seconds it took."""
 
     def timed(self, function: Function) -> Callable[[], float]:
+        """Raises NotCapturable where the function cannot be timed as others are."""
         raise NotImplementedError
+
+    def host(self, function: Function) -> float:
+        """Seconds until the function has queued its work; 0 where it waits for it."""
+        return 0.0
 
 
 class WallClock(Clock):
@@ -286,7 +310,7 @@ class WallClock(Clock):
 
 
 class CudaClock(Clock):
-    """Replays of a CUDA graph between two events, on a stream of its own; plain calls where capturing fails."""
+    """Replays of a CUDA graph between two events, on a stream of its own."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = _stream(device)
@@ -303,8 +327,8 @@ class CudaClock(Clock):
                 replay()  # uploads the graph
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:  # something in it cannot be captured: launch gaps are then measured too
-                replay = function
+            except RuntimeError as error:
+                raise NotCapturable(f"cannot be captured in a CUDA graph: {error}") from error
             self.stream.synchronize()
 
         def run() -> float:
@@ -317,6 +341,17 @@ class CudaClock(Clock):
             return start.elapsed_time(end) * 1e-3
 
         return run
+
+    def host(self, function: Function) -> float:
+        samples = []
+        with torch.cuda.stream(self.stream):
+            for _ in range(FEWEST_ROUNDS):
+                self.stream.synchronize()
+                begun = time.perf_counter()
+                function()
+                samples.append(time.perf_counter() - begun)
+            self.stream.synchronize()
+        return statistics.median(samples)
 
     def _captured(self, function: Function) -> Function:
         # Not `torch.cuda.graph`, which empties the allocator's cache. "thread_local": a data loader's thread that pins
