@@ -23,7 +23,10 @@ from .init import (
     reinit_lora_ga,
     sign_factors,
 )
+from .layers.group import dissolve_groups, watching
 from .layers.linear import FusedLoraLinear
+from .ops.lora.choice import measuring
+from .ops.quant.weights import release_buffers
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # whether and where its messages show is the program's
 
@@ -45,6 +48,7 @@ __all__ = [
     "allocate_ranks",
     "delete_adapter",
     "disable_adapter",
+    "dissolve_groups",
     "explain",
     "fallbacks",
     "functional",
@@ -52,14 +56,17 @@ __all__ = [
     "is_patched",
     "linalg",
     "load_adapter",
+    "measuring",
     "merge",
     "optim",
     "patch",
     "reinit_lora_ga",
+    "release_buffers",
     "save_adapter",
     "set_adapter",
     "sign_factors",
     "unmerge",
     "unpatch",
     "variants",
+    "watching",
 ]

@@ -329,7 +329,7 @@ def watching(model: nn.Module) -> Iterator[list[tuple[str, ...]]]:
     Example:
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4))
         >>> _ = fastlora.patch(model, r=4)
-        >>> with fastlora.layers.group.watching(model) as groups, torch.no_grad():
+        >>> with fastlora.watching(model) as groups, torch.no_grad():
         ...     _ = model(torch.randn(2, 16))
         >>> groups
         []
