@@ -1,10 +1,10 @@
 """The host's time per eager call, without a GPU: `python -m bench host`.
 
-Triton's real launcher runs against the driver of tests/aot/stub_driver.c, which checks launches and runs nothing, so
-every launch of M = 2048, 4096 x 4096, r = 16 counts as on a GPU, but for the driver's own 2 µs each. Frozen products
-are replaced by tiny ones, and the contenders that launch nothing run on tiny layers: what is left of either is the
-host's work. Times are 20th percentiles of single calls, in turns: a longer sample would count what else the machine
-does.
+Triton's real launcher runs against the driver of tests/support/aot/stub_driver.c, which checks launches and runs
+nothing, so every launch of M = 2048, 4096 x 4096, r = 16 counts as on a GPU, but for the driver's own 2 µs each.
+Frozen products are replaced by tiny ones, and the contenders that launch nothing run on tiny layers: what is left of
+either is the host's work. Times are 20th percentiles of single calls, in turns: a longer sample would count what else
+the machine does.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Row(NamedTuple):
 @contextlib.contextmanager
 def stubbed() -> Iterator[Any]:
     """Within it, backends launch on the stub, CPU tensors count as a GPU's, and frozen products are tiny."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "support"))
     from aot import stub
 
     from fastlora.ops.lora import cublas, triton

@@ -9,7 +9,6 @@ from numerics import assert_close_to_fp64
 from torch import Tensor
 
 from fastlora.functional import lora_linear
-from fastlora.kernels.dropout import reference_keep_mask
 from fastlora.ops import reference
 from fastlora.ops.lora import choice as lora_choice
 
@@ -99,14 +98,6 @@ def run_reference(problem: GpuProblem, keep_mask: Tensor | None, double: bool) -
     )
     gradients = torch.autograd.grad(y, list(given.values()), dy)
     return {"y": y.detach(), **dict(zip(given, gradients, strict=True))}
-
-
-def philox_mask(problem: GpuProblem, seed: int = 0) -> Tensor:
-    """The mask of the kernels for torch's generator at `seed`: the first number drawn is the Philox seed."""
-    from fastlora.kernels.dropout import new_seed
-
-    torch.manual_seed(seed)
-    return reference_keep_mask(new_seed(problem.x.device), *problem.x.shape, problem.dropout_p)
 
 
 def assert_right(problem: GpuProblem, backend: str, keep_mask: Tensor | None = None) -> None:
