@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -43,22 +44,24 @@ KNOWN = ((3, 6), (3, 7), (3, 8), (3, 9))  # Tritons whose C launcher's arguments
 MAX_PLANS = 2048  # of one function: every number of tokens is a kind of its own. A plan is a few KB
 
 
-_here = threading.local()  # `tape`: what records this thread's calls
+class _Here(threading.local):
+    tape: Tape | None = None  # what records this thread's calls
+
+
+_here = _Here()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """kernel[grid](*args, **options): the one way in which launchers launch, so that it can be recorded."""
     compiled = kernel[grid](*args, **options)
-    tape = getattr(_here, "tape", None)
-    if tape is not None:
+    if (tape := _here.tape) is not None:
         tape.launches.append((kernel, compiled, (*grid, 1, 1)[:3], args, options))
 
 
 def new(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """An empty contiguous tensor on like's device: the one way in which a planned function allocates."""
     tensor = like.new_empty(shape, dtype=dtype)
-    tape = getattr(_here, "tape", None)
-    if tape is not None:
+    if (tape := _here.tape) is not None:
         tape.allocated.append(tensor)
     return tensor
 
@@ -121,26 +124,28 @@ class planned:
         functools.update_wrapper(self, function)
         self.function = function
         self.plans: dict[tuple, Plan | None] = {}
+        _planned.add(self)
 
     def __call__(self, *args: Any) -> Any:
         key: list[Any] = []
         tensors: list[Any] = []
         addresses: list[Any] = []
         unaligned = _describe(args, key, tensors, addresses)
-        device = tensors[0].get_device()
+        first = tensors[0]
+        device = first.get_device()
         if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 return self(*args)
         key.append(device)
-        if tensors[0].dtype is torch.float32:
+        if first.dtype is torch.float32:
             key.append(configs.input_precision(torch.float32))
-        if unaligned:
-            key.append(tuple(address & 15 for address in addresses))
+        if unaligned & 15:
+            key.append(tuple([address & 15 for address in addresses]))
         if len(set(addresses)) < len(addresses):
             key.append(tuple(map(addresses.index, addresses)))
         kind = tuple(key)
         plan = self.plans.get(kind)
-        if getattr(_here, "tape", None) is not None or _is_watched():
+        if _here.tape is not None or _is_watched():
             return self.function(*args)  # part of another function's plan, or to be seen with Triton's metadata
         if plan is not None:
             return plan(tensors, addresses)
@@ -163,6 +168,15 @@ class planned:
         return result
 
 
+_planned: weakref.WeakSet[planned] = weakref.WeakSet()
+
+
+def forget_plans() -> None:
+    """Makes every call a first one again: for tests that put something in a launcher's place."""
+    for function in _planned:
+        function.plans.clear()
+
+
 def _describe(args: Sequence[Any], key: list[Any], tensors: list[Any], addresses: list[Any]) -> int:
     """Appends what the arguments are to the key. Returns the low bits of all addresses."""
     bits = 0
@@ -178,13 +192,16 @@ def _describe(args: Sequence[Any], key: list[Any], tensors: list[Any], addresses
             bits |= _describe(arg, key, tensors, addresses)
         else:
             key.append(arg)
-    return bits & 15
+    return bits
 
 
 def _is_watched() -> bool:
     """Whether hooks, a profiler's for example, want to see launches with their metadata."""
-    runtime = knobs.runtime
-    return bool(getattr(runtime.launch_enter_hook, "calls", 1) or getattr(runtime.launch_exit_hook, "calls", 1))
+    runtime: Any = knobs.runtime
+    try:
+        return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    except AttributeError:  # none of Triton's chains of hooks
+        return True
 
 
 class Plan:
@@ -204,9 +221,8 @@ class Plan:
         self.counts_on = counts_on  # where its kernels need counters, if they do
         self.allocations = allocations  # (a tensor of its dtype or None, shape, dtype)
         self.derived = derived  # functions of the registers
-        self.launches = (
-            launches  # (function of a stream and arguments; arguments; those to fill in, and their register)
-        )
+        self.launches = launches  # (function of a stream, arguments, [(place to fill in, register)])
+        self.on_stream: dict[int, list] = {}  # of each stream: the same, with functions of the arguments
         self.pick = pick  # the results among tensors, allocations and None
         triton_driver: Any = driver  # `active` raises where there is no GPU
         self.current_stream = (lambda device: 0) if INTERPRETED else triton_driver.active.get_current_stream
@@ -225,11 +241,14 @@ class Plan:
             registers.append(counters if INTERPRETED else counters.data_ptr())
         for derive in self.derived:
             registers.append(derive(registers))
-        for send, template, slots in self.launches:
+        launches = self.on_stream.get(stream)
+        if launches is None:
+            launches = self.on_stream[stream] = [(on(stream), *rest) for on, *rest in self.launches]
+        for send, template, slots in launches:
             arguments = template.copy()  # not the template itself: another thread's call may be under way
             for place, register in slots:
                 arguments[place] = registers[register]
-            send(stream, arguments)
+            send(arguments)
         tensors.append(None)
         return self.pick(tensors)
 
@@ -273,10 +292,12 @@ class Tape:
         if not all(one is None or id(one) in order for one in results):
             raise Unplannable("returns what it neither allocated nor was given")
         pick = itemgetter(*(-1 if one is None else order[id(one)] for one in results))
+        if isinstance(result, tuple) and len(result) == 1:  # of one, itemgetter makes no tuple
+            pick = itemgetter(slice(order[id(result[0])], order[id(result[0])] + 1))
         return Plan(inputs[0].get_device(), allocations, counts_on, list(self.derived.values()), launches, pick)
 
     def _launch(self, kernel: Any, compiled: Any, grid: tuple, args: tuple, options: dict) -> tuple:
-        """(function of a stream and arguments, arguments, [(place, register) of those to fill in])"""
+        """(function of a stream, arguments, [(place, register) of those to fill in])"""
         if compiled is None and not INTERPRETED:
             raise Unplannable("nothing was compiled")
         values = [*args, *(options[name] for name in kernel.arg_names[len(args) :])]
@@ -350,20 +371,20 @@ def _without_base(descriptor: TensorDescriptor) -> Callable[[Any], Any]:
     return lambda address: Described(address, like)  # type: ignore[arg-type]
 
 
-def _sender(kernel: Any, compiled: Any, grid: tuple[int, int, int]) -> Callable[[int, list[Any]], Any]:
-    """What launches with a stream and all of the kernel's parameters: the C launcher in the Tritons that we know, with
-    the arguments that `CompiledKernel.run` would give it; else Triton's public runner, which takes 3 µs more."""
+def _sender(kernel: Any, compiled: Any, grid: tuple[int, int, int]) -> Callable[[int], Callable[[list[Any]], Any]]:
+    """Of a stream, what launches there with all of the kernel's parameters: the C launcher in the Tritons that we know,
+    called as `CompiledKernel.run` would; else Triton's public runner, which takes 3 µs more."""
     if INTERPRETED:
-        return lambda stream, arguments: kernel[grid](*arguments)
+        return lambda stream: lambda arguments: kernel[grid](*arguments)
     run = compiled.run
     scratch = run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False)
     if scratch or VERSION not in KNOWN:
         runner = compiled[grid]
-        return lambda stream, arguments: runner(*arguments, stream=stream)
-    call, function, metadata = run.launch, compiled.function, compiled.packed_metadata
-    cooperative, pdl = run.launch_cooperative_grid, run.launch_pdl
+        return lambda stream: lambda arguments: runner(*arguments, stream=stream)
+    head = (compiled.function, run.launch_cooperative_grid, run.launch_pdl)
+    metadata = compiled.packed_metadata
     if VERSION == (3, 6):
-        rest = (function, cooperative, pdl, None, None, metadata, None, None, None)
-        return lambda stream, arguments: call(*grid, stream, *rest, *arguments)
-    rest = (function, cooperative, pdl, metadata, *[None] * 5, run.arg_annotations, run.kernel_signature)
-    return lambda stream, arguments: call(*grid, stream, *rest, arguments)
+        rest = (*head, None, None, metadata, None, None, None)
+        return lambda stream: lambda arguments: run.launch(*grid, stream, *rest, *arguments)
+    rest = (*head, metadata, *[None] * 5, run.arg_annotations, run.kernel_signature)
+    return lambda stream: functools.partial(run.launch, *grid, stream, *rest)

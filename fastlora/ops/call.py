@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor  # one may outlive its transform
 from torch.autograd.function import once_differentiable
 
 SMALL = 1 << 17  # elements of x; below, on a CPU, ATen's own autograd is faster (54 against 66 µs at 8×64)
@@ -113,9 +114,9 @@ def takes_fused_path(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return not torch._C._are_functorch_transforms_active()
     for tensor in tensors:  # a loop: a generator costs every call half a microsecond
-        if tensor is not None and type(tensor) not in PLAIN_TENSORS:
+        if tensor is not None and (type(tensor) not in PLAIN_TENSORS or is_functorch_wrapped_tensor(tensor)):
             return False
-    return not (torch._C._are_functorch_transforms_active() or torch.jit.is_tracing())
+    return not (torch._C._are_functorch_transforms_active() or torch._C._is_tracing())
 
 
 def cast_for_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlora.kernels import expand, gemm
+from fastlora.kernels import expand, gemm, launch
 from fastlora.ops.lora import choice, cublas, measure, triton_s_inside
 
 CPU = torch.device("cpu")
@@ -20,6 +20,7 @@ def test_s_inside_is_checked_by_running_its_own_kernel(dtype, monkeypatch):
         s.mul_(-1)  # right in the output, wrong in what backward gets
 
     monkeypatch.setattr(triton_s_inside, "forward_gemm_with_s", wrong)
+    launch.forget_plans()
     failure = choice.self_check(triton_s_inside, CPU, dtype, dtype, False)  # type: ignore[arg-type]
     assert failure is not None and "gradient of lora_B" in failure and len(launches) == 1
 

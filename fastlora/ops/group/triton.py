@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ...kernels import group
 from ...kernels.dropout import new_seed
 from ...kernels.expand import expand
-from ...kernels.launch import device_of, new_workspace
+from ...kernels.launch import new, new_workspace, planned
 from ..call import low_rank_dtype
 from ..lora.cublas import low_rank_gradients
 
@@ -26,30 +25,45 @@ def shrink(
     x: Tensor, lora_As: Sequence[Tensor], dropout_ps: Sequence[float], shared_mask: bool, narrow: bool = False
 ) -> tuple[list[Tensor], Tensors]:
     """(S, seeds): Sᵢ = dropᵢ(x) Aᵢᵀ (M, rᵢ); a seed is (1,) int64, None where nothing is dropped."""
-    with device_of(x):
-        seeds: Tensors = []
-        for p in dropout_ps:
-            again = seeds[0] if shared_mask and seeds else None
-            seeds.append(again if again is not None else new_seed(x.device) if p > 0.0 else None)
-        out = [x.new_empty(x.shape[0], a.shape[0], dtype=low_rank_dtype(x, a, None, narrow)) for a in lora_As]
-        workspace = new_workspace(x, group.shrink_workspace(x, lora_As))
-        group.group_shrink(x, lora_As, out, workspace, seeds=seeds, dropout_ps=dropout_ps, shared_mask=shared_mask)
-        return out, seeds
+    seeds: Tensors = []
+    for p in dropout_ps:
+        again = seeds[0] if shared_mask and seeds else None
+        seeds.append(again if again is not None else new_seed(x.device) if p > 0.0 else None)
+    dtypes = [low_rank_dtype(x, a, None, narrow) for a in lora_As]
+    return list(_shrink(x, lora_As, seeds, dropout_ps, shared_mask, dtypes)), seeds
+
+
+@planned
+def _shrink(x, lora_As, seeds, dropout_ps, shared_mask, dtypes) -> tuple[Tensor, ...]:
+    outs = [new(x, x.shape[0], a.shape[0], dtype=dtype) for a, dtype in zip(lora_As, dtypes, strict=True)]
+    workspace = new_workspace(x, group.shrink_workspace(x, lora_As))
+    group.group_shrink(x, lora_As, outs, workspace, seeds=seeds, dropout_ps=dropout_ps, shared_mask=shared_mask)
+    return tuple(outs)
 
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_B: Tensor, scaling: float, name: str
 ) -> Tensor:
     """One member's y (M, N) = x W0ᵀ + b + s·S Bᵀ, as the backend `name` makes it."""
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    with device_of(x):
-        if name == "triton":
-            from ...kernels.gemm import forward_gemm
+    if name == "triton":
+        return _gemm(x, weight, bias, s, lora_B, scaling)
+    return _expand(s, lora_B, bias, scaling, x.dtype).addmm_(x, weight.t())
 
-            forward_gemm(x, weight, bias, s, lora_B, y, scaling)
-            return y
-        expand(s, lora_B, y, alpha=scaling, bias=bias)
-        return y.addmm_(x, weight.t())
+
+@planned
+def _gemm(x, weight, bias, s, lora_B, scaling) -> Tensor:
+    from ...kernels.gemm import forward_gemm
+
+    y = new(x, x.shape[0], weight.shape[0])
+    forward_gemm(x, weight, bias, s, lora_B, y, scaling)
+    return y
+
+
+@planned
+def _expand(s, lora_B, bias, scaling, dtype) -> Tensor:
+    y = new(s, s.shape[0], lora_B.shape[0], dtype=dtype)
+    expand(s, lora_B, y, alpha=scaling, bias=bias)
+    return y
 
 
 def backward(
@@ -65,12 +79,11 @@ def backward(
     """One member's (dX, dS, dB), None where `needs` (x, S, lora_B) is False: dX = dx + dY W0, in place where dx is
     given; dS = s·dY B and dB = s·dYᵀ S in one pass over dY."""
     needs_x, needs_s, needs_b = needs
-    with device_of(dy):
-        ds, _, grad_b = _low_rank(dy, lora_B, s, scaling, needs_s, needs_b, narrow)
-        if needs_x:
-            assert weight is not None
-            dx = dy.mm(weight) if dx is None else dx.addmm_(dy, weight)
-        return dx if needs_x else None, ds, grad_b
+    ds, _, grad_b = _low_rank(dy, lora_B, s, scaling, needs_s, needs_b, narrow)
+    if needs_x:
+        assert weight is not None
+        dx = dy.mm(weight) if dx is None else dx.addmm_(dy, weight)
+    return dx if needs_x else None, ds, grad_b
 
 
 def _low_rank(dy, lora_B, s, scaling, needs_s, needs_b, narrow):
@@ -93,35 +106,41 @@ def shared_gradients(
 
     A member whose dS is None (its output was not used) costs nothing and gets None.
     """
+    dx, *grads = _shared_gradients(dx, x, dss, lora_As, states, dropout_ps, shared_mask, needs_x, needs_as)
+    return dx, grads
+
+
+@planned
+def _shared_gradients(
+    dx, x, dss, lora_As, states, dropout_ps, shared_mask, needs_x, needs_as
+) -> tuple[Tensor | None, ...]:
     grads: Tensors = [None] * len(dss)
     used = [i for i, ds in enumerate(dss) if ds is not None]
-    first: Tensor = dss[used[0]]  # type: ignore[assignment]
-    with device_of(first):
-        if needs_x:
-            accumulate = dx is not None
-            if dx is None:
-                dx = first.new_empty(first.shape[0], lora_As[used[0]].shape[1])  # type: ignore[union-attr]
-            group.group_expand(
-                [dss[i] for i in used],  # type: ignore[misc]
-                [lora_As[i].t() for i in used],  # type: ignore[union-attr]
-                dx,
-                accumulate=accumulate,
-                seeds=[states[i] for i in used],
-                dropout_ps=[dropout_ps[i] for i in used],
-            )
-        trained = [i for i in used if needs_as[i]]
-        if trained:
-            assert x is not None
-            for i in trained:
-                grads[i] = torch.empty_like(lora_As[i], memory_format=torch.contiguous_format)  # type: ignore[arg-type]
-            workspace = new_workspace(x, group.weight_grad_workspace(x, [dss[i].shape[1] for i in trained]))  # type: ignore[union-attr]
-            group.group_weight_grad(
-                x,
-                [dss[i] for i in trained],  # type: ignore[misc]
-                [grads[i].t() for i in trained],  # type: ignore[union-attr]
-                workspace,
-                seeds=[states[i] for i in trained],
-                dropout_ps=[dropout_ps[i] for i in trained],
-                shared_mask=shared_mask,
-            )
-    return dx if needs_x else None, grads
+    first = dss[used[0]]
+    if needs_x:
+        accumulate = dx is not None
+        if dx is None:
+            dx = new(x if x is not None else first, first.shape[0], lora_As[used[0]].shape[1])
+        group.group_expand(
+            [dss[i] for i in used],
+            [lora_As[i].t() for i in used],
+            dx,
+            accumulate=accumulate,
+            seeds=[states[i] for i in used],
+            dropout_ps=[dropout_ps[i] for i in used],
+        )
+    trained = [i for i in used if needs_as[i]]
+    if trained:
+        for i in trained:
+            grads[i] = new(lora_As[i], *lora_As[i].shape)
+        workspace = new_workspace(x, group.weight_grad_workspace(x, [dss[i].shape[1] for i in trained]))
+        group.group_weight_grad(
+            x,
+            [dss[i] for i in trained],
+            [grads[i].t() for i in trained],  # type: ignore[union-attr]
+            workspace,
+            seeds=[states[i] for i in trained],
+            dropout_ps=[dropout_ps[i] for i in trained],
+            shared_mask=shared_mask,
+        )
+    return dx if needs_x else None, *grads

@@ -73,6 +73,10 @@ class LoraLinearFunction(torch.autograd.Function):
         )
 
 
+# Without torch's look at every argument for leftovers of torch.func, 4 µs: `takes_fused_path` has looked.
+_apply = super(torch.autograd.Function, LoraLinearFunction).apply
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -97,7 +101,7 @@ def lora_linear(
         return as_shaped(module.forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, None, narrow)[0], x)
     if x.dim() != 2 and not x2._is_view():  # reshape had to copy x: once is enough
         x = x2.view(x.shape)
-    return LoraLinearFunction.apply(  # type: ignore[return-value]
+    return _apply(  # type: ignore[return-value]
         x, weight, bias, lora_A, lora_B, scaling, dropout_p, module, narrow
     )
 

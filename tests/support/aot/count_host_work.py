@@ -1,0 +1,76 @@
+"""What a call does on the host once its kind is known, counted: `python -m aot.count_host_work OUT`.
+
+Run by test_host.py in a process of its own, since the stub takes Triton over. Writes JSON: of each row of `python -m
+bench host` the launches and the Python-level calls of a forward and backward pass; and of each backend what it launched
+by a plan and without one, with the calls' own tensors named.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.layers import host
+from fastlora.kernels.launch import planned
+from fastlora.ops.lora import cublas, triton
+
+M, N, K, R = 200, 96, 160, 7  # unaligned rows of S, B and dS
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def python_calls(function) -> int:
+    """Calls of Python functions within `function`."""
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count - 1
+
+
+def launched(driver, backend, dtype, adapter_dtype, dropout_p, offset) -> list[list]:
+    """What a forward and backward pass launches: kernel, grid, threads, shared memory, and parameters, with the call's
+    own tensors by name. `offset`: x begins so many elements into its storage."""
+    x = torch.empty(M * K + offset, dtype=dtype)[offset:].view(M, K)
+    weight, bias, dy = (torch.empty(shape, dtype=dtype) for shape in ((N, K), (N,), (M, N)))
+    a, b = torch.empty(R, K, dtype=adapter_dtype), torch.empty(N, R, dtype=adapter_dtype)
+    state = torch.empty(1, dtype=torch.int64) if dropout_p else None
+    driver.clear_log()
+    y, s, _ = backend.forward(x, weight, bias, a, b, 1.5, dropout_p, state)
+    grads = backend.backward(dy, x, weight, a, b, s, state, 1.5, dropout_p, (True, True, True))
+    named = {"x": x, "weight": weight, "bias": bias, "dy": dy, "a": a, "b": b, "seed": state, "y": y, "s": s}
+    named |= dict(zip(("dx", "da", "db"), grads, strict=True))
+    names = {tensor.data_ptr(): name for name, tensor in named.items() if tensor is not None}
+
+    def name_of(value: int) -> Any:
+        # What is no tensor of the call, and no number, is somewhere in a buffer, or a digest of a tensor map.
+        return names.get(value, value if abs(value) < 1 << 32 else "other")
+
+    return [[*launch[:4], [name_of(value) for value in launch.params]] for launch in driver.log()]
+
+
+def main(out: str) -> None:
+    with host.stubbed() as driver:
+        found = host.rows()
+        launches = host.launches_of(driver, found)
+        calls = {name: python_calls(row.both) for name, row in found.items()}
+        kinds = [(BF16, BF16, 0.0, 0), (BF16, FP32, 0.1, 0), (BF16, BF16, 0.0, 1), (FP32, FP32, 0.1, 0)]
+        by_plan = [[launched(driver, one, *kind) for _ in range(3)] for one in (cublas, triton) for kind in kinds]
+        plans = [plan for one in (cublas._low_rank_output, triton._forward) for plan in one.plans.values()]
+        planned.__call__ = lambda self, *args: self.function(*args)  # type: ignore[method-assign]
+        without = [launched(driver, one, *kind) for one in (cublas, triton) for kind in kinds]
+    kept = sum(plan is not None for plan in plans)
+    results = {"launches": launches, "calls": calls, "by_plan": by_plan, "without": without, "kept": kept}
+    Path(out).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
