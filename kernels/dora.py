@@ -46,7 +46,7 @@ def _dora_norm_kernel(
     w_ptr,  # (N, K)
     a_ptr,  # (R, K), of W0's dtype or another
     b_ptr,  # (N, R), of A's dtype
-    out_ptr,  # (splits, N) fp32: the norms where there is one split, else sums of squares
+    out_ptr,  # (splits, N) fp32: the norms of the splits' parts
     N,
     K,
     R,
@@ -62,13 +62,13 @@ def _dora_norm_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     RANK_LOOP: tl.constexpr,
-    ROOT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """out[split, i] = Σ_k (W0 + scale · B A)²_ik over the split's columns, or its root, in fp32."""
+    """out[split, i] = √(Σ_k (W0 + scale · B A)²_ik) over the split's columns; squares in fp64, where those of no fp32
+    number overflow or vanish."""
     row = tl.program_id(0) * BLOCK_N
     split = tl.program_id(1)
-    squares = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_N,), dtype=tl.float64)
     if not RANK_LOOP:
         b = load_tile(b_ptr, row, 0, N, R, stride_bn, stride_br, BLOCK_N, BLOCK_R, False)
     k_start = split * k_per_split
@@ -83,13 +83,10 @@ def _dora_norm_kernel(
             a = load_tile(a_ptr, 0, k, R, K, stride_ar, stride_ak, BLOCK_R, BLOCK_K, False)
             delta = tl.dot(b, a, delta, input_precision=INPUT_PRECISION)
         w = load_tile(w_ptr, row, k, N, K, stride_wn, stride_wk, BLOCK_N, BLOCK_K, False).to(tl.float32)
-        total = w + scale * delta
-        squares += total * total
-    out = tl.sum(squares, axis=1)
-    if ROOT:
-        out = tl.sqrt(out)
+        total = (w + scale * delta).to(tl.float64)
+        squares += tl.sum(total * total, axis=1)
     rows = row + tl.arange(0, BLOCK_N)
-    tl.store(out_ptr + split * N + rows, out, mask=rows < N)
+    tl.store(out_ptr + split * N + rows, tl.sqrt(squares).to(tl.float32), mask=rows < N)
 
 
 @triton.jit
@@ -100,12 +97,13 @@ def _root_kernel(
     splits,
     BLOCK: tl.constexpr,
 ):
-    """out = √(partials[0] + partials[1] + …), from the first to the last."""
+    """out = √(partials[0]² + partials[1]² + …), from the first to the last."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK,), dtype=tl.float64)
     for split in range(splits):
-        acc += tl.load(partials_ptr + split * N + offs, mask=offs < N, other=0.0)
-    tl.store(out_ptr + offs, tl.sqrt(acc), mask=offs < N)
+        part = tl.load(partials_ptr + split * N + offs, mask=offs < N, other=0.0).to(tl.float64)
+        acc += part * part
+    tl.store(out_ptr + offs, tl.sqrt(acc).to(tl.float32), mask=offs < N)
 
 
 def norm_config(weight: torch.Tensor, lora_A: torch.Tensor) -> DoraNormConfig:
@@ -176,7 +174,6 @@ def dora_norm(
         BLOCK_K=config.block_k,
         BLOCK_R=config.block_r,
         RANK_LOOP=config.block_r < R,
-        ROOT=splits == 1,
         INPUT_PRECISION="tf32x3" if lora_A.dtype == torch.float32 else "ieee",
         num_warps=config.num_warps,
         num_stages=config.num_stages,
@@ -203,9 +200,10 @@ def _load_columns(ref, columns, N, stride):
 
 @triton.jit
 def _load_factor(m_ptr, n_ptr, columns, N, stride_m):
-    """(m/n, 1/n), zeros beyond the matrix."""
+    """(m/n, n), (0, ∞) where n is 0: the row has no direction. (0, 1) beyond the matrix."""
     norm = tl.load(n_ptr + columns, mask=columns < N, other=1.0)
-    return _load_columns(m_ptr, columns, N, stride_m) / norm, 1.0 / norm
+    norm = tl.where(norm == 0.0, float("inf"), norm)
+    return _load_columns(m_ptr, columns, N, stride_m) / norm, norm
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -267,7 +265,7 @@ def _scale_backward_kernel(
     column = tl.program_id(0) * BLOCK_N
     chunk = tl.program_id(1)
     columns = column + tl.arange(0, BLOCK_N)
-    factor, inverse = _load_factor(m_ptr, n_ptr, columns, N, stride_m)
+    factor, norm = _load_factor(m_ptr, n_ptr, columns, N, stride_m)
     dm = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     db = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     start = chunk * m_per_chunk
@@ -282,7 +280,7 @@ def _scale_backward_kernel(
             store_tile(dz_ptr, dy * factor[None, :], row, column, M, N, stride_om, stride_on, False)
     sums_ptr += chunk.to(tl.int64) * 2 * N
     if MAGNITUDE:
-        tl.store(sums_ptr + columns, tl.sum(dm, axis=0) * inverse, mask=columns < N)
+        tl.store(sums_ptr + columns, tl.sum(dm, axis=0) / norm, mask=columns < N)
     if BIAS:
         tl.store(sums_ptr + N + columns, tl.sum(db, axis=0), mask=columns < N)
 

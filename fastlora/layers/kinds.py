@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ops import call
 from ..ops.dora import dora as dora_op
+from ..ops.dora.aten import divisor
 from . import starts
 from .checks import tensors_of
 
@@ -110,7 +111,9 @@ def get_delta_weight(layer: FusedLoraLinear, name: str) -> Tensor:
     if name in layer.lora_magnitude_vector:
         with torch.no_grad():
             weight = _unmerged_weight(layer).detach().to(delta.dtype)
-            factor = layer.lora_magnitude_vector[name].to(delta.dtype) / layer.weight_norm(name).to(delta.dtype)
+            factor = layer.lora_magnitude_vector[name].to(delta.dtype) / divisor(layer.weight_norm(name)).to(
+                delta.dtype
+            )
             factor = factor if layer.fan_in_fan_out else factor.unsqueeze(1)
             delta = factor * (weight + delta) - weight
     return delta

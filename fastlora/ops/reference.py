@@ -105,7 +105,7 @@ def dora_linear(
     wide = _widest(x, lora_A, lora_B, magnitude)
     a, b = lora_A.to(wide), lora_B.to(wide)
     norm = (weight.to(wide) + scaling * (b @ a)).detach().norm(dim=1)
-    factor = magnitude.to(wide) / norm
+    factor = magnitude.to(wide) / norm.masked_fill(norm == 0, torch.inf)  # a row of zeros has no direction
     dropped = apply_dropout(x.to(wide), dropout_p, keep_mask)
     frozen, low_rank = F.linear(dropped.to(x.dtype), weight), scaling * F.linear(F.linear(dropped, a), b)
     y = F.linear(x, weight, bias)

@@ -52,6 +52,29 @@ def test_a_split_of_the_columns_gives_the_same_norms(monkeypatch):
     torch.testing.assert_close(norm_of(weight, a, b, 1.0), whole, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("value", [1e-30, 1e-22, 1e22, 1e30])
+def test_norms_whose_squares_are_no_fp32(value, splits, monkeypatch):
+    monkeypatch.setattr(dora.configs, "_parts", lambda programs, blocks, wanted: splits)
+    weight, a, b = problem(20, 300, 4, FP32, FP32)
+    weight, b = weight * value, torch.zeros_like(b)
+    weight[3] = 0
+    got = norm_of(weight, a, b, 1.0).double() / value
+    torch.testing.assert_close(got, exact_norm(weight, a, b, 1.0) / value, rtol=1e-6, atol=0)
+
+
+def test_a_row_of_zeros_is_scaled_to_nothing():
+    z, dy = torch.randn(2, 9, 5)
+    z[:, 2] = 0
+    magnitude, norm = torch.tensor([1.0, 2.0, 3.0, 0.0, 1.0]), torch.tensor([2.0, 1.0, 0.0, 0.5, 1e-39])
+    y = dora_triton.scale(z, magnitude, norm, None)
+    dz, dm, _ = dora_triton.scale_backward(dy, z, magnitude, norm, (True, True, False))
+    assert dz is not None and dm is not None
+    for got, source in ((y, z), (dz, dy)):
+        assert not got[:, 2].any() and torch.equal(got[:, :2], source[:, :2] * torch.tensor([0.5, 2.0]))
+    assert dm[2] == 0 and torch.allclose(dm[:2], (dy * z).sum(0)[:2] / norm[:2])
+
+
 def test_rows_that_nearly_cancel():
     """Of W0 = −s·B A (1 + 2⁻¹⁰) is left what a difference of squares in fp32 would not even give the sign of."""
     _, a, b = problem(20, 64, 4, FP32, FP32)

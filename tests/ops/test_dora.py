@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import contracts
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,6 +80,70 @@ def test_the_reference_is_the_papers_equation():
 def test_everything_dropped():
     p = make_problem(8, 20, dropout_p=1.0)
     torch.testing.assert_close(run(p, dora_linear, ())["y"], F.linear(p.x, p.weight, p.bias))
+
+
+@pytest.mark.parametrize("size", [(7, 40), (700, 512)], ids=["composed", "fused"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_a_row_of_zeros_gives_the_bias_and_finite_gradients(size, dropout_p):
+    """Of pruned or padded weights: 0/0 was NaN from the first step."""
+    n, k = 20, size[1]
+    weight, x = torch.randn(n, k), torch.randn(*size, requires_grad=True)
+    weight[3] = weight[11] = 0
+    a, b, bias = torch.randn(4, k, requires_grad=True), torch.randn(n, 4), torch.randn(n)
+    b[3] = b[11] = 0
+    b.requires_grad_()
+    m = torch.linalg.vector_norm(weight + 0.5 * b.detach() @ a.detach(), dim=1)
+    m[11] = 2.0  # a magnitude without a direction
+    m.requires_grad_()
+    y = fastlora.functional.dora_linear(x, weight, a, b, m, 0.5, bias, dropout_p)
+    y.square().sum().backward()
+    assert torch.equal(y[:, [3, 11]], bias[[3, 11]].expand(len(y), 2))
+    for tensor in (x, a, b, m):
+        assert tensor.grad is not None and torch.isfinite(tensor.grad).all() and tensor.grad.any()
+    assert m.grad is not None and not m.grad[[3, 11]].any()
+    if dropout_p == 0:
+        rows = [i for i in range(n) if i not in (3, 11)]
+        want = F.linear(x, weight + 0.5 * b @ a, bias)  # m is the norm
+        assert torch.allclose(y[:, rows], want[:, rows], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["plain", "peft"])
+def test_layers_with_rows_of_zeros_train(kind):
+    model: Any = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 8))
+    with torch.no_grad():
+        model[0].weight[::3] = 0
+    want = model(torch.ones(3, 16))
+    if kind == "peft":
+        config = peft.LoraConfig(r=2, use_dora=True, target_modules=["0", "1"])
+        model = peft.get_peft_model(model, config)
+        fastlora.patch(model)
+    else:
+        fastlora.patch(model, r=2, use_dora=True)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    assert torch.allclose(model(torch.ones(3, 16)), want, atol=1e-5)
+    for _ in range(3):
+        model(torch.randn(5, 16)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    y = model(torch.ones(3, 16))
+    assert torch.isfinite(y).all() and not torch.equal(y, want)
+    if kind == "plain":
+        fastlora.merge(model)
+        assert torch.allclose(model(torch.ones(3, 16)), y, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [5, 3000], ids=["at once", "in chunks"])
+@pytest.mark.parametrize("value", [1e-30, 1e-22, 1e22, 1e30])
+def test_norms_whose_squares_are_no_float32(value, rows):
+    weight = torch.randn(rows, 130) * value
+    a, b = torch.randn(4, 130), torch.zeros(rows, 4)
+    got = dora_aten.weight_norm(weight, a, b, 1.0)
+    assert torch.allclose(got.double() / value, weight.double().norm(dim=1) / value, rtol=1e-6)
+    mixed = torch.tensor([[0.0] * 130, [value] + [0.0] * 129, [1.0] * 130])
+    assert torch.allclose(
+        dora_aten.weight_norm(mixed, a, b[:1].expand(3, 4), 1.0), torch.tensor([0.0, value, 130**0.5])
+    )
 
 
 def test_nothing_of_the_weights_size_is_made():

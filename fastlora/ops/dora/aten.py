@@ -5,6 +5,7 @@ Everything N×K or M×N beyond the arguments is made a few rows at a time, so th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,12 +20,27 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
     wide = _wide(weight.dtype, lora_A.dtype)
     lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
     if weight.numel() <= CHUNK:
-        return torch.linalg.vector_norm(torch.addmm(weight.to(wide), lora_B, lora_A, alpha=scaling), dim=1)
+        return _row_norms(torch.addmm(weight.to(wide), lora_B, lora_A, alpha=scaling))
     norm = weight.new_empty(weight.shape[0], dtype=wide)
     for rows in _chunks(weight):
         total = torch.addmm(weight[rows].to(wide), lora_B[rows], lora_A, alpha=scaling)
-        torch.linalg.vector_norm(total, dim=1, out=norm[rows])
+        norm[rows] = _row_norms(total)
     return norm
+
+
+def _row_norms(total: Tensor) -> Tensor:
+    """‖total‖ by row, overwriting it: divided by a power of two near its largest entry, which rounds nothing, so that
+    no square overflows or vanishes."""
+    exponent = torch.frexp(torch.linalg.vector_norm(total, math.inf, dim=1)).exponent
+    bound, one = (1000 if total.dtype == torch.float64 else 120), total.new_ones(len(total))
+    exponent = exponent.clamp_(-bound, bound)
+    norm = torch.linalg.vector_norm(total.mul_(torch.ldexp(one, -exponent).unsqueeze(1)), dim=1)
+    return norm.mul_(torch.ldexp(one, exponent))
+
+
+def divisor(norm: Tensor) -> Tensor:
+    """n (N,), infinite for a row of zeros, where m has no direction to scale: m/n and its gradient are 0 there."""
+    return norm.masked_fill(norm == 0, math.inf)
 
 
 def scale(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, *, in_place: bool = False) -> Tensor:
@@ -66,12 +82,12 @@ def scale_backward(
             dm += (wide * z[rows]).sum(0)
         if db is not None:
             db += wide.sum(0)
-    return dz, None if dm is None else dm.div_(norm), db
+    return dz, None if dm is None else dm.div_(divisor(norm)), db
 
 
 def _factor(like: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
     """m/n (N,), at least in fp32."""
-    return (magnitude.to(norm.dtype) / norm).to(_wide(like.dtype, norm.dtype))
+    return (magnitude.to(norm.dtype) / divisor(norm)).to(_wide(like.dtype, norm.dtype))
 
 
 def _wide(*dtypes: torch.dtype) -> torch.dtype:

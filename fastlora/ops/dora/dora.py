@@ -93,7 +93,7 @@ def scale_and_add(
 ) -> Tensor:
     """y = (m/n) ∘ frozen + b + s·(x Aᵀ) ((m/n) ∘ B)ᵀ: factors wider than x meet dY itself, not (m/n) ∘ dY rounded to
     its dtype."""
-    factor = (magnitude.to(norm.dtype) / norm).unsqueeze(1)
+    factor = (magnitude.to(norm.dtype) / aten.divisor(norm)).unsqueeze(1)
     y = scale(frozen, magnitude, norm, bias, lora_A, backend)
     return lora_autograd.add_term(y, x, lora_A, lora_B * factor, scaling)
 
@@ -181,24 +181,26 @@ def why_not(tensor: Tensor, lora_A: Tensor) -> str | None:
 
 def self_check(module: Any, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype) -> str | None:
     """Compares norms, scaling and its gradients with fp64 on a small problem that divides nothing; None where they
-    agree, else what differs. One row of the weight is nearly cancelled by its adapter."""
+    agree, else what differs. One row of the weight is nearly cancelled by its adapter, and one is zero."""
     with seeded(device), torch.no_grad():
         m, n, k, r, scaling = 203, 152, 136, 10, 0.75
         a, b = torch.randn(r, k, device=device).to(adapter_dtype), torch.randn(n, r, device=device).to(adapter_dtype)
         weight = torch.randn(n, k, device=device).to(dtype)
+        weight[5], b[5] = 0.0, 0.0
         weight[3] = (-scaling * (b[3].float() @ a.float())).to(dtype) * 0.99
         z, dy = (torch.randn(m, n, device=device).to(dtype) for _ in range(2))
         magnitude, bias = torch.rand(n, device=device) + 0.5, torch.randn(n, device=device).to(dtype)
         norm = module.weight_norm(weight, a, b, scaling)
         norm64 = (weight.double() + scaling * (b.double() @ a.double())).norm(dim=1)
-        factor = magnitude.double() / norm64
+        norm64_or_inf = aten.divisor(norm64)
+        factor = magnitude.double() / norm64_or_inf
         dz, dm, db = module.scale_backward(dy, z, magnitude, norm, (True, True, True))
         results = [
             ("the norm of a row that nearly cancels", norm[3], norm64[3]),
             ("the norm", norm, norm64),
             ("y", module.scale(z, magnitude, norm, bias), factor * z.double() + bias.double()),
             ("dz", dz, factor * dy.double()),
-            ("dm", dm, (dy.double() * z.double()).sum(0) / norm64),
+            ("dm", dm, (dy.double() * z.double()).sum(0) / norm64_or_inf),
             ("db", db, dy.double().sum(0)),
         ]
         return first_difference(results[:2], torch.float32) or first_difference(results[2:], dtype)
@@ -221,7 +223,7 @@ def dora_linear(
     Equivalent to:
 
         norm = (weight + scaling * lora_B @ lora_A).detach().norm(dim=1)
-        factor = magnitude / norm
+        factor = magnitude / norm                # 0 for a row of zeros
         dropped = F.dropout(x, dropout_p, training)
         low_rank = scaling * F.linear(F.linear(dropped, lora_A), lora_B)
         y = F.linear(x, weight, bias) + (factor - 1) * F.linear(dropped, weight) + factor * low_rank
