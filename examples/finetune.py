@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         require_installed(["torch", *PACKAGES[settings.task], *libraries], settings.plot)
         require_writable(settings.out)
         return finetune(settings)
-    except (UsageError, FileNotFoundError, RuntimeError, ValueError) as error:
+    except (UsageError, OSError, RuntimeError, ValueError) as error:
         print(f"finetune.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -69,6 +69,7 @@ def finetune(settings: FineTuning) -> int:
     print(task.description, flush=True)
     runs = runs_of(task, settings)
     results = report.Results(task, settings, runs)
+    print("Before training: the held-out examples", flush=True)
     results.before = task.metric.of(task.scores(runs[0].learner.model, "test"))
     results.written["before"] = task.samples(runs[0].learner.model)
     print(f"{task.metric.name} before: {task.metric.form.format(results.before)}{task.metric.unit}. "
@@ -86,6 +87,7 @@ def finetune(settings: FineTuning) -> int:
         )
     for run in runs:
         if results.complete:
+            print(f"After training: the held-out examples, {run.title}", flush=True)
             results.after[run.name] = task.metric.of(task.scores(run.learner.model, "test"))
             results.written[run.name] = task.samples(run.learner.model)
         if run.name == "fastlora":
@@ -168,6 +170,7 @@ def save_and_check(task: Task, learner: Learner, settings: FineTuning, complete:
             "same_text": task.samples(model) == written,
         }
 
+    print("The adapter's files, loaded by PEFT into a fresh model, and merged", flush=True)
     fresh = task.fresh_model(settings.seed)
     loaded: Any = PeftModel.from_pretrained(task.adapted(fresh), str(directory))  # type: ignore[arg-type]
     model = task.with_adapted(fresh, loaded)

@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from study import contestants, curves, files, trials
 from study import report as comparison_report
 from study.contestants import CONTESTANTS
-from study.data import docstrings, topics
+from study.data import docstrings, functions, topics
 from study.data.byte_gpt import Shape
 from study.settings import COMPARISON, QUICK, UsageError, parse_comparison
 from study.tasks import gpt as task_gpt
 from study.tasks.task import ACCURACY, Scores
 from study.trials import Store, Trial, Validation
-from tiny_examples import save_tiny_encoder, write_library
+from tiny_examples import save_tiny_encoder, save_tiny_language_model, write_functions, write_library
 
 SMALL = [
     "--steps",
@@ -326,9 +326,13 @@ def small_gpt(monkeypatch):
     monkeypatch.setattr(topics, "sources", lambda: b"def f(x):\n    return x\n" * 50)
 
 
-@pytest.mark.parametrize("task", ["docstrings", "gpt", "digits"])
-def test_every_contestant_gets_through_the_quick_run(run, small_gpt, tmp_path, task):
+@pytest.mark.parametrize("task", ["docstrings", "gpt", "digits", pytest.param("language", marks=pytest.mark.slow)])
+def test_every_contestant_gets_through_the_quick_run(run, small_gpt, tmp_path, monkeypatch, task):
     options = ["--task", task, "--quick", "--device", "cpu", "--out", str(tmp_path / "out"), "--batch-size", "16"]
+    if task == "language":
+        pairs = functions.load(write_functions(tmp_path / "functions"))
+        monkeypatch.setattr(functions, "load", lambda: pairs)
+        options += ["--model", str(save_tiny_language_model(tmp_path / "model")), "--r", "4"]
     assert (run(tmp_path / "out", "--quick") if task == "docstrings" else compare.main(options)) == 0
     folder = tmp_path / "out" / "quick" / task
     results = json.loads((folder / "results.json").read_text())

@@ -255,7 +255,8 @@ def test_an_unwritable_directory_is_refused_before_training(capsys, tmp_path):
     assert f"error: --out {tmp_path / 'file' / 'out'}: cannot write there" in message
 
 
-def test_a_model_that_does_not_exist_is_refused(capsys, tmp_path):
+def test_a_model_that_does_not_exist_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it is asked for over and over
     for task in ("language", "docstrings"):
         arguments = ["--task", task, "--device", "cpu", "--out", str(tmp_path), "--model"]
         message = fails_with(capsys, [*arguments, "nobody/no-such-model"])

@@ -7,6 +7,7 @@ requires, read once, and kept as safetensors in bfloat16, the dtype it was train
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -129,7 +130,10 @@ def _smollm2() -> Path:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent) as scratch:
             _read_gguf(_fetch(Path(scratch)), Path(scratch) / "made")
-            os.replace(Path(scratch) / "made", directory)
+            with contextlib.suppress(OSError):  # another process was faster
+                os.replace(Path(scratch) / "made", directory)
+        if not (directory / "config.json").is_file():
+            raise FileNotFoundError(f"--model {DEFAULT_MODEL}: {directory} is in the way; remove it")
     return directory
 
 
