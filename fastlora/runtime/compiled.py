@@ -12,7 +12,7 @@ from . import build
 
 @cache
 def load() -> Path:
-    """Make ``torch.ops.fastlora.*`` of ``csrc/`` available; the shared object's path. Raises ``_build.Unavailable``."""
+    """Make ``torch.ops.fastlora.*`` of ``csrc/`` available; the shared object's path. Raises ``build.Unavailable``."""
     path = build.build()
     try:
         torch.ops.load_library(path)

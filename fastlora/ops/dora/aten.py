@@ -6,13 +6,11 @@ Everything N×K or M×N beyond the arguments is made a few rows at a time, so th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 18  # elements made at a time on a CPU: 1 MiB in fp32
-GPU_CHUNK = 1 << 24  # elsewhere, where a launch costs as much as 4 MiB do
+from ..lora.aten import CHUNK, row_chunks
 
 
 def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -22,7 +20,7 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
     if weight.numel() <= CHUNK:
         return _row_norms(torch.addmm(weight.to(wide), lora_B, lora_A, alpha=scaling))
     norm = weight.new_empty(weight.shape[0], dtype=wide)
-    for rows in _chunks(weight):
+    for rows in row_chunks(weight):
         total = torch.addmm(weight[rows].to(wide), lora_B[rows], lora_A, alpha=scaling)
         norm[rows] = _row_norms(total)
     return norm
@@ -48,7 +46,7 @@ def scale(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, *, in
     factor = _factor(z, magnitude, norm)
     y = z if in_place else torch.empty_like(z)
     bias = None if bias is None else bias.to(factor.dtype)
-    for rows in _chunks(z):
+    for rows in row_chunks(z):
         product = z[rows] * factor  # in factor's dtype, the wider one
         y[rows] = product if bias is None else product.add_(bias)
     return y
@@ -73,7 +71,7 @@ def scale_backward(
     factor = _factor(dy, magnitude, norm)
     dz = torch.empty_like(dy) if needs_z else None
     dm, db = (factor.new_zeros(factor.shape) if needed else None for needed in (needs_m, needs_bias))
-    for rows in _chunks(dy):
+    for rows in row_chunks(dy):
         wide = dy[rows].to(factor.dtype)
         if dz is not None:
             dz[rows] = wide * factor
@@ -92,10 +90,3 @@ def _factor(like: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
 
 def _wide(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def _chunks(matrix: Tensor) -> Iterator[slice]:
-    """Of its rows."""
-    rows, columns = matrix.shape
-    step = max(1, (CHUNK if matrix.device.type == "cpu" else GPU_CHUNK) // max(1, columns))
-    yield from (slice(start, start + step) for start in range(0, rows, step))

@@ -1,18 +1,11 @@
-"""`dora_linear`: a LoRA layer whose rows are scaled to a learnt length. Part of functional.py, which it belongs to; the
-maths is one floor down.
+"""`dora_linear`: a LoRA layer whose rows are scaled to a learnt length.
 
-DoRA's scaling of a LoRA layer's output in autograd, and its norms, which autograd takes for constants.
-
-    y = (m/n) ∘ z + b       z = x W0ᵀ + s·S Bᵀ from the LoRA backends, n = ‖W0 + s·B A‖ by row
+    y = (m/n) ∘ z + b       z = x W0ᵀ + s·S Bᵀ from the LoRA backends, n = ‖W0 + s·B A‖ by row, a constant
     dz = (m/n) ∘ dY         dm = Σ dY ∘ z / n        db = Σ dY
 
-Saved beside what the LoRA layer saves: z (M, N), for dm. It could be had from y, which the next layer often keeps, but
-not where m is zero, and not to its full precision where b is large.
-
-What computes DoRA's norms and scaling: Triton kernels on a GPU, ATen elsewhere.
-
-The kernels are compared with fp64 on a small problem before they are first trusted on a device, as the backends are
-(dispatch.py).
+Saved besides what the LoRA layer saves: z (M, N), for dm. y would not do: not where m is zero, and not to full
+precision where b is large. Factors wider than x read dY itself (`scale_and_add`). Triton kernels compute norms and
+scaling on a GPU once they have passed their first-use check, ATen elsewhere.
 """
 
 from __future__ import annotations
@@ -116,7 +109,7 @@ def _weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float,
         return module.weight_norm(weight, lora_A, lora_B, scaling)
 
 
-# The torch.library twin, as in autograd.py.
+# The torch.library twin, as in lora/autograd.py.
 _library = torch.library.Library("fastlora", "FRAGMENT")
 
 

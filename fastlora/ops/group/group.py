@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from ...runtime.trust import Trusted, first_difference, seeded
 from .. import call
-from ..call import autocast_enabled, takes_fused_path
+from ..call import as_2d, autocast_enabled, takes_fused_path
 from ..lora import choice as lora_choice
 from . import aten
 
@@ -215,7 +215,7 @@ class GroupMember(torch.autograd.Function):
         x, weight, s, lora_B = ctx.saved_tensors
         module, scaling, narrow = ctx.arguments
         need_x, need_s, need_w, need_bias, need_b = ctx.needs_input_grad[:5]
-        dy2 = dy.reshape(-1, dy.shape[-1])
+        dy2 = as_2d(dy)
         with _without_autocast(dy):
             needs = (need_x, need_s, need_b)
             dx, ds, grad_b = module.backward(dy2, weight, s, lora_B, scaling, _writable(dx), needs, narrow)
@@ -240,7 +240,7 @@ class SharedInput:
         """x (..., K) of the weights' dtype. S of every member is computed here; `narrow`: `call.low_rank_dtype`."""
         self.shape, self.narrow = x.shape, narrow
         self.module, self.names = choice
-        x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        x2 = as_2d(x)
         dropout_ps = tuple(term.dropout_p for term in terms)
         lora_As = [term.lora_A for term in terms]
         self.grad = torch.is_grad_enabled()
@@ -340,7 +340,7 @@ def open_group(x: Tensor, members: Sequence[Member], shared_mask: bool = False) 
     if any(tensor is not None and tensor.device != x.device for tensor in tensors):
         return None
     cast = x.to(dtype)
-    choice = select(cast.reshape(-1, cast.shape[-1]), members, narrow)
+    choice = select(as_2d(cast), members, narrow)
     if isinstance(choice, str):
         return None
     terms = [Term(member.lora_A, member.dropout_p) for member in members]

@@ -1,7 +1,5 @@
-"""What computes AdaLoRA's importances: one fused pass of Triton kernels on a GPU, ATen elsewhere.
-
-The kernels are compared with fp64 on a small problem before they are first trusted on a device, as the backends are
-(dispatch.py).
+"""What computes AdaLoRA's importances: one fused pass of Triton kernels on a GPU, once they have passed their first-use
+check, ATen elsewhere.
 """
 
 from __future__ import annotations

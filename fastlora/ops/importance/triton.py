@@ -22,7 +22,7 @@ def unsupported(weights: Factors) -> str | None:
 
 
 def update(averages: Averages, weights: Factors, gradients: Factors, rate: Tensor | None = None) -> Tensor:
-    """As `importance_torch.update`. Nothing is read back: the addresses go to the device in one copy."""
+    """As aten.py's `update`. Nothing is read back: the addresses go to the device in one copy."""
     layout, sensitivity, uncertainty, beta1, beta2 = averages
     like = weights.e[0]
     assert like is not None

@@ -1,7 +1,7 @@
 """Which backend runs a call, and why.
 
 On a CPU: `torch`. On a GPU: what was measured to be fastest for this kind of call, forward and backward apart
-(measure.py, tuning_cache.py), where anything but `cublas` must be at least 2 % faster than it; where nothing has been
+(measure.py, runtime/cache.py), where anything but `cublas` must be at least 2 % faster than it; where nothing has been
 measured, `cublas`, which needs no better GEMM than cuBLAS's own to win over eager PyTorch. A backend that cannot take a
 call, or has failed its self-check on the device, is passed over: triton, cublas, torch.
 

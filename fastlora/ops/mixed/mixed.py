@@ -1,10 +1,8 @@
-"""Several adapters in one batch in autograd: what is saved, and which gradients are computed.
+"""`lora_mixed_batch`: a batch whose sequences use different adapters.
 
-Saved: x (for dA), S (for dB), the dropout states, and references to W0 and the factors, as in autograd.py. Adapters
-without a row in the batch take no part: their gradients are None, as when a module is not called.
-
-Which implementation runs a batch of several adapters: ATen where each adapter alone would take it, otherwise the
-segment kernels, once they have agreed with the reference on this device.
+Saved: x (for dA), S (for dB), the dropout states, and references to W0 and the factors. Adapters without a row in the
+batch take no part: their gradients are None, as when a module is not called. ATen runs where each adapter alone would
+take it, otherwise the segment kernels, once they have agreed with the reference on this device.
 """
 
 from __future__ import annotations
@@ -22,7 +20,16 @@ from torch import Tensor
 from ...kernels.segment_plan import BASE, Segments
 from ...runtime.trust import Trusted, first_difference, seeded
 from .. import call, reference
-from ..call import Adapter, as_shaped, backward_pass, cast_for_autocast, check_call, check_one_dtype, takes_fused_path
+from ..call import (
+    Adapter,
+    as_2d,
+    as_shaped,
+    backward_pass,
+    cast_for_autocast,
+    check_call,
+    check_one_dtype,
+    takes_fused_path,
+)
 from ..lora import choice
 from . import aten
 
@@ -114,7 +121,7 @@ class MixedBatchFunction(torch.autograd.Function):
         *factors: Tensor,
     ) -> Tensor:
         count = len(scalings)
-        x2 = x.reshape(-1, x.shape[-1])
+        x2 = as_2d(x)
         y, s, states = module.forward(
             x2, weight, bias, factors[:count], factors[count:], scalings, dropout_ps, segments, narrow
         )
@@ -135,8 +142,8 @@ class MixedBatchFunction(torch.autograd.Function):
         lora_As, lora_Bs, rest = rest[:count], rest[count : 2 * count], rest[2 * count :]
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         needs = (needs_x, ctx.needs_input_grad[8 : 8 + count], ctx.needs_input_grad[8 + count :])
-        dy2 = dy.reshape(-1, dy.shape[-1])
-        x2 = x.reshape(-1, x.shape[-1]) if x is not None else None
+        dy2 = as_2d(dy)
+        x2 = as_2d(x) if x is not None else None
         dx, grad_as, grad_bs = module.backward(
             dy2, x2, weight, lora_As, lora_Bs, rest[:num_s], rest[num_s:], scalings, dropout_ps, segments, needs, narrow
         )
@@ -162,9 +169,9 @@ def mixed_batch(
     backend: str,
     narrow: bool,
 ) -> Tensor:
-    """Runs the chosen implementation under autograd. Arguments are checked already (functional.py); one adapter for
-    each segment, all of one dtype."""
-    x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    """Runs the chosen implementation under autograd. Arguments are checked already; one adapter for each
+    segment, all of one dtype."""
+    x2 = as_2d(x)
     module = select(x2, weight, bias, lora_As, lora_Bs, dropout_ps, backend, narrow)
     if module is aten and x.device.type == "cpu" and x.numel() < call.SMALL:
         # Without gradients too: reentrant checkpointing expects the same bits of both.

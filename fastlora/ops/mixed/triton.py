@@ -2,7 +2,7 @@
 adapters, the frozen products by cuBLAS.
 
 Where every row has an adapter, the low-rank term is written first and cuBLAS adds the frozen layer onto it (beta = 1),
-as in backends/cublas.py. Otherwise the frozen layer comes first, and rows without an adapter keep its very bits.
+as in lora/cublas.py. Otherwise the frozen layer comes first, and rows without an adapter keep its very bits.
 
 What is kept for dropout is one seed: rows differ, so no two adapters see the same numbers.
 """

@@ -62,7 +62,7 @@ def product(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
 def activate(
     gate: Tensor, up: Tensor | None, activation: str, lora_A: Tensor, dropout_p: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(h, S, dropout state): h (M, K) = act(gate) ∘ up and S (M, r) = drop(h) Aᵀ; the state is as in group_torch."""
+    """(h, S, dropout state): h (M, K) = act(gate) ∘ up and S (M, r) = drop(h) Aᵀ; the state is as in group/aten.py."""
     h = product(gate, up, activation)
     (s,), (state,) = group_aten.shrink(h, [lora_A], [dropout_p], False)
     return h, s, state

@@ -1,20 +1,13 @@
-"""`lora_mlp`: an MLP of LoRA layers with what lies between its projections fused.
-Part of functional.py, which it belongs to; the maths is one floor down.
-
-The second half of an MLP in autograd: y = h W0ᵀ + b + s·(drop(h) Aᵀ) Bᵀ with h = act(gate) ∘ up.
+"""`lora_mlp`: an MLP of LoRA layers with what lies between its projections fused:
+y = h W0ᵀ + b + s·(drop(h) Aᵀ) Bᵀ with h = act(gate) ∘ up.
 
     forward     h = act(gate) ∘ up and S = drop(h) Aᵀ in one pass; then the layer's product with S
     backward    dS = s·dY B · dB = s·dYᵀ S · dh = dY W0
                 in one pass over dh, gate and up: dh += drop′(dS A), dgate, dup, and dA = dSᵀ drop(h) with h made again
 
 Saved: gate, up, S and the dropout state, and references to W0, A and B. Never: h, nor act(gate), which eager autograd
-keeps both. gate and up come from whatever computes them (a group, fused layers, plain ones).
-
-Which implementation runs what lies between an MLP's projections: the one that belongs to the backend that its down
-projection takes.
-
-On a GPU its kernels are compared with fp64 on a small problem before they are first trusted, as the backends are
-(dispatch.py); where they fail, the activation runs in eager PyTorch and the layer by itself.
+keeps both. The implementation belongs to the backend that the down projection takes; where its kernels fail their
+first-use check, the activation runs in eager PyTorch and the layer by itself.
 """
 
 from __future__ import annotations
@@ -29,7 +22,7 @@ from torch import Tensor
 from ...runtime.trust import Trusted, first_difference, seeded
 from .. import call
 from .. import layer as ops_layer
-from ..call import Adapter, GroupLayer, as_shaped, backward_pass
+from ..call import Adapter, GroupLayer, as_2d, as_shaped, backward_pass
 from ..group import aten as group_aten
 from ..group import group as group_op
 from . import aten
@@ -52,7 +45,7 @@ class ActivatedLinear(torch.autograd.Function):
         activation: str,
         choice: Choice,
     ) -> Tensor:
-        gate2, up2 = _as_rows(gate), _as_rows(up)
+        gate2, up2 = as_2d(gate), None if up is None else as_2d(up)
         h, s, state = choice.mlp.activate(gate2, up2, activation, lora_A, dropout_p)
         y = choice.layer.forward(h, weight, bias, s, lora_B, scaling, choice.name)
         need_gate, need_up, _, _, need_a, need_b = ctx.needs_input_grad[:6]
@@ -76,14 +69,22 @@ class ActivatedLinear(torch.autograd.Function):
         scaling, dropout_p, activation, choice = ctx.arguments
         need_gate, need_up, _, need_bias, need_a, need_b = ctx.needs_input_grad[:6]
         need_h = need_gate or need_up
-        dy2 = dy.reshape(-1, dy.shape[-1])
+        dy2 = as_2d(dy)
         dh, ds, grad_b = choice.layer.backward(
             dy2, weight, s, lora_B, scaling, None, (need_h, need_h or need_a, need_b)
         )
         dgate = dup = grad_a = None
         if need_h or need_a:
             dgate, dup, grad_a = choice.mlp.activate_backward(
-                dh, ds, _as_rows(gate), _as_rows(up), activation, lora_A, state, dropout_p, (need_h, need_a)
+                dh,
+                ds,
+                as_2d(gate),
+                None if up is None else as_2d(up),
+                activation,
+                lora_A,
+                state,
+                dropout_p,
+                (need_h, need_a),
             )
         return (
             dgate.view(gate.shape) if need_gate and dgate is not None else None,
@@ -108,17 +109,13 @@ def activated_linear(
     activation: str,
     choice: Choice,
 ) -> Tensor:
-    """Runs the choice under autograd. Arguments are checked already (functional.py)."""
+    """Runs the choice under autograd. Arguments are checked already."""
     if torch.is_grad_enabled():
         return ActivatedLinear.apply(  # type: ignore[return-value]
             gate, up, weight, bias, lora_A, lora_B, scaling, dropout_p, activation, choice
         )
-    h, s, _ = choice.mlp.activate(_as_rows(gate), _as_rows(up), activation, lora_A, dropout_p)
+    h, s, _ = choice.mlp.activate(as_2d(gate), None if up is None else as_2d(up), activation, lora_A, dropout_p)
     return as_shaped(choice.layer.forward(h, weight, bias, s, lora_B, scaling, choice.name), gate)
-
-
-def _as_rows(x: Tensor | None) -> Any:
-    return x if x is None or x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 ACTIVATIONS = tuple(aten.ACTIVATIONS)
@@ -284,7 +281,7 @@ def _run_activated(
     adapter = call.as_one_adapter(layer.adapters)
     choice = None
     if adapter is not None and not torch.compiler.is_compiling() and _may_activate(gate, up, weight, bias, adapter):
-        rows = gate.reshape(-1, gate.shape[-1])
+        rows = as_2d(gate)
         member = group_op.Member(weight, bias, *adapter[:2], adapter.dropout_p, backend)
         choice = select(rows, activation, member)
     if adapter is None or choice is None or isinstance(choice, str):
