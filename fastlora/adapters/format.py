@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +41,6 @@ PREFIX = "base_model.model."
 # Settings of PEFT's LoraConfig under which the files hold something else than plain LoRA matrices.
 _UNSUPPORTED = (
     "lora_bias",
-    "modules_to_save",
     "layer_replication",
     "alora_invocation_tokens",
     "trainable_token_indices",
@@ -54,6 +54,17 @@ _UNSUPPORTED = (
     "monteclora_config",
     "ensure_weight_tying",
 )
+
+
+# The fields of PEFT 0.21's LoraConfig and AdaLoraConfig beside those above.
+_KNOWN = {
+    *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config"),
+    *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
+    *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core"),
+    *("modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
+    *("runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
+    *("beta1", "beta2", "deltaT", "init_r", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"),
+}
 
 
 # Initialisations that leave the base weights alone; the others' adapters are right on the changed weights only.
@@ -81,6 +92,9 @@ _KEYS = {
     )
     for kind, factors in FACTORS.items()
 }
+
+
+_WHOLE = re.compile(r"(?:base_model\.model\.)?(?P<module>.+?)(?:\.base_layer|\.modules_to_save)?\.(?P<parameter>[^.]+)")
 
 
 RANK_DIMS = {"lora_A": 0, "lora_B": 1, "lora_E": 0}
@@ -111,10 +125,12 @@ class Spec(NamedTuple):
 
 class AdapterFile(NamedTuple):
     """What a directory holds: the configuration, and by module name lora_A (r, in), lora_B (out, r) and, of DoRA,
-    lora_magnitude_vector (out,), of AdaLoRA lora_E (r, 1), whose r may be 0."""
+    lora_magnitude_vector (out,), of AdaLoRA lora_E (r, 1), whose r may be 0; by parameter name what PEFT saved whole
+    (embeddings, modules_to_save)."""
 
     config: dict[str, Any]
     modules: dict[str, dict[str, Tensor]]
+    whole: dict[str, Tensor]
 
     @property
     def is_adalora(self) -> bool:
@@ -216,7 +232,7 @@ def read(root: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if peft_type not in FACTORS:
         raise ValueError(f"load_adapter: {root / CONFIG_NAME}: peft_type: got {peft_type!r}, want 'LORA' or 'ADALORA'")
     try:
-        tensors = safetensors.torch.load_file(root / WEIGHTS_NAME, device="cpu")
+        tensors = safetensors.torch.load((root / WEIGHTS_NAME).read_bytes())  # load_file wants names in UTF-8
     except SafetensorError as error:
         raise ValueError(
             f"load_adapter: {root / WEIGHTS_NAME}: truncated or not a safetensors file: {error}"
@@ -232,12 +248,15 @@ def parse(root: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Ada
     factors, pattern = FACTORS[config["peft_type"]], _KEYS[config["peft_type"]]
     wanted = [factor for factor in factors if factor != "lora_magnitude_vector" or config.get("use_dora")]
     modules: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
     unexpected = []
     for key, tensor in tensors.items():
         match = pattern.fullmatch(key)
         factor = "" if match is None else next(factor for factor in factors if match[factor])
         fits = factor in wanted and tensor.is_floating_point() and tensor.dim() == factors[factor][1]
-        if match is None or not fits:
+        if match is None and "lora_" not in key and (name := _WHOLE.fullmatch(key)) is not None:
+            whole[f"{name['module']}.{name['parameter']}"] = tensor
+        elif match is None or not fits:
             unexpected.append(f"{key} {tuple(tensor.shape)} {tensor.dtype}")
         else:
             modules.setdefault(match["name"] or "", {})[factor] = tensor
@@ -254,7 +273,7 @@ def parse(root: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Ada
             if alone
             else f"load_adapter: {where}: holds no tensors"
         )
-    file = AdapterFile(config, modules)
+    file = AdapterFile(config, modules, whole)
     for name, found in modules.items():
         ranks = {factor: tensor.shape[RANK_DIMS[factor]] for factor, tensor in found.items() if factor in RANK_DIMS}
         if set(ranks.values()) != {file.spec(name).r}:
@@ -269,6 +288,13 @@ def _check_config(where: Path, config: dict[str, Any]) -> None:
     features = [f"{key}={config[key]!r}" for key in _UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") not in ("none", None):
         features.append(f"bias={config['bias']!r}")
+    if unknown := sorted(config.keys() - _KNOWN - {*_UNSUPPORTED}):
+        warnings.warn(
+            f"fastlora.load_adapter: {where}: unknown settings {', '.join(map(repr, unknown))} are ignored; a newer "
+            "PEFT may have written them",
+            UserWarning,
+            stacklevel=4,
+        )
     init = config.get("init_lora_weights", True)
     if changes_base(config) and _repeatable(init) is None:
         features.append(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -33,13 +35,16 @@ from .save import is_peft_model, modules_outside_adapters, most_common
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Puts an adapter saved by `save_adapter` or by PEFT into a model, under this name.
 
+    A model into which `add_adapter` of transformers, or `inject_adapter_in_model`, has put PEFT's layers takes it too.
     A plain model is patched as the adapter's configuration says, and the adapter is active. A patched model gets one
     more adapter, inactive until `set_adapter`, or has the one of that name overwritten. A `PeftModel` loads it itself.
     In a model inside DistributedDataParallel, or sharded by `fully_shard`, adapters can be overwritten and not added:
     every process must call this, and must be able to read the directory.
     Weights take the dtype of the layer's adapters: float32 on half-precision bases. An adapter that PEFT started with
     "pissa" or "olora" and did not convert runs on a changed base weight, as in PEFT: the change is computed again from
-    the model's own weight (the one that the adapter was trained on), and `unpatch` takes it back.
+    the model's own weight (the one that the adapter was trained on), and `unpatch` takes it back. What PEFT saved whole
+    beside LoRA (embeddings of a resized vocabulary, `modules_to_save`) goes into the model's own weights, for all
+    adapters, and stays there; a PeftModel has it for the one adapter.
 
     Raises:
         FileNotFoundError: the directory or one of its two files is not there.
@@ -57,6 +62,14 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     wrapped = sharding.wrapper(outermost)
     if sharding.has_shards(model):
         sharding.reshard(model)
+    if not is_peft_model(model) and any(True for _ in introspect_targets.peft_lora_layers(model)):
+        from ..integrations.peft.state import load_injected  # which needs peft, and the model brought it
+
+        _check_wrapped(wrapped, adapter_name, adapter_name not in getattr(model, "peft_config", {}))
+        with introspect_names.peeled(model):
+            load_injected(model, config, tensors, adapter_name, str(root))
+        _patch_new_layers(model)
+        return
     if is_peft_model(model):
         _check_wrapped(wrapped, adapter_name, adapter_name not in model.peft_config)  # type: ignore[operator]
         if sharding.has_shards(model):
@@ -70,6 +83,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         return
     file = format.parse(root, config, tensors)
     layers = dict(modules_outside_adapters(model))
+    whole = _check_whole(model, file)
     _check_against_model(model, layers, file, adapter_name)
     new = [name for name in file.filled if not _has_adapter(layers[name], adapter_name)]
     _check_wrapped(wrapped, adapter_name, bool(new))
@@ -96,6 +110,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             layer = cast(FusedLoraLinear, layers[name])
             layer.lora_E[adapter_name].zero_()
             layer.allocation[adapter_name] = file.cut_to_nothing(layer.r[adapter_name])
+        for name, parameter in whole.items():
+            parameter.copy_(sharding.spread(file.whole[name], parameter))
 
 
 def _has_adapter(module: nn.Module, adapter_name: str) -> bool:
@@ -238,6 +254,54 @@ def _shifts(
 
 # Loading.
 @contextlib.contextmanager
+def _readable(root: Path) -> Iterator[str]:
+    """The directory's name, or that of a copy where it is not UTF-8, which safetensors wants to read a file."""
+    try:
+        str(root).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in (format.CONFIG_NAME, format.WEIGHTS_NAME):
+                shutil.copy(root / name, folder)
+            yield folder
+        return
+    yield str(root)
+
+
+def _check_whole(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
+    """The model's tensors that the file has whole (embeddings, modules_to_save), by name. Raises ValueError where the
+    model has none of that name and shape."""
+    found = {}
+    for prefix, module in introspect_names.named_modules(model):
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            name = f"{prefix}.{key}" if prefix else key
+            if tensor is not None and name in file.whole:
+                found[name] = tensor
+    absent = file.whole.keys() - found.keys()
+    if absent:
+        raise ValueError(
+            f"load_adapter: the file has {some(absent)} (embeddings, modules_to_save), which this "
+            f"{type(model).__name__} has not; want the model that the adapter was made for"
+        )
+    for name, tensor in found.items():
+        shapes = tuple(file.whole[name].shape), tuple(tensor.shape)
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"load_adapter: {name}: got shape {shapes[0]}, the model has {shapes[1]}; want a model of that size "
+                f"(a vocabulary: model.resize_token_embeddings({shapes[0][0]}), before patch)"
+            )
+    unsaved = [
+        name
+        for name in file.config.get("modules_to_save") or ()
+        if not any(f".{name}." in f".{key}" for key in file.whole)
+    ]
+    if unsaved:
+        raise ValueError(
+            f"load_adapter: modules_to_save: {some(unsaved)} are in the configuration, and not in the file"
+        )
+    return found
+
+
+@contextlib.contextmanager
 def _added(
     model: nn.Module, layers: dict[str, nn.Module], file: AdapterFile, adapter_name: str, names: list[str]
 ) -> Iterator[None]:
@@ -298,9 +362,9 @@ def _load_into_peft(model: Any, root: Path, adapter_name: str, changes_base: boo
     marker = f".{adapter_name}."
     before = {k: v.detach().clone() for k, v in model.state_dict().items() if marker in k} if existed else {}
     modules_before = set(model.modules())
-    fused = [module for module in modules_before if isinstance(module, FusedPeftLayer)]
     try:
-        result = model.load_adapter(str(root), adapter_name)
+        with _readable(root) as place:
+            result = model.load_adapter(place, adapter_name)
         wrong = [*result.missing_keys, *result.unexpected_keys]
         if wrong:
             raise ValueError(f"keys missing or unexpected: {some(wrong)}")
@@ -317,5 +381,11 @@ def _load_into_peft(model: Any, root: Path, adapter_name: str, changes_base: boo
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, module.base_layer)
         raise ValueError(f"load_adapter: {str(root)!r} does not fit this PeftModel: {error}") from error
-    if fused:  # the adapter may have brought new layers
-        patch.patch(model, backend=fused[0].backend)  # type: ignore[arg-type]
+    _patch_new_layers(model)
+
+
+def _patch_new_layers(model: nn.Module) -> None:
+    """Those that an adapter of PEFT's has brought, where the others run fused."""
+    fused: list[Any] = [module for module in model.modules() if isinstance(module, FusedPeftLayer)]
+    if fused:
+        patch.patch(model, backend=fused[0].backend)

@@ -17,14 +17,15 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..introspect import sharding
-from ..introspect.fused import FusedPeftLayer, FusedPeftTuner, rebind_forward
-from ..introspect.names import from_pattern
+from ..introspect.fused import PATCHED, FusedPeftLayer, FusedPeftTuner, rebind_forward
+from ..introspect.names import from_pattern, unwrapped
 from ..introspect.targets import (
     Selection,
     candidates,
     check_holder,
     expert_weights,
     peft_lora_layers,
+    read_by_parents,
     why_not_patchable,
 )
 from ..layers import group as grouping
@@ -36,6 +37,7 @@ from ..layers.linear import FusedLoraLinear
 from ..layers.starts import check_init, check_not_shared, shifts_weight
 from ..runtime import progress
 from ..runtime.messages import by_reason
+from . import first_forward
 from .report import ModuleReport, PatchReport, refusal
 from .switch import follow_ties
 
@@ -138,17 +140,20 @@ def patch(
 
         report = patch_peft.patch(model, peft_layers, selection, backend, strict)
         _form_pieces(model, report, names_of_groups, mlp, fused_loss)
+        if any(line.reason != patch_peft.ALREADY for line in report.modules):
+            first_forward.watch(model)
         return report
     if (wrapped := sharding.wrapper(model)) is not None:
         raise ValueError(f"patch: model: got {wrapped}, want patch {sharding.BEFORE}")
     report = PatchReport()
     plan: dict[str, nn.Module] = {}
     settings_of: dict[str, dict] = {}
+    read = read_by_parents(model)
     for name, module in candidates(model, selection):
         why_not = selection.why_not(name, module)
         targeted = why_not is None
         if targeted:
-            why_not = why_not_patchable(module)
+            why_not = why_not_patchable(module) or read.get(id(module))
         if why_not is not None:
             report.modules.append(ModuleReport(name, _original_kind(module), False, why_not, targeted))
             continue
@@ -169,7 +174,11 @@ def patch(
         check_not_shared(model, weights, f"patch: init_lora_weights={init_lora_weights!r}")
     _check_patterns_used(settings_of, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, strict)
     _apply(model, plan, adapter_name, settings_of, init_lora_weights, backend)
+    root = unwrapped(model).__dict__
+    root[PATCHED] = {*root.get(PATCHED, ()), *report.patched}
     _form_pieces(model, report, names_of_groups, mlp, fused_loss)
+    if plan:
+        first_forward.watch(model)
     return report
 
 
@@ -226,6 +235,7 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
                 f"unpatch: keep_merged: {module.merged_adapters} are merged into weights that {module.shifted_by!r} "
                 "has shifted, and the part that it has taken out would be lost; merge it too, or delete it first"
             )
+    first_forward.forget(model)
     for module in mlps.fused_mlps(model):
         mlps.release(module)
     heads.release_losses(model)
@@ -246,6 +256,7 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
     if not keep_merged:
         follow_ties(model)
     for module in model.modules():
+        module.__dict__.pop(PATCHED, None)
         for name, flag in module.__dict__.pop(_FROZEN, {}).items():
             parameter = module._parameters.get(name)
             if parameter is not None:

@@ -18,6 +18,8 @@ from ..layers.fused import FallbackWatch, FusedLayer
 from ..runtime.messages import by_reason
 from .report import ModuleReport, PatchReport, refusal
 
+ALREADY = "was patched already"
+
 
 def patch(model: nn.Module, layers: dict[str, Any], selection: Selection, backend: str, strict: bool) -> PatchReport:
     """Swaps PEFT's selected layers, in place. Raises ValueError where none is selected, and with `strict` for one that
@@ -37,7 +39,7 @@ def patch(model: nn.Module, layers: dict[str, Any], selection: Selection, backen
         if why_not is None and not isinstance(layer, FusedPeftLayer):
             plan.append(layer)
         falls_back = why_not or peft_adopt.prediction(layer)
-        done = "was patched already" if isinstance(layer, FusedPeftLayer) else "PEFT's adapters, run fused"
+        done = ALREADY if isinstance(layer, FusedPeftLayer) else "PEFT's adapters, run fused"
         report.modules.append(ModuleReport(name, kind, falls_back is None, falls_back or done, targeted))
         # PEFT's layers on embeddings and convolutions are no linear layers that were asked for.
         if targeted and falls_back and (why_not is None or not selection.all_linear):

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from ..integrations.peft import ranks as peft_ranks
 from ..introspect import names as introspect_names
 from ..introspect import sharding, targets
+from ..introspect.fused import PATCHED, OwnLayer
 from ..introspect.targets import lora_layers
 from ..layers.checks import scale_of
 from ..layers.linear import FusedLoraLinear
 from ..layers.schedule import Allocation, RankSchedule, with_nonzero
+from ..runtime.messages import some
 from . import format
 
 # AdaLoraConfig's default. PEFT's penalty is another one than ours, and no file says what ours was weighted with.
@@ -52,7 +54,9 @@ def contents(model: nn.Module, adapter_name: str, as_lora: bool = False) -> dict
     return {
         format.CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         format.WEIGHTS_NAME: safetensors.torch.save(
-            {key: tensor.contiguous() for key, tensor in tensors.items()}, metadata={"format": "pt"}
+            # Clones: adapters may share a factor, or be views of one buffer.
+            {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()},
+            metadata={"format": "pt"},
         ),
     }
 
@@ -239,7 +243,11 @@ def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]
 
 
 def save_adapter(
-    model: nn.Module, directory: str | os.PathLike[str], adapter_name: str | None = None, as_lora: bool = False
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    as_lora: bool = False,
+    allow_replaced: bool = False,
 ) -> None:
     """Writes adapters as PEFT would, so that `PeftModel.from_pretrained(base_model, directory)` loads them.
 
@@ -250,6 +258,10 @@ def save_adapter(
             other one into the subdirectory of its name, as PEFT does.
         as_lora: AdaLoRA's adapters as plain LoRA's, A = Λ∘Q of the triplets whose λ is not zero, for whatever loads
             LoRA only. Otherwise they are in PEFT's AdaLoRA format.
+        allow_replaced: save also where patched layers have been replaced since, and their adapters are gone
+            (`resize_token_embeddings` makes a new `lm_head`).
+
+    A warning names adapters that have not moved from their start, and trainable parameters that the file leaves out.
 
     Of a model that `fully_shard` has sharded, every process must call this; the first one writes, and all wait for it.
     Of others, whoever calls this writes: one process is enough.
@@ -258,18 +270,21 @@ def save_adapter(
 
     Raises:
         ValueError: no adapters, PEFT's others than LoRA or around fastlora's,
-            an unknown name, a directory that is a file, parameters sharded by ZeRO-3; `as_lora` of
+            patched layers that have been replaced, an unknown name, a directory that is a file, parameters sharded by
+            ZeRO-3; `as_lora` of
             a PeftModel, which saves itself.
         OSError: the directory cannot be written (PermissionError, no space left, ...); nothing in it was changed.
 
     Example:
         >>> fastlora.save_adapter(model, "runs/my-adapter")
     """
-    model = targets.unwrap(model, "save_adapter")
+    model, outermost = targets.unwrap(model, "save_adapter"), model
     root = Path(directory)
     if root.exists() and not root.is_dir():
         raise ValueError(f"save_adapter: directory: got {str(root)!r}, which is a file; want a directory")
     targets.check_holder(model, "save_adapter")
+    if (why := sharding.is_flat(outermost)) is not None:
+        raise ValueError(f"save_adapter: model: {why}")
     names = adapters_of(model)
     if not names:
         raise ValueError(
@@ -282,6 +297,15 @@ def save_adapter(
             "save_adapter: as_lora: got True for a PeftModel, which PEFT saves in its own format; want False, then "
             "load_adapter into the base model, and save that with as_lora=True"
         )
+    for name in names:
+        # PEFT writes to the subdirectory of this name, whatever directory it is given.
+        outside = os.path.isabs(name) or ".." in name.split("/")
+        if outside or (adapter_name is None and set(name) & {"/", "\\"}):
+            raise ValueError(
+                f"save_adapter: adapter_name: {name!r} has a slash and is no name of a subdirectory; want each adapter "
+                "saved by itself, with adapter_name and a directory (and no absolute path as a name)"
+            )
+    check_complete(model, allow_replaced)
     wanted = names if adapter_name is None else [adapter_name]
     shards = sharding.has_shards(model)
     if shards:
@@ -295,6 +319,7 @@ def save_adapter(
             raise ValueError(
                 f"save_adapter: adapter_name: no tensor of this {type(model).__name__} belongs to {name!r}"
             )
+        _warn_of_unmoved(made, name)
         files.update({(root if file == "README.md" else folder) / file: data for file, data in made.items()})
 
     def write() -> None:
@@ -305,6 +330,92 @@ def save_adapter(
             raise OSError(error.errno, f"save_adapter: directory: {message}", error.filename) from error
 
     sharding.on_first_process(write) if shards else write()
+
+
+# What a file would lack.
+def check_complete(model: nn.Module, allow_replaced: bool) -> None:
+    """Raises ValueError, or warns where that is allowed, of patched layers that are gone; warns of what is trainable
+    and no adapter's."""
+    gone = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in introspect_names.named_modules(model)
+        if (patched := module.__dict__.get(PATCHED))
+        for name in patched - {n for n, layer in lora_layers(module) if isinstance(layer, OwnLayer)}
+    ]
+    if gone:
+        message = (
+            f"{some(gone)} had been patched and are not any more: something has replaced them "
+            "(resize_token_embeddings, say), and their adapters are gone"
+        )
+        if not allow_replaced:
+            raise ValueError(f"save_adapter: model: {message}; want patch after that, or allow_replaced=True")
+        warnings.warn(f"fastlora.save_adapter: {message}", UserWarning, stacklevel=3)
+    places: dict[int, list[str]] = {}
+    for name, parent in introspect_names.named_modules(model):
+        for key, child in parent._modules.items():
+            if isinstance(child, OwnLayer):
+                places.setdefault(id(child), []).append(f"{name}.{key}" if name else key)
+    for first, *others in (found for found in places.values() if len(found) > 1):
+        warnings.warn(
+            f"fastlora.save_adapter: {first!r} is the same layer as {some(others)}, and PEFT adapts only the first of "
+            "them when it loads the file; fastlora.load_adapter adapts both. Copy the layer before patch to part them",
+            UserWarning,
+            stacklevel=3,
+        )
+    kept = {id(p) for p in _parameters_of_adapters(model)}
+    left = {
+        f"{name}.{key}" if name else key: p
+        for name, module in introspect_names.named_modules(model)
+        for key, p in module._parameters.items()
+        if p is not None and p.requires_grad and id(p) not in kept
+    }
+    if left:
+        warnings.warn(
+            f"fastlora.save_adapter: {len(left)} trainable parameters are no adapter's and not saved: {some(left)}"
+            ". Save them yourself, or train them as PEFT's modules_to_save",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _parameters_of_adapters(model: nn.Module) -> Iterator[nn.Parameter]:
+    for _, layer in lora_layers(model):
+        for name, child in layer.named_children():
+            if name != "base_layer":
+                yield from child.parameters()
+    if not is_peft_model(model):
+        return
+    wrapper = sys.modules["peft.utils.other"].AuxiliaryTrainingWrapper
+    configs: Any = model.peft_config
+    biases = any(getattr(config, "bias", "none") != "none" for config in configs.values())
+    for name, module in model.named_modules():
+        if isinstance(module, wrapper) or name == "prompt_encoder":
+            yield from module.parameters()
+        elif biases and module._parameters.get("bias") is not None:
+            yield module.bias  # type: ignore[misc]
+
+
+def _warn_of_unmoved(made: dict[str, bytes], adapter_name: str) -> None:
+    """Of layers in which the adapter is what it was at its start: B A is zero, or cancels the start's."""
+    tensors = safetensors.torch.load(made[format.WEIGHTS_NAME])
+    unmoved, known = [], 0
+    for key, b in tensors.items():
+        name, found, suffix = key.rpartition(".lora_B")
+        a, values = tensors.get(f"{name}.lora_A{suffix}"), tensors.get(f"{name}.lora_E")
+        if not found or a is None or not b.numel():
+            continue
+        known += 1
+        half = b.shape[1] // 2
+        cancels = b.shape[1] % 2 == 0 and torch.equal(b[:, :half], -b[:, half:]) and torch.equal(a[:half], a[half:])
+        if not (b if values is None else values).any() or cancels:
+            unmoved.append(name.removeprefix(format.PREFIX))
+    if unmoved:
+        warnings.warn(
+            f"fastlora.save_adapter: {adapter_name!r} has not moved from its start in {len(unmoved)} of {known} layers"
+            f": {some(unmoved)}. There it does nothing: it was never trained, or its layer was never called",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 # Which model.

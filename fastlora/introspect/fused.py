@@ -17,6 +17,9 @@ class FusedPeftLayer:
     """The mark of a PEFT layer whose forward runs fastlora's ops."""
 
 
+PATCHED = "_fastlora_patched"  # on a model: the names of the layers that `patch` has given adapters
+
+
 class FusedPeftTuner:
     """The mark of a PEFT tuner that fuses the adapters it adds later."""
 

@@ -42,6 +42,18 @@ def wrapper(model: nn.Module) -> str | None:
     return "sharded parameters (fully_shard, DTensor)" if has_shards(model) else None
 
 
+def is_flat(model: nn.Module) -> str | None:
+    """Why nothing can be read from a model whose parameters FSDP1 has flattened and spread; None where it can."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FullyShardedDataParallel) and module.training_state.name != "SUMMON_FULL_PARAMS":
+            return (
+                "FullyShardedDataParallel has its parameters in flat pieces; want this call in every process within "
+                "FullyShardedDataParallel.summon_full_params(model), with a directory each, or fully_shard instead"
+            )
+    return None
+
+
 def reshard(model: nn.Module) -> None:
     """Lets go of FSDP2's whole copies: every parameter is its own shard afterwards."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

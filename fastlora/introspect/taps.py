@@ -190,7 +190,7 @@ class Hook:
         return None if self.run is None else self.run(*args)
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        return Hook, ()
+        return type(self), ()
 
 
 def _input(args: tuple, kwargs: dict) -> Tensor | None:

@@ -96,6 +96,29 @@ def unwrap(model: nn.Module, caller: str) -> nn.Module:
     return unwrapped(model)
 
 
+# Modules of transformers that read the weights of linear layers in them and, some only in their GPU kernels, never call
+# these: by a pattern of the class's name.
+_READERS = {
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    r"\w*(Mamba\w*Mixer|BambaMixer|FalconH1Mixer|MambaLayer)": ("dt_proj", "x_proj", "out_proj"),
+    r"\w*MHAttentionMap": ("k_proj", "k_linear"),
+    "MobileBertLMPredictionHead": ("decoder", "dense"),
+    r"LongcatFlash\w*Router": ("classifier",),
+}
+
+
+def read_by_parents(model: nn.Module) -> dict[int, str]:
+    """By the layer's id, why it is left alone: its parent reads its weight."""
+    found: dict[int, str] = {}
+    for module in model.modules():
+        kind = type(module).__name__
+        for pattern, children in _READERS.items():
+            if re.fullmatch(pattern, kind):
+                why = f"{kind} reads this layer's weight itself and does not (or not always) call its forward"
+                found |= {id(child): why for key in children if (child := module._modules.get(key)) is not None}
+    return found
+
+
 def candidates(model: nn.Module, selection: Selection) -> Iterator[tuple[str, nn.Module]]:
     """Every linear layer, and whatever else was named as a target, once each."""
     inside: set[int] = set()
@@ -141,8 +164,9 @@ def sketchable(
             if linear and (selection.all_linear or selection.names(name)) and not selection.excludes(name):
                 yield name, layer
         return
+    read = read_by_parents(model)
     for name, module in candidates(model, selection):
-        unreachable = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+        unreachable = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or id(module) in read
         linear = isinstance(module, nn.Linear) or is_conv1d(module)
         if linear and not unreachable and selection.why_not(name, module) is None:
             yield name, module
@@ -223,7 +247,7 @@ def check_holder(model: nn.Module, caller: str) -> None:
             "(no peft_config for a patched model in TRL) and fastlora.patch(model) after it"
         )
     raise ValueError(
-        f"{caller}: model: got PEFT's adapters ({found}), which fastlora does not run and LoRA layers would freeze; "
+        f"{caller}: model: got PEFT's adapters ({found}) and no LoRA layers of PEFT's; new ones would freeze those; "
         "want a plain model (model.unload() or model.merge_and_unload() takes PEFT's out, model.get_base_model() where "
         "they are prompts), or one with LoRA layers of PEFT's, which are accelerated"
     )

@@ -47,10 +47,10 @@ def check_adapter_arguments(
         raise ValueError(f"{caller}: lora_alpha: got {lora_alpha!r}, want a finite number")
     if not isinstance(lora_dropout, (int, float)) or not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"{caller}: lora_dropout: got {lora_dropout!r}, want a probability in [0, 1)")
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ParameterDict(), name):
+    if not isinstance(name, str) or not name or set(name) & set("./\\") or hasattr(nn.ParameterDict(), name):
         raise ValueError(
-            f"{caller}: adapter_name: got {name!r}, want a non-empty string without dots "
-            "that is no attribute of nn.ParameterDict"
+            f"{caller}: adapter_name: got {name!r}, want a non-empty string without dots and "
+            "slashes that is no attribute of nn.ParameterDict"
         )
 
 

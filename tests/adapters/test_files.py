@@ -405,7 +405,6 @@ def test_configurations_that_are_no_lora(saved):
     [
         {"lora_bias": True},
         {"bias": "all"},
-        {"modules_to_save": ["head"]},
         {"layer_replication": [[0, 2]]},
         {"alora_invocation_tokens": [1]},
         {"trainable_token_indices": [3]},

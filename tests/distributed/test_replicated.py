@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import (
     KINDS,
@@ -52,6 +54,20 @@ def training_is_that_of_one_process(folder: str) -> None:
                 assert_close(train(model, own_batch), want)
             assert seen == {"fused": {torch.float32}}, (kind, seen)
             assert_close(adapters(model), adapters(alone))
+
+
+def fsdp1_is_refused_where_nothing_can_be_read(folder: str) -> None:
+    for use_orig_params in (True, False):
+        model = build("plain").requires_grad_(True)
+        sharded = FullyShardedDataParallel(model, use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+        sharded(own_batch()).sum().backward()
+        path = Path(folder) / f"{use_orig_params}{dist.get_rank()}"
+        message = raised(ValueError, lambda path=path, model=sharded: fastlora.save_adapter(model, path))
+        assert "summon_full_params(model)" in message and not path.exists(), message
+        with FullyShardedDataParallel.summon_full_params(sharded), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its base trains too
+            fastlora.save_adapter(sharded, path)
+        fastlora.load_adapter(build("plain"), path)
 
 
 def accumulating_without_sync(folder: str) -> None:
@@ -185,6 +201,7 @@ def adalora_keeps_the_same_ranks_everywhere(folder: str) -> None:
 
 CHECKS = [
     training_is_that_of_one_process,
+    fsdp1_is_refused_where_nothing_can_be_read,
     accumulating_without_sync,
     mixed_precision,
     state_dicts_and_files_go_both_ways,
