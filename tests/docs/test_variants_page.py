@@ -9,12 +9,12 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("sklearn")
 
-import alignment
-import comparison_report
-from comparison_report import Row, Spread
-from task_digits import DigitsTask
-from task_docstrings import DocstringsTask
-from task_gpt import GptTask
+from study import alignment
+from study import report as comparison_report
+from study.report import Row, Spread
+from study.tasks.digits import DigitsTask
+from study.tasks.docstrings import DocstringsTask
+from study.tasks.gpt import GptTask
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")

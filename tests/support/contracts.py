@@ -588,8 +588,7 @@ class Importance:
     dtypes: ClassVar[Sequence[torch.dtype]] = (FP32, BF16, FP16)
     sizes: ClassVar[Mapping[str, Sequence[tuple[int, int, int]]]] = {
         "mixed": [(5, 33, 7), (12, 20, 45), (1, 1, 1), (5, 33, 7)],
-        "whole vectors": [(20, 50, 18), (4, 64, 12)],
-        "long": [(8, 300, 4)],
+        "whole vectors": [(20, 50, 18), (4, 64, 12), (8, 300, 4)],
     }
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:

@@ -11,8 +11,8 @@ import peft
 import pytest
 import torch
 import transformers
-from encoder import DEFAULT_MODEL, MINILM_PACKAGE, find_model
 from problems import path
+from study.data.encoder import DEFAULT_MODEL, MINILM_PACKAGE, find_model
 from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
