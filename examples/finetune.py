@@ -86,12 +86,14 @@ def finetune(settings: FineTuning) -> int:
             stop=stop,
         )
     for run in runs:
-        if results.complete:
+        if results.complete and run.learner.trainable == 0:
+            results.after[run.name] = results.before
+        elif results.complete:
             print(f"After training: the held-out examples, {run.title}", flush=True)
             results.after[run.name] = task.metric.of(task.scores(run.learner.model, "test"))
             results.written[run.name] = task.samples(run.learner.model)
         if run.name == "fastlora":
-            results.agreement = save_and_check(task, run.learner, settings, results.complete)
+            results.agreement = save_and_check(task, run.learner, settings, results.written.get(run.name))
     if results.complete:
         batches = [task.batch(indices) for indices in task.order(settings.seed, settings.steps)]
         widest = max(batches, key=lambda batch: task.tokens(batch) or 0)
@@ -101,7 +103,8 @@ def finetune(settings: FineTuning) -> int:
         print(f"Interrupted ({done} of {settings.steps} steps): saving what there is, without the test.", flush=True)
     results.seconds = time.perf_counter() - start
     files = report.save(results)
-    print(f"\n{report.text(results)}\nWrote {', '.join(map(str, files))}")
+    print("\n" + (settings.out / "results.md").read_text(encoding="utf-8"))
+    print(f"Wrote {', '.join(map(str, files))}")
     return 0 if results.complete else INTERRUPTED
 
 
@@ -146,9 +149,11 @@ def entry_of(method: str, settings: FineTuning) -> Contestant:
     )
 
 
-def save_and_check(task: Task, learner: Learner, settings: FineTuning, complete: bool) -> dict[str, Any] | None:
-    """Saves fastlora's adapter. After a complete run, compares a fresh model with the files loaded by PEFT, and merged,
-    with the trained one: {"loaded": ..., "merged": ...}.
+def save_and_check(
+    task: Task, learner: Learner, settings: FineTuning, written: list[str] | None
+) -> dict[str, Any] | None:
+    """Saves fastlora's adapter. Given what the trained model writes (None: the run is not complete), compares a fresh
+    model with the files loaded by PEFT, and merged, with the trained one: {"loaded": ..., "merged": ...}.
     """
     from peft import PeftModel
 
@@ -157,9 +162,9 @@ def save_and_check(task: Task, learner: Learner, settings: FineTuning, complete:
     directory = settings.out / "adapter"
     fastlora.save_adapter(learner.adapted, directory)
     task.save_rest(learner.model, directory)
-    if not complete:
+    if written is None:
         return None
-    logits, written = task.outputs(learner.model), task.samples(learner.model)
+    logits = task.outputs(learner.model)
 
     def beside(model: Any) -> dict[str, Any]:
         theirs = task.outputs(model)
