@@ -1,10 +1,9 @@
-"""Sketches of several processes as one: c columns of Q and Z travel for each layer, never a matrix of n×m.
-
-One sketch of several tasks: Σ wₖ Gₖ/norm(Gₖ) from the sketches of the Gₖ, which is what to hand to LoRA-GA where one
-adapter is to serve them all.
+"""One sketch of several: of all processes' data, and of several tasks, Σ wₖ Gₖ/size(Gₖ), for one adapter that serves
+them all.
 
 A sketch is G ≈ QZᵀ, so the sum's is [Q₁ Q₂ …][w₁Z₁ w₂Z₂ …]ᵀ, brought back to c columns by QR and one small SVD: all
-tasks at once, so that what each holds is cut once. Refining sums are linear in G and simply add.
+tasks at once, so that what each holds is cut once. Between processes c columns of Q and Z travel for each layer, never
+a matrix of n×m. Refining sums are linear in G and simply add.
 """
 
 from __future__ import annotations

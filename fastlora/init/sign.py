@@ -1,12 +1,4 @@
-"""`SignFactors`: what `sign_factors` found, for `init_lora_ga`.
-
-`sign_factors`: starts for Adam, found layer by layer, each layer's gradient freed before the next one is formed.
-
-A gradient sketch will not do here: sign(G) needs every entry of G. So G itself is summed, in float32, for one layer (or
-a few) at a time, which costs the backward passes once for each; or for all layers in a single backward pass, each G
-handled in the middle of it and freed there. sign_search.py has the objective and the search.
-
-Factors for Adam's first step, which is sign(G) rather than G.
+"""Factors for Adam's first step, which is sign(G) rather than G: `sign_factors` finds them, `SignFactors` holds them.
 
 The first step of Adam on W moves it by −η sign(G); on A and B it moves the effective weight by −η s (B P + R A), where
 P = sign(BᵀG) (r, m) and R = sign(GAᵀ) (n, r). Wanted are A and B with the least
@@ -16,7 +8,11 @@ P = sign(BᵀG) (r, m) and R = sign(GAᵀ) (n, r). Wanted are A and B with the l
 (c is the learning rate's business, so that f does not change where A and B are scaled together). There is no closed
 form: P and R jump. While they stay what they are, though, f is a least-squares problem, so `minimise` solves for B with
 P and R fixed, then for A, goes as far in that direction as lowers f itself, takes the new P and R, and so on. f never
-rises, and some ten rounds are enough. Nothing of size n×m is needed but G: everything is skinny products.
+rises, and some ten rounds are enough.
+
+A gradient sketch will not do: sign(G) needs every entry of G. So G is summed, in float32, for one layer (or a few) at a
+time, which costs the backward passes once for each; or for all layers in one backward pass, each G used in the middle
+of it. G is freed before the next one is formed, and nothing else of size n×m exists.
 """
 
 from __future__ import annotations

@@ -363,18 +363,27 @@ class RankAllocator:
         return {"steps": self.steps, "kept": kept, "importance": importance}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken. Raises ValueError, with nothing changed, for another model's."""
+        """Goes on where `state_dict` was taken. Raises ValueError, with nothing changed, for another model's, or one
+        that is not all there."""
         self._check(state)
         self._restore(state)
         self._record()
 
     def _check(self, state: dict[str, Any]) -> None:
+        missing = [key for key in ("steps", "kept", "importance") if key not in state]
+        if missing or not isinstance(state["steps"], int):
+            raise ValueError(
+                f"{_WHERE}.load_state_dict: state: got {', '.join(map(str, state)) or 'nothing'}, "
+                + (f"which lacks {', '.join(missing)}, " if missing else f"steps a {type(state['steps']).__name__}, ")
+                + "want what RankAllocator.state_dict() gave"
+            )
         kept, importance = state["kept"], state["importance"]
         sizes = dict(zip(self._names, self._sizes, strict=True))
         wrong = [name for name in (*importance, *(kept or ())) if name not in sizes]
         for name, (r, k, n) in sizes.items():
             wanted = {"lora_A": (2, r, k), "lora_B": (2, n, r), "lora_E": (2, r, 1)}
-            if name in importance and {key: tuple(f.shape) for key, f in importance[name].items()} != wanted:
+            found = importance.get(name)
+            if found is not None and {key: tuple(getattr(f, "shape", ())) for key, f in found.items()} != wanted:
                 wrong.append(name)
             if kept is not None and name in kept and tuple(kept[name].shape) != (r,):
                 wrong.append(name)

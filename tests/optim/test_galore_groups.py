@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import peft
@@ -118,3 +119,69 @@ def test_the_mode_of_gradients_is_seen_in_the_errors_before_anything_changes():
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert isinstance(model, Net) and not any(module._forward_hooks for module in model.modules())
     assert torch.equal(model.up.weight, net().up.weight)
+
+
+# States that are loaded.
+def trained_galore(**settings: Any) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 16), nn.Linear(16, 12, bias=False)).double()
+    groups = [
+        {"params": [model[0].weight, model[1].weight], "rank": 4, **settings},
+        {"params": [model[0].bias], "weight_decay": 0.1},
+    ]
+    optimizer = GaLoreAdamW(groups, lr=torch.tensor(1e-3))
+    for _ in range(3):
+        step_of(model, optimizer)
+    return model, optimizer
+
+
+def step_of(model: Any, optimizer: Any) -> None:
+    model(torch.randn(8, 20, dtype=torch.float64)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("missing", ["step", "basis", "bases", "refresh_at", "halves", "exp_avg", "exp_avg_sq"])
+def test_incomplete_states_are_refused_when_they_are_loaded(missing):
+    model, optimizer = trained_galore()
+    state, before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    del state["state"][1][missing]
+    with pytest.raises(ValueError, match=rf"load_state_dict: .* parameter 1 \(12, 16\) has .* lacks {missing}, want"):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    assert all(torch.equal(after["state"][i]["exp_avg"], kept["exp_avg"]) for i, kept in before["state"].items())
+    optimizer.load_state_dict(before)
+    step_of(model, optimizer)
+
+
+def test_another_optimisers_state_is_refused_when_it_is_loaded():
+    model, optimizer = trained_galore()
+    other = torch.optim.AdamW([{"params": group["params"]} for group in optimizer.param_groups])
+    step_of(model, other)
+    with pytest.raises(ValueError, match=r"parameter 0 .* step: got a Tensor, as of another optimiser"):
+        optimizer.load_state_dict(other.state_dict())  # its groups have no rank
+    state = other.state_dict()
+    state["param_groups"] = optimizer.state_dict()["param_groups"]
+    with pytest.raises(ValueError, match=r"parameter 0 .* lacks basis, bases, refresh_at, halves, window, want"):
+        optimizer.load_state_dict(state)
+    two_sided, ours = trained_galore(proj_type="full")[1].state_dict(), optimizer.state_dict()
+    with pytest.raises(ValueError, match="lacks basis_right"):
+        optimizer.load_state_dict({**ours, "param_groups": two_sided["param_groups"]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3), torch.tensor([1e-3])], ids=["float", "scalar", "vector"])
+def test_groups_without_a_rank_are_adamws_to_the_bit(dtype, lr):
+    models = []
+    for kind in (torch.optim.AdamW, GaLoreAdamW):
+        torch.manual_seed(0)
+        model = nn.Linear(7, 5).to(dtype)
+        options: dict[str, Any] = {"foreach": False} if kind is torch.optim.AdamW else {}
+        optimizer = kind(model.parameters(), lr=lr, weight_decay=0.1, eps=1e-8, **options)
+        for _ in range(5):
+            model(torch.randn(9, 7, dtype=dtype)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        models.append(model)
+    for mine, theirs in zip(*(model.parameters() for model in models)):
+        assert torch.equal(mine, theirs)

@@ -426,3 +426,24 @@ def test_training_resumes_after_a_cut():
     assert all(
         torch.equal(mine, theirs) for mine, theirs in zip(model.state_dict().values(), again.state_dict().values())
     )
+
+
+@pytest.mark.parametrize("missing", ["steps", "kept", "importance"])
+def test_incomplete_and_other_states_of_an_allocator_are_refused(missing):
+    model = patched()
+    allocator = RankAllocator(model, TARGET, STEPS)
+    loss_of(model, 0, gamma=0.0).backward()
+    allocator.step()
+    state = allocator.state_dict()
+    del state[missing]
+    for wrong, words in (
+        (state, f"which lacks {missing}"),
+        ({"state": {}, "param_groups": []}, "lacks steps, kept, imp"),
+    ):
+        with pytest.raises(ValueError, match=rf"RankAllocator.load_state_dict: state: got .*{words}"):
+            allocator.load_state_dict(wrong)
+    part = allocator.state_dict()
+    del part["importance"][NAMES[0]]["lora_E"]
+    with pytest.raises(ValueError, match=rf"not this model's \({NAMES[0]}\)"):
+        allocator.load_state_dict(part)
+    assert allocator.steps == 1

@@ -27,17 +27,23 @@ ARITHMETICS = ("torch", "official")
 BITS = (32, 8)
 BLOCK = 256
 MIN_8BIT_SIZE = 4096  # smaller tensors keep 32 bits, as bitsandbytes' optimisers do
-_MAXIMA = "_maxima"
+MAXIMA = "_maxima"
 
 State = dict[str, Any]
 
 
-def moments_of(state: State, group: Mapping[str, Any], gradient: Tensor) -> tuple[Tensor, Tensor, float]:
+def learning_rate(group: Mapping[str, Any]) -> Any:
+    """A number; in groups without a rank a tensor stays one, because torch computes with it in its dtype."""
+    rate = group["lr"]
+    return rate.squeeze() if isinstance(rate, Tensor) and not group.get("rank") else float(rate)
+
+
+def moments_of(state: State, group: Mapping[str, Any], gradient: Tensor) -> tuple[Tensor, Tensor, Any]:
     """Takes a gradient into the moments. The step is −size·m / denominator: (m, denominator, size)."""
     if "exp_avg" not in state:
         _start(state, group, gradient)
     state["step"] += 1
-    (beta1, beta2), step, eps, size = group["betas"], state["step"], group["eps"], float(group["lr"])
+    (beta1, beta2), step, eps, size = group["betas"], state["step"], group["eps"], learning_rate(group)
     m = read(state, "exp_avg", gradient.dtype).lerp_(gradient, 1 - beta1)
     v = read(state, "exp_avg_sq", gradient.dtype).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     write(state, "exp_avg", m)
@@ -61,7 +67,7 @@ def clip_(max_norm: float, gradients: list[list[Tensor]]) -> Tensor:
 def decay_(weight: Tensor, group: Mapping[str, Any], before: bool) -> None:
     """The decoupled weight decay, in its place before or after the step."""
     if group["weight_decay"] and before == (group["arithmetic"] == "torch"):
-        weight.mul_(1 - float(group["lr"]) * group["weight_decay"])
+        weight.mul_(1 - learning_rate(group) * group["weight_decay"])
 
 
 def carry_over(state: State, change: Mixing, dim: int, both: bool) -> None:
@@ -85,7 +91,7 @@ def read(state: State, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
     if kept.dtype != torch.uint8:
         return kept
     code = _code(key == "exp_avg", kept.device)
-    value = bitsandbytes().dequantize_blockwise(kept, absmax=state[key + _MAXIMA], code=code, blocksize=BLOCK).to(dtype)
+    value = bitsandbytes().dequantize_blockwise(kept, absmax=state[key + MAXIMA], code=code, blocksize=BLOCK).to(dtype)
     return value.mT if "basis" in state else value
 
 
@@ -102,7 +108,7 @@ def _quantise(state: State, key: str, value: Tensor) -> None:
         value = value.mT
     code = _code(key == "exp_avg", value.device)
     kept, details = bitsandbytes().quantize_blockwise(value.float().contiguous(), code=code, blocksize=BLOCK)
-    state[key], state[key + _MAXIMA] = kept, details.absmax
+    state[key], state[key + MAXIMA] = kept, details.absmax
 
 
 @lru_cache(maxsize=16)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...introspect import sharding, targets
 from ..lora_plus import undecayed
-from .adam import ARITHMETICS, BITS, bitsandbytes
+from .adam import ARITHMETICS, BITS, MAXIMA, bitsandbytes
 from .projector import PROJ_TYPES, REFRESHES
 
 _WHERE = "fastlora.optim.galore_param_groups"
@@ -160,6 +160,7 @@ def check_group(group: dict[str, Any], gradients: str, reduced: bool) -> None:
 
 def check_saved(
     saved: Sequence[Mapping[str, Any]],
+    states: Mapping[int, Mapping[str, Any]],
     groups: Sequence[Mapping[str, Any]],
     defaults: Mapping[str, Any],
     gradients: str,
@@ -172,7 +173,39 @@ def check_saved(
                 f"GaLoreAdamW.load_state_dict: rank: got {theirs.get('rank')} for a group that has "
                 f"{ours.get('rank')}, want the same groups projected with gradients={gradients!r}"
             )
-        check_group({**defaults, **theirs, "params": ours["params"]}, gradients, reduced)
+        group = {**defaults, **theirs, "params": ours["params"]}
+        check_group(group, gradients, reduced)
+        for number, parameter in zip(theirs["params"], ours["params"]):
+            if state := states.get(number):
+                _check_state(number, parameter, state, group)
+
+
+def _check_state(number: int, parameter: torch.Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    """Raises ValueError for one parameter's state that another optimiser made, or that is not all there."""
+    where = f"GaLoreAdamW.load_state_dict: state_dict: the state of parameter {number} {tuple(parameter.shape)}"
+    rank, begun = group.get("rank"), not isinstance(state.get("step"), int) or state["step"] > 0
+    wanted = ["step", *(("exp_avg", "exp_avg_sq") if begun else ())]
+    if rank:
+        wanted += ["basis", "bases", "refresh_at", "halves", "window"]
+        wanted += ["basis_right"] if group.get("proj_type") == "full" else []
+    wanted += [key + MAXIMA for key in ("exp_avg", "exp_avg_sq") if key in state and state[key].dtype == torch.uint8]
+    missing = [key for key in wanted if key not in state]
+    if missing:
+        kind = f"a group with rank={rank}" if rank else "a group without a rank"
+        raise ValueError(f"{where} has {', '.join(sorted(state))} and lacks {', '.join(missing)}, want that of {kind}")
+    if not isinstance(state["step"], int):
+        raise ValueError(
+            f"{where}: step: got a {type(state['step']).__name__}, as of another optimiser, want an integer"
+        )
+    for key in ("exp_avg", "exp_avg_sq"):
+        moment = state.get(key)
+        if (
+            not rank
+            and moment is not None
+            and moment.dtype != torch.uint8
+            and moment.shape[: parameter.dim()] != parameter.shape
+        ):
+            raise ValueError(f"{where}: {key}: got shape {tuple(moment.shape)}, want the parameter's")
 
 
 def _check_projected(parameter: torch.Tensor, rank: int) -> None:

@@ -270,7 +270,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
 
         def look(_: Any, given: dict[str, Any]) -> None:
             final.append(given)
-            check_saved(given["param_groups"], self.param_groups, self.defaults, self.gradients, self._reduced)
+            check_saved(
+                given["param_groups"], given["state"], self.param_groups, self.defaults, self.gradients, self._reduced
+            )
 
         handle = self.register_load_state_dict_pre_hook(look)
         try:
