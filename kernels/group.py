@@ -207,7 +207,8 @@ def shrink_config(x: torch.Tensor, lora_As: Sequence[torch.Tensor]) -> ShrinkCon
         # beyond the block x is read again.
         heavy = len(lora_As) > 2 or widest > x.dtype.itemsize
         widest_block = 32 if target < (9, 0) and heavy else 64
-        block_m, block_k, block_r = 64, 64 if configs.vectorised(x) else 32, min(rank, widest_block)
+        narrow = not configs.vectorised(x) or (target < (9, 0) and len(lora_As) > 2 and widest > x.dtype.itemsize)
+        block_m, block_k, block_r = 64, 32 if narrow else 64, min(rank, widest_block)
         num_warps = 4 if len(lora_As) * block_r <= 48 else 8
     programs = configs.cdiv(M, block_m) * configs.cdiv(rank, block_r)
     splits = configs._parts(programs, configs.cdiv(K, block_k), configs.num_sms(x.device))
@@ -226,7 +227,9 @@ def weight_grad_config(x: torch.Tensor, ranks: Sequence[int]) -> WeightGradConfi
     elif x.dtype == torch.float32:
         block_m, block_k, block_r, num_warps = 32, 32, 16, 4
     else:
-        block_m, block_k, block_r, num_warps = 64, 128 if configs.vectorised(x) else 64, min(rank, 64), 8
+        # 64 columns of fp32 G in two parts spill 58 to 200 on sm_80.
+        widest_block = 32 if target < (9, 0) else 64
+        block_m, block_k, block_r, num_warps = 64, 128 if configs.vectorised(x) else 64, min(rank, widest_block), 8
     programs = configs.cdiv(K, block_k) * configs.cdiv(rank, block_r)
     chunks = configs._parts(programs, configs.cdiv(M, block_m), 2 * configs.num_sms(x.device))
     stage = block_m * (block_k + len(ranks) * block_r) * x.dtype.itemsize
@@ -234,14 +237,16 @@ def weight_grad_config(x: torch.Tensor, ranks: Sequence[int]) -> WeightGradConfi
     return WeightGradConfig(block_m, block_k, block_r, chunks, num_warps, num_stages)
 
 
-def expand_config(out: torch.Tensor, ranks: Sequence[int]) -> ExpandConfig:
+def expand_config(out: torch.Tensor, ranks: Sequence[int], wide: bool = False) -> ExpandConfig:
     """The launch of `group_expand` for up to MAX_MEMBERS members."""
     rank = max(16, configs.power_of_two_at_least(max(ranks)))
     if configs.capability(out.device) == configs.INTERPRETER:
         return ExpandConfig(16, 32, 16, 4, 1)
     if out.dtype == torch.float32:
         return ExpandConfig(32, 64, 16, 4, 1)
-    return ExpandConfig(64, 128 if configs.vectorised(out) else 64, min(rank, 32), 8, 1 if rank <= 32 else 2)
+    # S and W in two parts each: 32 ranks at once spill 13 to 20 on sm_80.
+    block_r = min(rank, 16 if wide and configs.capability(out.device) < (9, 0) else 32)
+    return ExpandConfig(64, 128 if configs.vectorised(out) else 64, block_r, 8, 1 if rank <= block_r else 2)
 
 
 def shrink_workspace(x: torch.Tensor, lora_As: Sequence[torch.Tensor]) -> int:
@@ -400,7 +405,8 @@ def group_expand(
     for members in _launches(len(ss)):
         several, others = ss[members], ws[members]
         ranks = tuple(s.shape[1] for s in several)
-        config = expand_config(out, ranks)
+        wide = any(is_wide(s, out) for s in several)
+        config = expand_config(out, ranks, wide)
         dropout = _Dropout(seeds[members], dropout_ps[members], out)
         launch(
             _group_expand_kernel,
@@ -423,7 +429,7 @@ def group_expand(
             MEMBERS=len(several),
             DROPOUT=dropout.any,
             ACCUMULATE=accumulate or members.start > 0,
-            WIDE=any(is_wide(s, out) for s in several),
+            WIDE=wide,
             INPUT_PRECISION=configs.input_precision(out.dtype),
             num_warps=config.num_warps,
             num_stages=config.num_stages,

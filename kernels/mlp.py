@@ -233,8 +233,8 @@ def activate_config(gate: torch.Tensor, rank: int, adapter_dtype: torch.dtype) -
     elif gate.dtype == torch.float32:
         block_m, block_k, num_warps = 64, 16, 4
     else:
-        # On sm_100 64 columns of fp32 adapters, cast in registers, spill (5 at r = 32).
-        narrow = not aligned or (target[0] == 10 and adapter_dtype.itemsize == 4)
+        # 64 columns of fp32 adapters spill: cast in registers on sm_100 (5 at r = 32), in parts on sm_80 (38 at 64).
+        narrow = not aligned or (target[0] != 9 and adapter_dtype.itemsize == 4)
         block_m, block_k, num_warps = 64, 32 if narrow else 64, 8
     splits = configs._parts(configs.cdiv(M, block_m), configs.cdiv(K, block_k), configs.num_sms(gate.device))
     stage = block_k * (2 * block_m * gate.dtype.itemsize + block_r * adapter_dtype.itemsize)
