@@ -232,7 +232,8 @@ def read(root: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if peft_type not in FACTORS:
         raise ValueError(f"load_adapter: {root / CONFIG_NAME}: peft_type: got {peft_type!r}, want 'LORA' or 'ADALORA'")
     try:
-        tensors = safetensors.torch.load((root / WEIGHTS_NAME).read_bytes())  # load_file wants names in UTF-8
+        loaded = safetensors.torch.load((root / WEIGHTS_NAME).read_bytes())  # load_file wants names in UTF-8
+        tensors = dict(sorted(loaded.items()))
     except SafetensorError as error:
         raise ValueError(
             f"load_adapter: {root / WEIGHTS_NAME}: truncated or not a safetensors file: {error}"

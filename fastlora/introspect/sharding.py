@@ -45,8 +45,11 @@ def wrapper(model: nn.Module) -> str | None:
 def is_flat(model: nn.Module) -> str | None:
     """Why nothing can be read from a model whose parameters FSDP1 has flattened and spread; None where it can."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    for module in model.modules() if fsdp is not None else ():
-        if isinstance(module, fsdp.FullyShardedDataParallel) and module.training_state.name != "SUMMON_FULL_PARAMS":
+    if fsdp is None:
+        return None
+    for module in model.modules():
+        state: Any = getattr(module, "training_state", None)
+        if isinstance(module, fsdp.FullyShardedDataParallel) and state.name != "SUMMON_FULL_PARAMS":
             return (
                 "FullyShardedDataParallel has its parameters in flat pieces; want this call in every process within "
                 "FullyShardedDataParallel.summon_full_params(model), with a directory each, or fully_shard instead"
