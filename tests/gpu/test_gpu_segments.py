@@ -103,4 +103,3 @@ class TestMixedBatch(contracts.MixedBatch):
         for name, (ids, tokens, ranks) in BATCHES.items()
     }
     shapes = ()
-    test_bare_rows_are_the_frozen_layers_bits = None  # at the sizes of the CPU's alone

@@ -460,7 +460,7 @@ class MixedBatch(Contract):
         return mixed_op.self_check(module, device, *dtypes, dropout and masked_by_a_seed)
 
     def test_bare_rows_are_the_frozen_layers_bits(self, place):
-        case = self.make(place)
+        case = self.make(place, **MixedBatch.sizes["bare rows"])
         of = case.tensors
         y, frozen = self.run(case, place)["y.0"], F.linear(of["x"], of["weight"], of["bias"])
         assert torch.equal(y[2], frozen[2]) and not torch.equal(y[0], frozen[0])
