@@ -37,11 +37,11 @@ def test_launches(counted):
 
 
 def test_python_calls(counted):
-    calls = counted["calls"]  # 22 of them are torch.autograd.grad's
-    assert calls["cublas"] <= 75, calls
-    assert calls["triton"] <= 115, calls
+    calls = counted["calls"]  # 22 are torch.autograd.grad's; Triton 3.6 takes one more a launch
+    assert calls["cublas"] <= 82, calls
+    assert calls["triton"] <= 125, calls
     assert calls["FusedLoraLinear"] <= calls["cublas"] + 22, calls
-    assert calls["group of 3"] <= 400, calls
+    assert calls["group of 3"] <= 420, calls
 
 
 def test_a_plan_launches_what_the_launchers_do(counted):
