@@ -4,12 +4,11 @@
     python -m fastlora.tune --config path/to/model --tokens 2048,8192 --r 8,64 --dropout both
     python -m fastlora.tune --shape 4096x14336 --dtype float16
 
-Tokens are those of one call of a layer: batch size × sequence length, rounded up to a power of two. Every result is
-kept as soon as it is there: Ctrl-C loses the one in progress. What is in the cache already is not measured again
-without ``--again``. The exit status is 0 where everything asked for has been measured, 1 where something could not be,
-2 for a wrong call or without a GPU, 130 after Ctrl-C.
-
-The linear layers of well-known transformers as (N, K), out and in features; or of any, from its `config.json`.
+The layers are those of a well-known transformer, or of any by its `config.json`, or given as (N, K), out and in
+features. Tokens are those of one call of a layer: batch size × sequence length, rounded up to a power of two. Every
+result is kept as soon as it is there: Ctrl-C loses the one in progress. What is in the cache already is not measured
+again without ``--again``. The exit status is 0 where everything asked for has been measured, 1 where something could
+not be, 2 for a wrong call or without a GPU, 130 after Ctrl-C.
 """
 
 from __future__ import annotations

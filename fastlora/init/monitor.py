@@ -300,7 +300,7 @@ def _running_factors(layer: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
             yield layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
         elif name in layer.lora_A:
             down, up = layer.lora_A[name], layer.lora_B[name]
-            # Where the adapter has a frozen start, `weight` is both halves (peft_starts.py).
+            # Where the adapter has a frozen start, `weight` is both halves (integrations/peft/starts.py).
             a, b = (getattr(linear, "trained", linear.weight) for linear in (down, up))
             yield a, b, float(layer.scaling[name])
 
