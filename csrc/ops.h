@@ -6,7 +6,7 @@
 #pragma once
 
 #ifndef TORCH_TARGET_VERSION
-#error "compile with -DTORCH_TARGET_VERSION=... (fastlora/_build.py does)"
+#error "compile with -DTORCH_TARGET_VERSION=... (fastlora/runtime/build.py does)"
 #endif
 
 #include <torch/csrc/stable/library.h>

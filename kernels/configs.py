@@ -81,8 +81,8 @@ class GemmConfig:
     epilogue_split: the finished tile leaves in this many slices of columns, each with its own rank-r step, so that the
     second accumulator is a slice wide. block_r: columns of S and B taken by one rank-r `tl.dot`; a larger rank loops.
     programs_per_sm: how many programs a multiprocessor can hold; the grid is that many times the multiprocessors.
-    efficiency: the fraction of the tensor cores' rate that the tile is expected to reach at large K, beside the best
-    tile. s_inside, rank_loop: whether it may be used with S computed inside, with a rank beyond block_r.
+    efficiency: the tensor cores' rate that the tile is expected to reach at large K, as a share of the best tile's.
+    s_inside, rank_loop: whether it may be used with S computed inside, with a rank beyond block_r.
     """
 
     block_m: int
@@ -103,7 +103,7 @@ class GemmConfig:
 # for each halving. Only their order matters where tiles are plenty; they were not measured.
 _HOPPER = (
     # One program of 8 warps holds 128×256 fp32 in 128 registers a thread. In 2 slices the rank-r accumulator takes 64
-    # more and dX with dropout spills (42 stores); in 4 slices nothing does, and a fourth stage fits beside the output
+    # more and dX with dropout spills (42 stores); in 4 slices nothing does, and a fourth stage fits next to the output
     # slice at r <= 16.
     GemmConfig(128, 256, 64, 8, epilogue_split=4),
     GemmConfig(128, 128, 64, 8, epilogue_split=2, efficiency=0.85),  # with 4 warps dX with dropout spills
@@ -154,7 +154,7 @@ def _gemm_table(dtype: torch.dtype, precision: str, target: tuple[int, int], ali
 def _gemm_stage_count(config: GemmConfig, itemsize: int, compute_s: bool, target: tuple[int, int]) -> int:
     """The most stages, up to the config's own number, whose shared memory fits.
 
-    A stage holds a tile of x, one of the weight, and one of A where S is computed inside; beside the stages lie one
+    A stage holds a tile of x, one of the weight, and one of A where S is computed inside; next to the stages lie one
     tile of S and of B each, and with descriptors a slice of the output. The compiler reports at most 48 bytes more
     than this.
     """
@@ -377,7 +377,7 @@ def expand(
 def weight_grad(
     M: int, K: int, r: int, dtype: torch.dtype, device: torch.device, wide: bool = False
 ) -> WeightGradConfig:
-    """wide: G is in fp32 beside x in half precision."""
+    """wide: G is in fp32 and x in half precision."""
     target, rank = capability(device), max(16, power_of_two_at_least(r))
     if target == INTERPRETER:
         block_m, block_k, block_r, num_warps = 16, 32, min(rank, 32), 4

@@ -272,7 +272,7 @@ def forward_gemm(
     """out (M, N) = x Wᵀ + bias + scaling·S Bᵀ for x (M, K), weight (N, K), s (M, r) and lora_B (N, r).
 
     x, weight and out have one dtype (bf16, fp16, fp32). s in that dtype has lora_B cast to it in registers; in fp32
-    beside half precision both keep their digits (`tiling.dot`). bias may have any dtype. Any strides; nothing is
+    for x in half precision both keep their digits (`tiling.dot`). bias may have any dtype. Any strides; nothing is
     allocated.
     """
     _launch(x, weight, bias, None, s, lora_B, out, scaling, None, 0.0, config)

@@ -153,9 +153,9 @@ def weight_grad(
 ) -> None:
     """out (K, r) = scale · drop(x)ᵀ G for x (M, K) and g (M, r), all with any strides: pass `grad_A.t()` for dA.
 
-    g in x's dtype, or in fp32 beside half precision: then it keeps its digits (`tiling.dot`). out has any float dtype:
-    it is rounded once, from fp32. Without `seed` nothing is dropped. `workspace`: fp32, at
-    least `weight_grad_workspace(x, r)` elements.
+    g is in x's dtype, or in fp32 for x in half precision: then it keeps its digits (`tiling.dot`). out has any float
+    dtype: it is rounded once, from fp32. Without `seed` nothing is dropped. `workspace`: fp32, at least
+    `weight_grad_workspace(x, r)` elements.
     """
     M, K = x.shape
     R = g.shape[1]
@@ -237,7 +237,7 @@ def ds_and_db(
     """ds (M, r) = scaling · dY B and db (N, r) = scaling · dYᵀ S for dy (M, N), lora_B (N, r) and s (M, r).
 
     Any strides. Pass None for the result that is not needed (and None for s without db). s and ds have one dtype, which
-    selects the arithmetic: dy's, to which lora_B is cast in registers, or fp32 beside half precision, where s and an
+    selects the arithmetic: dy's, to which lora_B is cast in registers, or fp32 for dy in half precision, where s and an
     fp32 lora_B keep their digits (`tiling.dot`). db has any float dtype and is rounded once, from fp32. `workspace`:
     fp32, at least as many elements as `ds_and_db_workspace` says for the same arguments.
     """

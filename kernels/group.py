@@ -280,7 +280,7 @@ def group_shrink(
 ) -> None:
     """outs[i] (M, rᵢ) = dropᵢ(x) Aᵢᵀ for x (M, K) and lora_As[i] (rᵢ, K), all with any strides and float dtypes.
 
-    An out in fp32 beside x in half precision has its lora_A's digits kept, as in `shrink`; one in x's dtype has it
+    An out in fp32 for x in half precision has its lora_A's digits kept, as in `shrink`; one in x's dtype has it
     cast. A member without a seed drops nothing. shared_mask: all members have the first one's seed and probability.
     `workspace`: fp32, at least `shrink_workspace(x, lora_As)` elements.
     """
@@ -437,7 +437,7 @@ def group_expand(
 
 
 class _Dropout:
-    """Several members' dropout in a kernel's words. One that drops nothing beside one that does gets a mask of ones."""
+    """Several members' dropout in a kernel's words. Where one drops, one that does not gets a mask of ones."""
 
     def __init__(self, seeds: Sequence[torch.Tensor | None], ps: Sequence[float], unread: torch.Tensor) -> None:
         drawn = [seed for seed in seeds if seed is not None]

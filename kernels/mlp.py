@@ -290,7 +290,7 @@ def activate(
 ) -> None:
     """h (M, K) = act(gate) ∘ up and, with lora_A (r, K), s (M, r) = drop(h) Aᵀ, all with any strides.
 
-    s in gate's dtype has lora_A cast to it; in fp32 beside half precision lora_A keeps its digits. r is at most
+    s in gate's dtype has lora_A cast to it; in fp32 for gate in half precision lora_A keeps its digits. r is at most
     `fused_rank(gate.dtype)`. Without `seed` nothing is dropped. `workspace`: fp32, at least `activate_workspace(gate,
     lora_A)` elements.
     """
@@ -363,9 +363,9 @@ def activate_backward(
     """dgate, dup (M, K) for dh (M, K) + drop′(dS A), and grad_A (r, K) = dSᵀ drop(h), all with any strides.
 
     What is None is not made: without dh neither dgate nor dup; without lora_A nothing is added to dh; without grad_A no
-    dA. dgate may be dh, dup may not. ds (M, r) in fp32 beside half precision keeps its digits and lora_A's; r at most
-    `fused_rank(gate.dtype)`. `workspace`: fp32, at least `activate_backward_workspace(gate, r)` elements where grad_A
-    is wanted.
+    dA. dgate may be dh, dup may not. ds (M, r) in fp32 for dh in half precision keeps its digits and lora_A's; r is at
+    most `fused_rank(gate.dtype)`. `workspace`: fp32, at least `activate_backward_workspace(gate, r)` elements where
+    grad_A is wanted.
     """
     M, K = gate.shape
     if M == 0:

@@ -1,9 +1,8 @@
-"""Tiles: which one a program works on, and how one is read and written. Device functions shared by the kernels.
+"""Tiles: which one a program works on, how one is read, multiplied and written, how fp32 parts are added.
 
-The sum of fp32 partial results in a fixed order: what the kernels here do instead of atomics.
-
-An atomic addition would save this pass over the partials, but it adds them in whatever order the programs finish, and
-fp32 addition is not associative: two runs would differ in their last bits.
+Parts are added in a fixed order, by the program that finishes last (`store_sum`) or by a pass of their own
+(`reduce_partials`). Atomic additions would need neither, but they add in whatever order the programs finish, and fp32
+addition is not associative: two runs would differ in their last bits.
 """
 
 import torch

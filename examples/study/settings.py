@@ -151,7 +151,7 @@ def parse_fine_tuning(argv: list[str] | None = None) -> FineTuning:
     lora.add_argument("--init", type=init, default="kaiming", help="how fastlora's adapters start: " + ", ".join(INITS))
     lora.add_argument("--gamma", type=positive_float, default=16.0, help="γ of --init lora_ga: larger starts smaller")
     lora.add_argument("--group", choices=["auto"], help="let fastlora's q, k, v share their passes (docs/grouping.md)")
-    lora.add_argument("--mlp", choices=["auto"], help="let fastlora run gated MLPs as one op (docs/mlp.md)")
+    lora.add_argument("--mlp", choices=["auto"], help="let fastlora run gated MLPs as one op (docs/kernels/mlp.md)")
     run.add_argument("--methods", nargs="+", choices=METHODS, default=["frozen", "peft", "fastlora"], metavar="METHOD",
                      help="of " + ", ".join(METHODS))  # fmt: skip
     run.add_argument(

@@ -153,7 +153,7 @@ def _fused(name: str, x: Tensor, terms: Terms, backend: str, measure: bool, comp
         kernels = dora_op.select(x, lora_A, backend) is not dora_aten
         reason += f"; DoRA's norms and scaling by {'Triton kernels' if kernels else 'ATen'}"
     if beside:
-        reason += f"; {beside} of {len(adapters)} adapters have dropout of their own and run eagerly beside it"
+        reason += f"; {beside} of {len(adapters)} adapters have dropout of their own and run eagerly"
     times = {} if peek.entry is None else {way: dict(peek.entry[way]) for way in tuning_cache.DIRECTIONS}
     return Explanation(name, *peek.choice.passes, reason, sizes, times, peek.candidates, tuple(needed))
 

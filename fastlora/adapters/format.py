@@ -1,6 +1,6 @@
 """PEFT's adapter files: what they hold, PEFT's rules for names, reading with every check, writing all or nothing.
 
-This module knows the files only; checkpoint.py fits them to models.
+This module knows the files only; load.py and save.py fit them to models.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _UNSUPPORTED = (
 )
 
 
-# The fields of PEFT 0.21's LoraConfig and AdaLoraConfig beside those above.
+# The fields of PEFT 0.21's LoraConfig and AdaLoraConfig besides those above.
 _KNOWN = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config"),
     *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
@@ -72,7 +72,7 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 # Those among the others whose change of the base weights can be found again from the original ones, as PEFT does when
-# it loads them. Not "pissa_niter_N" (PEFT draws it at random, anew at each load), nor what depends on data.
+# it loads them. Not "pissa_niter_N" (PEFT draws it at random, at each load), nor what depends on data.
 _REPEATABLE_INITS = ("pissa", "olora")
 
 
@@ -360,7 +360,7 @@ def keys(file: bytes) -> list[str]:
 
 
 def write_files(files: dict[Path, bytes]) -> None:
-    """All of them or none: written and synced beside their places, then renamed; a failure takes the renames back."""
+    """All of them or none: written and synced next to their places, then renamed; a failure takes the renames back."""
     token = secrets.token_hex(4)
     temporary = {path: path.with_name(f".{path.name}.{token}.tmp") for path in files}
     backups = {path: path.with_name(f".{path.name}.{token}.old") for path in files}

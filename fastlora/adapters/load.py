@@ -1,6 +1,6 @@
 """Adapters on disk, in PEFT's own format: `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT loads what is saved here, and what PEFT saved loads here. Files are written beside their final place and renamed
+PEFT loads what is saved here, and what PEFT saved loads here. Files are written next to their final place and renamed
 into it; everything read is checked before the model is touched. No pickle, ever. docs/peft.md has the details.
 """
 
@@ -43,7 +43,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     Weights take the dtype of the layer's adapters: float32 on half-precision bases. An adapter that PEFT started with
     "pissa" or "olora" and did not convert runs on a changed base weight, as in PEFT: the change is computed again from
     the model's own weight (the one that the adapter was trained on), and `unpatch` takes it back. What PEFT saved whole
-    beside LoRA (embeddings of a resized vocabulary, `modules_to_save`) goes into the model's own weights, for all
+    besides LoRA (embeddings of a resized vocabulary, `modules_to_save`) goes into the model's own weights, for all
     adapters, and stays there; a PeftModel has it for the one adapter.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What is written for an adapter: PEFT's two files, from our layers or by PEFT itself. checkpoint.py decides where."""
+"""What is written for an adapter: PEFT's two files, from our layers or by PEFT itself, and where."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ def save_adapter(
     A warning names adapters that have not moved from their start, and trainable parameters that the file leaves out.
 
     Of a model that `fully_shard` has sharded, every process must call this; the first one writes, and all wait for it.
-    Of others, whoever calls this writes: one process is enough.
+    Of others, the process that calls this writes: one is enough.
 
     Weights are saved in the dtype they have. What is saved of the scale is alpha, not a changed `scaling`, as in PEFT.
 

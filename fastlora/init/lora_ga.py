@@ -3,7 +3,7 @@
 For any A, B the first SGD step moves the weight by −η s²·(B Bᵀ G + G Aᵀ A), of rank at most 2r. With orthonormal
 factors from disjoint halves of G's leading 2r singular triplets that is the best approximation of G of rank 2r (Eckart
 and Young). B₀A₀ is not zero then; W0 + s·(B A − B₀A₀) keeps the first output. `base="exact"` runs the second term
-beside the first and leaves W0 alone; `base="offset"` folds it into W0, the paper's way.
+next to the first and leaves W0 alone; `base="offset"` folds it into W0, the paper's way.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def init_lora_ga(
             models' adapters must have them.
 
     Returns:
-        Per layer ‖s·B₀A₀‖_F/‖W0‖_F, how large the start is beside the weight (0 for a layer without a gradient,
+        Per layer ‖s·B₀A₀‖_F/‖W0‖_F, how large the start is relative to the weight (0 for a layer without a gradient,
         infinite for a weight of zeros), as a dict that prints as a summary. Starts larger than their weights are a
         warning.
 

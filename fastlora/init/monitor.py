@@ -31,7 +31,7 @@ from ..linalg import native
 from ..runtime import messages
 
 NORMS = ("probes", "exact")
-# Squares of singular values of B or A below this beside the largest are rounding (in the float64 Gram matrix): the
+# Squares of singular values of B or A below this share of the largest are rounding (in the float64 Gram matrix): the
 # direction is none of the adapter's.
 NEGLIGIBLE = 1e-13
 

@@ -227,7 +227,7 @@ class PeriodicReinit:
     # Resuming.
 
     def state_dict(self) -> dict[str, int]:
-        """Numbers only, to go beside the model's and the optimiser's. An open window is not saved: loaded in the middle
+        """Numbers only, to save with the model's and the optimiser's. An open window is not saved: loaded in the middle
         of one, it sketches the steps that are left of it."""
         state = {"steps": self.steps, "since": self.since}
         return state if self.monitor is None else {**state, "monitor_steps": self.monitor.steps}

@@ -93,7 +93,7 @@ def reinit_lora_ga(
         split, gamma, seed: as in `init_lora_ga`.
         scale: how long Â's rows and B̂'s columns are: "keep", as the present A's and B's are (root mean square; "stable"
             where one of them is zero); "stable", "unit", "gd" as in `init_lora_ga`.
-        max_rank: bound on the rank of what the frozen part has learned; the present start comes beside it. None: no
+        max_rank: bound on the rank of what the frozen part has learned; the present start is added to it. None: no
             bound, nothing is lost.
         missing: "error", or "skip" to leave layers as they are that have no gradient.
         adapter_name: which adapter.

@@ -200,7 +200,7 @@ class GradientSketch:
             present.weight += weight
 
     def step(self) -> None:
-        """Ends an optimiser step: what was sketched so far counts `discount` times as much beside what comes.
+        """Ends an optimiser step: what was sketched so far counts `discount` times as much as what comes.
 
         With a step after each optimiser step t, of T, the sketch is that of Σ βᵀ⁻ᵗ Gₜ, where Gₜ is the step's weighted
         sum over its passes. β > 1 makes the first steps count most: β = 1/0.9 is Σ 0.9ᵗ Gₜ but for a factor. Every

@@ -26,7 +26,7 @@ from ..linalg.lowrank import product_svd
 from ..linalg.operators import outside_autocast
 
 PROBES = 8  # random directions that measure what the sketch misses
-# Columns of Z smaller than this beside the largest are rounding: random directions take their place.
+# Columns of Z smaller than this share of the largest are rounding: random directions take their place.
 NEGLIGIBLE = 1e-6
 
 
@@ -39,7 +39,7 @@ def gaussian(rows: int, columns: int, seed: int, device: torch.device) -> Tensor
 class Held(NamedTuple):
     """What a sketch knows of G: bases left (n, c) and right (m, k), and product = projection·C, float64, for the core C
     between them (projection None: the core itself), of whose directions those count that the projection leaves more of
-    than `cut`, beside the largest."""
+    than `cut` times the largest."""
 
     left: Tensor
     right: Tensor

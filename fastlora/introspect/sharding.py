@@ -1,4 +1,4 @@
-"""Models whose parameters are spread over processes: what is said of them, and how whole tensors go in and out.
+"""Models whose parameters are spread over processes: how they are described, and how whole tensors go in and out.
 
 Under FSDP2 (`torch.distributed.fsdp.fully_shard`) a parameter is a DTensor but for the time that its module runs. After
 a forward the outermost module's may stay whole, as copies that the next step throws away: `reshard` lets go of them, so

@@ -69,7 +69,7 @@ class MixedBatch:
 
 @lru_cache(maxsize=64)
 def of_names(names: tuple[str, ...]) -> MixedBatch:
-    """One batch for equal names: PEFT says them to every layer anew."""
+    """One batch for equal names: PEFT passes them to every layer again."""
     return MixedBatch(names)
 
 

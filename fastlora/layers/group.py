@@ -164,7 +164,7 @@ class Round:
 
 
 class Reading(NamedTuple):
-    """A layer as it is at one call: what it runs, and the tensors and settings that its S depends on beside x."""
+    """A layer as it is at one call: what it runs, and the tensors and settings that its S depends on besides x."""
 
     weight: Tensor  # (N, K)
     bias: Tensor | None
@@ -174,7 +174,7 @@ class Reading(NamedTuple):
 
 
 class _State:
-    """What a layer's S was made of, beside x."""
+    """What a layer's S was made of, besides x."""
 
     def __init__(self, layer: Layer, reading: Reading) -> None:
         self.layer = weakref.ref(layer)
@@ -228,7 +228,7 @@ def _may_be_foreseen(layer: nn.Module, group: LayerGroup) -> bool:
 
 
 def _surroundings(x: Tensor) -> tuple:
-    """What must be the same at every call of a round, beside x itself."""
+    """What must be the same at every call of a round, besides x itself."""
     autocast = torch.get_autocast_dtype(x.device.type) if call.autocast_enabled(x) else None
     return x._version, x.requires_grad, torch.is_grad_enabled(), autocast
 

@@ -46,7 +46,7 @@ class Recipe(NamedTuple):
     down: str
     activation: str
     always: bool  # also where a CPU is no faster so
-    settings: tuple  # of the module and the children beside the projections
+    settings: tuple  # of the module and the children besides the projections
 
     def __str__(self) -> str:
         kind = "plain" if self.up is None else "gated"
@@ -54,7 +54,7 @@ class Recipe(NamedTuple):
 
 
 class FusedMlp(nn.Module):
-    """What a recognised module's class is made of, beside its own (`_fused_class`)."""
+    """What a recognised module's class is made of, besides its own (`_fused_class`)."""
 
     _fastlora_original: type[nn.Module]
     _fastlora_forward: Any  # the original class's, when it was checked
@@ -140,7 +140,7 @@ def _layer(down: Any, gate: Tensor) -> tuple[call.GroupLayer, str] | None:
 
 
 def _settings(module: nn.Module, projections: tuple[str, ...]) -> tuple | None:
-    """What else forward may depend on: the children beside the projections, and plain attributes. None where it cannot
+    """What else forward may depend on: the children besides the projections, and plain attributes. None where it cannot
     be known, as with hooks; and while a dropout drops something."""
     found: list[Any] = [_plain_attributes(module), tuple(module._modules)]
     for name, child in module._modules.items():
@@ -186,7 +186,7 @@ def recognise(module: nn.Module, always: bool = False) -> Recipe | str:
     """
     names = _projections(module)
     if next(module.parameters(recurse=False), None) is not None or next(module.buffers(), None) is not None:
-        return "it has parameters or buffers beside its projections"
+        return "it has parameters or buffers besides its projections"
     if "forward" in module.__dict__ or nn_module._has_any_global_hook():
         return "its forward was replaced on the instance, or there are hooks on every module"
     if any(is_overridden(child) for child in module.children()):

@@ -244,7 +244,7 @@ def set_initial_factors(layer: FusedLoraLinear, name: str, a: Tensor, b: Tensor,
 def set_frozen_factors(layer: FusedLoraLinear, name: str, a0: Tensor | None, b0: Tensor | None) -> None:
     """Sets the frozen part of an adapter, s·b0 a0 with a0 (k, in) and b0 (out, k) for any k; None for none.
 
-    It runs beside the trained part, or it is what the weight is shifted by, rounded once from the weight's bits.
+    It runs next to the trained part, or it is what the weight is shifted by, rounded once from the weight's bits.
     """
     for factors, value in ((layer.lora_A0, a0), (layer.lora_B0, b0)):
         if value is None:
@@ -323,7 +323,7 @@ def unshifted_weight(layer: FusedLoraLinear, name: str) -> Tensor:
 
 
 def forget_initial_factors(layer: FusedLoraLinear, name: str) -> None:
-    """Takes back what `set_initial_factors` did beside setting A and B; a shifted weight gets its bits back.
+    """Takes back what `set_initial_factors` did besides setting A and B; a shifted weight gets its bits back.
 
     Raises ValueError while adapters are merged into a weight that this one has shifted.
     """

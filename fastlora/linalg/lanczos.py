@@ -10,7 +10,7 @@ from . import native
 from .operators import Explicit, Factored, LinearOperator
 from .orthogonal import orthonormal
 
-MAX_SKEW = 1e-4  # how far from orthonormal a basis may be before it is made anew
+MAX_SKEW = 1e-4  # how far from orthonormal a basis may be before it is made again
 
 
 def block_lanczos(op: LinearOperator, start: Tensor, steps: int) -> tuple[Tensor, Tensor]:

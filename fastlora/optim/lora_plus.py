@@ -35,7 +35,7 @@ def lora_plus_param_groups(
     """Parameter groups for LoRA+, for any optimiser: B learns at `ratio` times the rate of A.
 
     Every parameter of the model that has `requires_grad` is in exactly one group, a tied one too. The groups, of which
-    those without parameters are left out, have a `name` beside `params` and `lr`:
+    those without parameters are left out, have a `name` next to `params` and `lr`:
 
     | name | holds | rate |
     |---|---|---|

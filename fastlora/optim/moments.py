@@ -9,7 +9,7 @@ B's) with C = new·old⁺:
 
 The first is exact for a change of basis: SGD with momentum goes on as if nothing had happened. The second takes the
 rows' gradients for uncorrelated (exact where C permutes, scales and flips signs), and gives the part of a new row that
-lies outside the old span (`missing`, squared, beside the old rows' mean square) the old rows' mean, so that it does not
+lies outside the old span (`missing`, squared, over the old rows' mean square) the old rows' mean, so that it does not
 start with a step of m/√0. Step counters stay.
 """
 
@@ -28,7 +28,7 @@ _FIRST = ("exp_avg", "momentum_buffer")
 _SECOND = ("exp_avg_sq", "max_exp_avg_sq")
 _COUNTERS = ("step", "mu_product")
 _KNOWN = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam)
-# Old directions shorter than this beside the longest say nothing: what they would be multiplied by is mostly noise.
+# Old directions shorter than this share of the longest say nothing: what they would be multiplied by is mostly noise.
 _INFORMED = 1e-3
 
 _warned: set[type] = set()
@@ -119,7 +119,7 @@ def carried_over(moment: Tensor, change: Mixing, dim: int, squared: bool) -> Ten
 
 
 def _forget(state: dict[str, Any]) -> Callable[[], None]:
-    """Every optimiser of torch's makes a parameter's state anew where it finds it empty."""
+    """Every optimiser of torch's makes a parameter's state where it finds it empty."""
     before = dict(state)
 
     def restore() -> None:

@@ -183,7 +183,7 @@ def _triton_version() -> str:
 
 @functools.cache
 def kernels_version() -> str:
-    """A digest of the kernels' and the backends' source: a changed kernel is measured anew."""
+    """A digest of the kernels' and the backends' source: a changed kernel is measured again."""
     here = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for folder in ("kernels", "ops"):

@@ -1,4 +1,4 @@
-"""What the variants of LoRA need beside `fastlora.patch`. Importing it does nothing."""
+"""What the variants of LoRA need besides `fastlora.patch`. Importing it does nothing."""
 
 from .adalora import RankAllocator
 from .dora import kept_norms

@@ -3,7 +3,7 @@
     I = |w·∇w|      Ī ← β₁Ī + (1 − β₁)I      Ū ← β₂Ū + (1 − β₂)|I − Ī|      s = Ī·Ū        for every w of P, Λ, Q
     S_i = s(λ_i) + mean s(P_·i) + mean s(Q_i·)        for every triplet; the best b(t) of all layers' keep their λ
 
-The averages are kernels/importance.py's business (ATen's on a CPU), the budget b(t) rank_schedule.py's. Scores, order
+The averages are kernels/importance.py's business (ATen's on a CPU), the budget b(t) layers/schedule.py's. Scores, order
 and masks stay on the device: nothing is read back but the final pattern, once, and where an optimiser skips steps by
 itself (fused, under a GradScaler) whether it does.
 """
@@ -348,7 +348,7 @@ class RankAllocator:
     # Resuming.
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers, to go beside the model's and the optimiser's: with it a run goes on bit for bit.
+        """Tensors and numbers, to save with the model's and the optimiser's: with it a run goes on bit for bit.
 
         "importance": by layer and factor Ī and Ū (2, *shape), until the pattern is final; "kept": by layer, or None.
         """

@@ -16,8 +16,8 @@ from ..ops.dora.norms import KeptNorms
 def kept_norms(model: nn.Module) -> Iterator[nn.Module]:
     """Within it DoRA's layers keep their norms ‖W0 + s·B A‖ between calls without gradients, as in generation.
 
-    By default every call makes them anew, in one pass over W0: a small part of a call with many tokens, but as long as
-    the call itself where there are few. A norm that is kept is made anew as soon as the weight, a factor or the scale
+    By default every call makes them again, in one pass over W0: a small part of a call with many tokens, but as long as
+    the call itself where there are few. A norm that is kept is made again as soon as the weight, a factor or the scale
     is another one or was changed through PyTorch's operations (`copy_`, `add_`, an optimiser's step, a new `.data`).
     What writes past its version counters (`weight.data.mul_(2)`, a kernel of one's own) must stay outside: leave the
     block, write, and enter another. Calls with gradients keep nothing.

@@ -379,7 +379,7 @@ def test_the_function_that_calls_the_members():
         def forward(self, input):
             raise AssertionError
 
-    # As if it were grouping.py's: what belongs to fastlora is passed over.
+    # As if it were layers/group.py's: what belongs to fastlora is passed over.
     Probe.forward = eval("lambda self, input: record(_caller()) or input", vars(grouping) | {"record": frames.append})
     probe, x = Probe(K, K, r=4), randn(3, K)
 

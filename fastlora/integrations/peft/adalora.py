@@ -19,7 +19,7 @@ from ...ops import call
 from .lora import FusedForward, read_dropout, why_not_dtype
 from .merge import DTYPES, PLAIN_TENSORS, ExactMerge
 
-EPSILON = 1e-5  # PEFT's, beside ranknum
+EPSILON = 1e-5  # PEFT's, added to ranknum
 
 
 class FusedSVDLinear(FusedForward, ExactMerge, SVDLinear):

@@ -36,7 +36,7 @@ AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class PeftFusedLayer(FusedPeftLayer, FusedLayer):
-    """What every swapped layer has beside PEFT's own, whatever its base."""
+    """What every swapped layer has besides PEFT's own, whatever its base."""
 
     STATE = ("backend", "calls", "undos", "group")  # set by `adopt.adopt`, taken away by `release`
     PLAIN: type[nn.Module]  # PEFT's own class
@@ -136,7 +136,7 @@ class FusedForward(PeftFusedLayer):
 
 def why_not_arguments(args: tuple, kwargs: dict[str, Any]) -> str | None:
     if args:
-        return "positional arguments beside the input"
+        return "positional arguments besides the input"
     for name, value in kwargs.items():
         if value is not None:
             return f"keyword argument {name}"

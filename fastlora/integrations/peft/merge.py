@@ -47,7 +47,7 @@ class ExactMerge(LoraLayer):
     fan_in_fan_out: bool
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, float]:
-        """(A (r, in), B (out, r), the bias beside B or None, s): an adapter adds s·B A, and s times the bias."""
+        """(A (r, in), B (out, r), the bias next to B or None, s): an adapter adds s·B A, and s times the bias."""
         raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -101,7 +101,7 @@ class ExactMerge(LoraLayer):
             if self.merged_adapters[undo.start :] != undo.names or not _is_current(undo, base):
                 break  # the weights were changed while merged: what is left is PEFT's subtraction
             if any(name in self.lora_variant for name in undo.names):
-                self._subtract(undo.start)  # for what a variant keeps beside the weights
+                self._subtract(undo.start)  # for what a variant keeps besides the weights
             del self.merged_adapters[undo.start :]
             _write(base, undo.weight, undo.bias)
 

@@ -2,7 +2,7 @@
 
 When PEFT loads, it makes `init_r` ranks in a layer and cuts them to those of its pattern; when it saves, it takes the
 pattern's out of every layer that has another number of ranks, which must be `init_r` then, whatever their λ is. Here
-the pattern says only what has been cut off. What an allocator has masked is noted in an attribute beside it, which PEFT
+the pattern says only what has been cut off. What an allocator has masked is noted in another attribute, which PEFT
 writes to no file: training may go on without the allocator. `as_saved` looks at λ.
 """
 

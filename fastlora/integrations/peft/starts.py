@@ -39,7 +39,7 @@ class StartedLinear(nn.Linear):
     trained: nn.Parameter
     start: Tensor
     dim: int  # along which the halves are put together: 0 in lora_A (r, in), 1 in lora_B (out, r)
-    beside: bool  # the start runs beside the trained half; otherwise the base weight was shifted by it, and it is kept
+    beside: bool  # the start runs next to the trained half; otherwise the base weight was shifted by it, and it is kept
     # for the file only
 
     @property

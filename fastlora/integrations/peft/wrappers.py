@@ -1,4 +1,4 @@
-"""What PEFT's adapters have beside their LoRA layers: modules that are trained whole (`modules_to_save`), tokens
+"""What PEFT's adapters have besides their LoRA layers: modules that are trained whole (`modules_to_save`), tokens
 (`trainable_token_indices`), and the models that say which adapter is active. adapters/switch.py takes them along.
 
 Nothing of PEFT is imported here: a model that has any of it has brought it.

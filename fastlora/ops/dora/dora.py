@@ -126,7 +126,7 @@ _library.define(
 
 
 def _op_any_scale(weight, lora_A, lora_B, scaling, backend):
-    """A scale that has become a symbol goes into B: the compiler would compile anew for every value of an argument."""
+    """A scale that has become a symbol goes into B: the compiler would recompile for every value of an argument."""
     if isinstance(scaling, torch.SymFloat):
         lora_B, scaling = lora_B * scaling, 1.0
     return torch.ops.fastlora.dora_weight_norm(weight, lora_A, lora_B, scaling, backend)
@@ -221,7 +221,7 @@ def dora_linear(
         low_rank = scaling * F.linear(F.linear(dropped, lora_A), lora_B)
         y = F.linear(x, weight, bias) + (factor - 1) * F.linear(dropped, weight) + factor * low_rank
 
-    Neither B A nor W0 + s·B A is ever formed: the norms come from one pass over W0, in float32. They are made anew at
+    Neither B A nor W0 + s·B A is ever formed: the norms come from one pass over W0, in float32. They are made again at
     every call. Dropout acts on W0's input too, as in the paper's code and in PEFT, which takes a second product by W0.
 
     Args:

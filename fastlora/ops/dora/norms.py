@@ -1,6 +1,6 @@
 """DoRA's norms, kept between calls for as long as nothing that they are made of has changed.
 
-By default they are made anew at every call: one pass over W0, a small part of a product with many tokens. Where there
+By default they are made again at every call: one pass over W0, a small part of a product with many tokens. Where there
 are few, as in generation, that pass is as long as the product itself, and `fastlora.variants.kept_norms(model)` keeps
 them. A kept norm is taken only where the weight and the factors are the same storages, at the same places, with the
 same version counters, and the scale is the same. What writes past those counters (`parameter.data.mul_(2)`, a kernel

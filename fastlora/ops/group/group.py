@@ -61,7 +61,7 @@ class Choice(NamedTuple):
 
 def select(x: Tensor, members: Sequence[Member], narrow: bool = False) -> Choice | str:
     """What runs the group on x (M, K), or why the layers run one by one. Weights and biases are cast to x's dtype by
-    whoever multiplies by them."""
+    the caller, who multiplies by them."""
     names = tuple(_backend(x, member, narrow) for member in members)
     if all(name == "torch" for name in names):
         return Choice(aten, names)

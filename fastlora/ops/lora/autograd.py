@@ -187,7 +187,7 @@ def _compiled_lora_linear(
 def _op_any_scale(x, weight, bias, lora_A, lora_B, dropout_state, scaling, dropout_p, backend, narrow):
     """`lora_linear`'s y. A scale that has become a symbol (the compiler has seen it change) goes into B, r·N numbers:
     the compiler can keep a product's factor in a tensor, but makes any other op's argument a constant again, and would
-    compile anew for every value."""
+    recompile for every value."""
     if isinstance(scaling, torch.SymFloat):
         lora_B, scaling = lora_B * scaling, 1.0
     y, _ = torch.ops.fastlora.lora_linear(

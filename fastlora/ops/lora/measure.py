@@ -180,7 +180,7 @@ class Problem:
         M, N, K, r = key[:4]
         set_bytes = (M * K + M * N + N * K) * key.dtype.itemsize
         count = _number_of_sets(set_bytes, device)
-        # Beside the inputs: what each pass makes, as wanted, as got and in the graphs; the mask's words.
+        # Besides the inputs: what each pass makes, as wanted, as got and in the graphs; the mask's words.
         _check_memory(count * set_bytes + 6 * M * (N + K) * key.dtype.itemsize + 16 * M * K * key.dropout, device)
         generator = torch.Generator(device).manual_seed(0)
 

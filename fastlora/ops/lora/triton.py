@@ -4,7 +4,7 @@
     backward    dS = s·dY B and dB = s·dYᵀ S in one pass over dY · dA = dSᵀ drop(x)
                 dX = dY W0 + drop′(dS A) in one kernel
 
-Beside the `cublas` backend it saves writing the low-rank term and reading it back, 2MN forward and 2MK backward, and
+Unlike the `cublas` backend it neither writes the low-rank term nor reads it back (2MN forward, 2MK backward), and
 the term is never rounded before it is added. That pays only where this GEMM comes within a few percent of cuBLAS.
 What is kept for dropout is a seed: the kernels make the mask again wherever it is needed.
 """

@@ -227,7 +227,7 @@ def _bitsandbytes() -> Any:
 # Where the matrix lives.
 class _Buffers:
     """One flat buffer for each device, stream and dtype, as large as the largest weight so far, lent to one borrower at
-    a time: whoever comes while it is out (another thread) gets a new one, and the larger of the two is kept.
+    a time: another thread that asks while it is out gets a new one, and the larger of the two is kept.
 
     On a GPU a buffer is handed to the next layer while the last one's product may still be running: work on one stream
     is done in order, so the key has the stream. While a CUDA graph is captured nothing is lent or kept, since what is
@@ -274,7 +274,7 @@ def stream_of(device: torch.device) -> int:
 
 @contextlib.contextmanager
 def materialised(weight: QuantisedWeight) -> Iterator[Tensor]:
-    """The weight as a matrix (N, K), for as long as the context lasts: whoever keeps it will see another layer's."""
+    """The weight as a matrix (N, K), for as long as the context lasts: kept longer, it holds another layer's."""
     with room_for(weight) as out:
         weight.write(out)
         yield out

@@ -1,7 +1,7 @@
 """AdamW's arithmetic on one tensor, with the moments in full or in 8 bits.
 
 `arithmetic="torch"` is torch.optim.AdamW's, to the bit; "official" that of the GaLore authors' code (which was once
-transformers'): ε beside the uncorrected √v, and the decay after the step.
+transformers'): ε next to the uncorrected √v, and the decay after the step.
 
     torch       W ← (1 − lr·λ) W;  W ← W − lr/(1 − β₁ᵗ) · m / (√(v/(1 − β₂ᵗ)) + ε)
     official    W ← W − lr·√(1 − β₂ᵗ)/(1 − β₁ᵗ) · m / (√v + ε);  W ← (1 − lr·λ) W

@@ -1,12 +1,12 @@
 """`GaLoreAdamW`: full-parameter training whose optimiser states live in the gradients' leading subspaces.
 
-G (n, m) is the gradient of a weight, P (n, r) an orthonormal basis, found anew every T steps (Zhao et al. 2024, arXiv
+G (n, m) is the gradient of a weight, P (n, r) an orthonormal basis, renewed every T steps (Zhao et al. 2024, arXiv
 2403.03507):
 
     R = PᵀG        N = m̂/(√v̂ + ε) of Adam on R        W ← W − lr·α·P N
 
-In this package's files: galore_projector.py has P and how it is found, galore_adam.py Adam, galore_gradients.py how
-gradients come during a backward pass, galore_distributed.py several processes, galore_groups.py parameter groups.
+In this package's files: projector.py has P and how it is found, adam.py Adam, gradients.py how gradients come during
+a backward pass, distributed.py several processes, groups.py parameter groups.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         gradients: str = "plain",
     ) -> GaLoreAdamW:
         """The authors' `galore_torch.GaLoreAdamW`, step by step: a full SVD of every layer on the same steps, moments
-        that stay where they are, ε beside the uncorrected √v, decay after the step. With their defaults.
+        that stay where they are, ε next to the uncorrected √v, decay after the step. With their defaults.
 
         `gradients="hook"` is their training layer by layer, for steps of one micro-batch.
         """
@@ -430,7 +430,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         between does nothing to the projected weights.
 
         Args:
-            closure: computes the loss and the gradients anew, and returns the loss.
+            closure: computes the loss and the gradients again, and returns the loss.
 
         Raises:
             ValueError: a gradient is not finite where a basis is refreshed, is sparse, was taken in the backward pass

@@ -1,4 +1,4 @@
-"""The basis of one weight's gradient, the small matrix that it makes of a gradient, and how it is found anew.
+"""The basis of one weight's gradient, the small matrix that it makes of a gradient, and how it is renewed.
 
 The gradient of a weight is G (n, m). With its columns projected, P (n, r), R = GᵀP and the weight moves along P Nᵀ;
 with its rows projected, Q (m, r), R = G Q and it moves along N Qᵀ. The second is the first for Gᵀ. So with G turned
@@ -8,7 +8,7 @@ such that the projected side comes first, (k, l), a one-sided projection has
 
 and the two-sided one P (n, r), Q (m, r), R = PᵀGQ (r, r), W ← W − step·P N Qᵀ. G is only ever multiplied with.
 
-A basis is found anew in one step, from that step's G, or over several steps, from sums that are linear in each step's G
+A new basis comes in one step, from that step's G, or over several steps, from sums that are linear in each step's G
 (`finish_step`): these can be accumulated over micro-batches and added up over processes while the basis stays fixed.
 Everything that lasts from step to step lies in the optimiser's state of the weight, as tensors and integers.
 """
@@ -30,7 +30,7 @@ from ..moments import Mixing, mixing
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 BASES = ("basis", "basis_right")  # the second for two sides only
 REFRESHES = ("subspace", "svd", "streamed")
-# Random columns beside the r of a subspace iteration. On MiniLM's gradients, r = 8, one iteration, the worst layer's
+# Random columns besides the r of a subspace iteration. On MiniLM's gradients, r = 8, one iteration, the worst layer's
 # basis holds 0.907 of what the best one does without any, and 0.985 with 8 (bench/galore/bases.py).
 EXTRA_COLUMNS = 8
 NOT_FINITE = (
