@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .configs import cdiv
 from .launch import launch
 
 
@@ -207,7 +208,7 @@ def reduce_partials(partials: torch.Tensor, out: torch.Tensor, num_parts: int) -
     assert partials.numel() >= num_parts * size
     launch(
         _reduce_kernel,
-        (triton.cdiv(size, BLOCK),),
+        (cdiv(size, BLOCK),),
         partials,
         out,
         num_parts,

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import tiny_batch, tiny_model
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional
 from transformers import MambaConfig, MambaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, WavLMConfig, WavLMModel
 
@@ -100,7 +101,7 @@ def test_the_hooks_are_no_burden(how):
 def test_compiled_code_is_not_accused(part):
     model: Any = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
     fastlora.patch(model, r=2)
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     run = model
     if part == "whole":
         run = torch.compile(model, backend=counter, fullgraph=True)

@@ -110,7 +110,7 @@ def test_other_projections_are_no_hint():
 
 
 def test_layers_that_accelerate_offloads_are_one_line():
-    model = tiny_model("llama")
+    model: Any = tiny_model("llama")
     hooked(model, offload=True)
     with pytest.raises(ValueError, match="selects nothing that can be patched") as error:
         fastlora.patch(model)
@@ -147,10 +147,13 @@ def test_layers_that_accelerate_placed_run_fused():
     torch.testing.assert_close(output.loss, tiny_model("llama")(**tiny_batch("llama")).loss, rtol=0, atol=0)
 
 
+def peft_layers(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)]
+
+
 def hooked_bases(model: nn.Module, **settings) -> None:
-    for module in model.modules():
-        if isinstance(module, peft.tuners.lora.Linear):
-            add_hook_to_module(module.base_layer, AlignDevicesHook(execution_device="cpu", **settings))
+    for layer in peft_layers(model):
+        add_hook_to_module(layer.base_layer, AlignDevicesHook(execution_device="cpu", **settings))
 
 
 def test_a_peft_layer_that_will_fall_back_is_not_counted_as_patched():
@@ -161,7 +164,7 @@ def test_a_peft_layer_that_will_fall_back_is_not_counted_as_patched():
     assert report.counts == "fastlora: 0 modules patched, 14 left alone"
     assert "none of this model's PEFT layers can run fused" in message and len(message) < 500
     model(**tiny_batch("llama"))
-    layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)]
+    layers = peft_layers(model)
     assert [layer.calls.fused for layer in layers] == [0] * 14, "what the report says is what happens"
     with pytest.raises(ValueError, match=r"strict=True, and .* and 11 more cannot be patched: hooks on the base layer"):
         fastlora.patch(model, strict=True)
@@ -178,7 +181,7 @@ def test_pefts_layers_on_placed_bases_run_fused():
     wanted = model(**tiny_batch("llama")).loss
     assert len(fastlora.patch(model, strict=True).patched) == 14
     torch.testing.assert_close(model(**tiny_batch("llama")).loss, wanted)
-    layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)]
+    layers = peft_layers(model)
     assert [layer.calls.fused for layer in layers] == [1] * 14
 
 
@@ -199,7 +202,7 @@ def test_pefts_layers_that_accelerate_placed_run_fused(mlp):
     """A hook on the LoRA layers and everything in them, as `dispatch_model` leaves a PeftModel."""
     model: Any = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules="all-linear"))
     wanted = model(**tiny_batch("llama")).loss
-    layers = [module for module in model.modules() if isinstance(module, peft.tuners.lora.Linear)]
+    layers = peft_layers(model)
     for layer in layers:
         for module in layer.modules():
             if next(module.parameters(recurse=False), None) is not None or module is layer:

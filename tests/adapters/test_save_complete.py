@@ -110,7 +110,8 @@ def test_a_part_that_was_patched_by_itself_is_watched_in_the_whole(tmp_path):
     fastlora.patch(model.model, r=2, target_modules=["q_proj"], init_lora_weights=False)
     model.requires_grad_(False)
     assert not saved(model, tmp_path)
-    model.model.layers[1] = copy.deepcopy(tiny_model("llama")).model.layers[1]
+    other: Any = tiny_model("llama")
+    model.model.layers[1] = other.model.layers[1]
     model.requires_grad_(False)
     with pytest.raises(ValueError, match=r"model: model\.layers\.1\.self_attn\.q_proj had been patched"):
         fastlora.save_adapter(model, tmp_path)

@@ -35,7 +35,9 @@ def good(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
         for batch in batches:
             loss: Tensor = model(batch).sum()
             loss.backward()  # pyright: ignore[reportUnknownMemberType]  # torch's own
-    assert_type(fastlora.init_lora_ga(model, sketch, gamma=64), dict[str, float])
+    started = fastlora.init_lora_ga(model, sketch, gamma=64)
+    assert_type(started["layer"], float)
+    assert_type(started.large, list[str])
     assert_type(sketch.report().r, int)
 
     fastlora.merge(model)

@@ -136,7 +136,7 @@ def test_group(dtype, case):
     ss, ws = [torch.randn(M, r) * sizes[0] for r in ranks], [torch.randn(N, r) * sizes[1] for r in ranks]
     out = poisoned_empty(M, N, dtype=dtype)
     group.group_expand(ss, ws, out)
-    reference = sum(s.double() @ w.double().t() for s, w in zip(ss, ws, strict=True))
+    reference = torch.stack([s.double() @ w.double().t() for s, w in zip(ss, ws, strict=True)]).sum(0)
     assert_close_to_fp64(out, reference, reference.float().to(dtype), "Σ S Wᵀ")
 
 

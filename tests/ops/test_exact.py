@@ -7,7 +7,7 @@ The other side is eager PyTorch as PEFT runs it: x cast to the adapters' dtype, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import peft
 import pytest
@@ -152,7 +152,7 @@ def mixed_by_eager(x, *layers):
     w, rows = layers[0][0], x.view(10, 7, -1)
     ys = []
     for row, i in zip(rows, [0, 1, -1, 2, 0, 1, 1, -1, 2, 0], strict=True):
-        ys.append(F.linear(row, w) if i < 0 else as_peft(row, w, *layers[i][1:], 0.7 + i, None))
+        ys.append(F.linear(row, w) if i < 0 else as_peft(row, w, layers[i][1], layers[i][2], 0.7 + i, None))
     return [torch.cat(ys)]
 
 
@@ -171,12 +171,16 @@ def several_by_eager(x, *layers):
 
 
 def mlp_by_ops(x, gate, up, down):
-    return [lora_mlp(x, *(GroupLayer(w, [Adapter(a, b, 1.7)]) for w, a, b in (gate, up, down)))]
+    first, second, third = (GroupLayer(w, [Adapter(a, b, 1.7)]) for w, a, b in (gate, up, down))
+    return [lora_mlp(x, first, second, third)]
 
 
 def mlp_by_eager(x, gate, up, down):
-    h = F.silu(as_peft(x, *gate, 1.7, None)) * as_peft(x, *up, 1.7, None)
-    return [as_peft(h, *down, 1.7, None)]
+    def layer(x, factors):
+        w, a, b = factors
+        return as_peft(x, w, a, b, 1.7, None)
+
+    return [layer(F.silu(layer(x, gate)) * layer(x, up), down)]
 
 
 def dora_by_ops(x, layer, *_, dropout_p=0.0):
@@ -255,7 +259,7 @@ def test_a_peft_layer_patched_in_place(dtype, dropout, autocast):
     model = torch.nn.Sequential(torch.nn.Linear(40, 48)).to(dtype)
     config = peft.LoraConfig(r=4, target_modules=["0"], lora_dropout=dropout, init_lora_weights=False)
     model = peft.get_peft_model(model, config)
-    layer = model.base_model.model[0]
+    layer = cast(Any, model.base_model.model)[0]
     with torch.no_grad():
         layer.lora_B.default.weight.mul_(1e-5)
     x, dy = torch.randn(70, 40).to(dtype), (torch.randn(70, 48) * 1e-5).to(dtype)

@@ -278,7 +278,10 @@ def _calls(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, p: f
     }
 
 
-@pytest.mark.parametrize("name", list(_calls(*[torch.empty(6, 6)] * 4, None, 0.0)))
+SQUARE = torch.empty(6, 6)
+
+
+@pytest.mark.parametrize("name", list(_calls(SQUARE, SQUARE, SQUARE, SQUARE, None, 0.0)))
 @pytest.mark.parametrize(
     "wrong, message",
     [

@@ -16,7 +16,7 @@ from fastlora.runtime import cache as tuning_cache
 CPU = torch.device("cpu")
 
 
-def backend_with(forward=None, backward=None, unsupported=None) -> types.ModuleType:
+def backend_with(forward=None, backward=None, unsupported=None) -> Any:
     """The torch backend, with another function put around its own: it gets the right results and may change them."""
     module = types.ModuleType("pretended_backend")
 

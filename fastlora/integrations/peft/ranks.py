@@ -77,7 +77,8 @@ def _tuners(model: nn.Module, adapter_name: str) -> list[Any]:
 
 def _layers(tuner: Any, adapter_name: str) -> dict[str, Any]:
     """By the names that the pattern has for them."""
-    return {n: m for n, m in named_modules(tuner.model) if adapter_name in (m._modules.get("lora_E") or ())}
+    layers: dict[str, Any] = dict(named_modules(tuner.model))
+    return {name: m for name, m in layers.items() if adapter_name in (m._modules.get("lora_E") or ())}
 
 
 def _patterns(config: Any) -> dict[str, list[bool]]:

@@ -131,6 +131,7 @@ def _shared_gradients(
         )
     trained = [i for i in used if needs_as[i]]
     if trained:
+        assert x is not None
         for i in trained:
             grads[i] = new(lora_As[i], *lora_As[i].shape)
         workspace = new_workspace(x, group.weight_grad_workspace(x, [dss[i].shape[1] for i in trained]))

@@ -12,7 +12,7 @@ nothing of size N×K.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class LoraLinearFunction(torch.autograd.Function):
 
 
 # Without torch's look at every argument for leftovers of torch.func, 4 µs: `takes_fused_path` has looked.
-_apply = super(torch.autograd.Function, LoraLinearFunction).apply
+_apply = cast(Any, super(torch.autograd.Function, LoraLinearFunction)).apply
 
 
 def lora_linear(
