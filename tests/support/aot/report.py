@@ -75,8 +75,9 @@ def page(compiled: dict[int, list[Row]]) -> str:
 Every launch configuration that `kernels/configs.py` can choose, compiled ahead of time by Triton {triton.__version__}
 for an A100 (sm_80), an H100 or H200 (sm_90) and a B200 (sm_100); no GPU was involved. Per configuration: the variant
 that holds most in registers (dropout mask, bias, adapters of another dtype), and at the benchmarks' shapes the
-plainest one as well. `pytest tests/aot` asserts over these rows that there is no spill and no atomic, that shared
-memory fits, and that the GEMMs on sm_90 run wgmma in a pipelined loop.
+plainest one as well. split: programs add their parts of a block, and a counter says which of them finishes last.
+`pytest tests/aot` asserts over these rows that there is no spill and no atomic but the counters', that shared memory
+fits, and that the GEMMs on sm_90 run wgmma in a pipelined loop.
 
 regs: registers per thread. spills: STL and LDL instructions. MMA: HMMA, HGMMA (wgmma) or UTCHMMA (tcgen05)
 instructions; an fp32 product in IEEE arithmetic has none. TMA: bulk tensor copies. copies: LDGSTS (`cp.async`).

@@ -219,13 +219,15 @@ class Kind:
         return self.launch.name.strip("_").removesuffix("_kernel")
 
     def describe(self) -> str:
-        """The configuration in a table's words: block sizes, flags that are on, warps and stages, dtypes."""
+        """The configuration in a table's words: block sizes, flags that are on, "split" where programs add their
+        parts, warps and stages, dtypes."""
         words = []
         for name, value in self.constants.items():
             if value is True:
                 words.append(name.lower())
             elif isinstance(value, int) and not isinstance(value, bool):
                 words.append(name.removeprefix("BLOCK_").lower() + f"{value}")
+        words += ["split"] * ("*i32" in self.reads)  # counters: how many parts of a block have arrived
         words += [f"warps{self.launch.options['num_warps']}", f"stages{self.launch.options['num_stages']}"]
         words.append("+".join(dict.fromkeys(re.findall(r"bf16|fp16|fp32", " ".join(self.reads)))))
         return " ".join(words + [self.special] * bool(self.special))
