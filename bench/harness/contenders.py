@@ -82,13 +82,13 @@ def frozen(t: Tensors) -> Contender:
 
 
 def eager(t: Tensors) -> Contender:
-    """What one writes by hand in PyTorch; adapters of another dtype are cast to x's."""
+    """What one writes by hand in PyTorch, and PEFT does: x goes to the adapters' dtype, the sum back to x's."""
     p = t.problem.dropout
 
     def forward(x: Tensor) -> Tensor:
         dropped = F.dropout(x, p) if p else x
-        low_rank = F.linear(F.linear(dropped, t.lora_a.to(x.dtype)), t.lora_b.to(x.dtype))
-        return F.linear(x, t.weight, t.bias) + t.scaling * low_rank
+        low_rank = F.linear(F.linear(dropped.to(t.lora_a.dtype), t.lora_a), t.lora_b)
+        return (F.linear(x, t.weight, t.bias) + t.scaling * low_rank).to(x.dtype)
 
     return Contender("eager", forward, (t.lora_a, t.lora_b))
 

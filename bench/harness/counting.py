@@ -63,7 +63,8 @@ class Problem:
 
     @property
     def s(self) -> int:
-        return self.matrix(self.m, self.r)
+        """S, in the wider of the two dtypes."""
+        return self.matrix(self.m, self.r, max(self.dtype, self.adapter_dtype, key=BYTES.__getitem__))
 
     @property
     def lora_a(self) -> int:

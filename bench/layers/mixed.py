@@ -100,8 +100,8 @@ def eager(members: list[Tensors], batch: Batch) -> Contender:
         for t, index in zip(members, rows, strict=True):
             own = x.index_select(0, index)
             own = F.dropout(own, p) if p else own
-            low_rank = F.linear(F.linear(own, t.lora_a.to(x.dtype)), t.lora_b.to(x.dtype))
-            y = y.index_add(0, index, low_rank, alpha=t.scaling)
+            low_rank = F.linear(F.linear(own.to(t.lora_a.dtype), t.lora_a), t.lora_b)
+            y = y.index_add(0, index, (t.scaling * low_rank).to(y.dtype))
         return y
 
     return Contender("eager", forward, factors(members), (members[0].weight,))

@@ -160,8 +160,8 @@ class EagerLora(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout) if self.dropout else x
-        low_rank = F.linear(F.linear(dropped, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
-        return self.base(x) + ALPHA_OVER_R * low_rank
+        low_rank = F.linear(F.linear(dropped.to(self.lora_a.dtype), self.lora_a), self.lora_b)
+        return (self.base(x) + ALPHA_OVER_R * low_rank).to(x.dtype)
 
 
 class Adapted:

@@ -43,7 +43,8 @@ def test_errors_are_those_against_fp64():
     row = correctness.layers(Problem(33, 40, 56, 4, "bfloat16", "float32"), ["torch"], CPU)[0]
     assert row.passed
     assert len(row.errors) == 4  # the output, and the gradients of x, A and B
-    assert all(1e-4 < error < 1e-2 for error in row.errors)
+    assert all(1e-4 < error < 1e-2 for error in row.errors[:2])
+    assert all(error < 1e-5 for error in row.errors[2:])  # float32 adapters get float32 gradients
     assert all(most > 2 * error for error, most in zip(row.eager, row.allowed, strict=True))
 
 

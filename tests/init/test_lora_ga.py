@@ -220,15 +220,15 @@ def test_a_start_larger_than_its_weight_is_a_warning():
     x = torch.randn(200, 64)
     with fastlora.GradientSketch(model, r=30) as sketch:
         (model(x) * torch.randn(200, 64)).sum().backward()
-    with pytest.warns(UserWarning, match=r"larger than the weight in 2 of 2 layers, at most .* raise gamma \(got 16\)"):
-        sizes = fastlora.init_lora_ga(copy.deepcopy(model), sketch)
+    with pytest.warns(UserWarning, match=r"larger than the weight in 2 of 2 layers, at most .* raise gamma \(got 1\)"):
+        sizes = fastlora.init_lora_ga(copy.deepcopy(model), sketch, gamma=1)
     assert min(sizes.values()) > 1 and sizes.large == ["0", "1"]
     assert str(sizes).startswith("2 layers, 2 of them start along their gradient") and len(str(sizes)) < 200
     assert sizes.table().splitlines()[1].split() == ["0", f"{sizes['0']:.3g}"]
     assert pickle.loads(pickle.dumps(sizes)) == dict(sizes) and isinstance(sizes, dict)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        clipped = fastlora.init_lora_ga(model, sketch, norm_clip=0.5)
+        clipped = fastlora.init_lora_ga(model, sketch, gamma=1, norm_clip=0.5)
     assert list(clipped.values()) == pytest.approx([0.5, 0.5])
 
 

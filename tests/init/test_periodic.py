@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import AlignmentMonitor, PeriodicReinit
+from fastlora.adapters import first_forward
 
 R = 2
 NAMES = LINEARS[:-1]
@@ -26,6 +27,7 @@ def patched(**options: Any) -> Net:
     model = Net()
     torch.manual_seed(2)
     fastlora.patch(model, **{"r": R, "init_lora_weights": False, "target_modules": LINEARS, **options})
+    first_forward.forget(model)  # its hooks go with the first training forward
     return model
 
 

@@ -12,6 +12,7 @@ from model_state import ModelState
 from torch import Tensor, nn
 
 import fastlora
+from fastlora.adapters import first_forward
 
 
 class Classifier(nn.Module):
@@ -46,6 +47,7 @@ def models(*configs: dict) -> tuple[Any, Any, nn.Module]:
                 parameter.add_(torch.randn_like(parameter))
     fused = copy.deepcopy(plain)
     fastlora.patch(fused)
+    first_forward.forget(fused)  # its hooks go with the first training forward
     return plain, fused, base
 
 
