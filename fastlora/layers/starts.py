@@ -406,7 +406,7 @@ def _start_keys(layer: FusedLoraLinear) -> list[str]:
 
 
 def _saved_product(layer: FusedLoraLinear, saved: Mapping[str, Any], name: str) -> Tensor | None:
-    """−s·B₀A₀ of a state, or the layer's own where that has none; None where it is not to be had."""
+    """−s·B₀A₀ of a state, or the layer's own where that has none; None where it cannot be computed."""
     factors = []
     for key, own in (("lora_A0", layer.lora_A0), ("lora_B0", layer.lora_B0)):
         value = own[name] if saved[f"{key}.{name}"] is None else saved[f"{key}.{name}"]
