@@ -4,8 +4,8 @@
     dz = (m/n) ∘ dY         dm = Σ dY ∘ z / n        db = Σ dY
 
 Saved besides what the LoRA layer saves: z (M, N), for dm. y would not do: not where m is zero, and not to full
-precision where b is large. Factors wider than x read dY itself (`scale_and_add`). Triton kernels compute norms and
-scaling on a GPU once they have passed their first-use check, ATen elsewhere.
+precision where b is large. Triton kernels compute norms and scaling on a GPU once they have passed their first-use
+check, ATen elsewhere. Factors wider than x read dY itself on ATen (`scale_and_add`); on the kernels they read dz.
 """
 
 from __future__ import annotations
