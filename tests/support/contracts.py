@@ -529,7 +529,6 @@ class Mlp(Contract):
 class Dora(Contract):
     modules = "fastlora.ops.dora"
     runs = "scale_backward"
-    one_product = False
     checked = ("weight_norm", "scale", "scale_backward")
     sizes: ClassVar = {
         "odd": {"shape": (3, 11), "n": 47, "k": 33, "r": 5},

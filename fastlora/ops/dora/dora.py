@@ -5,7 +5,7 @@
 
 Saved besides what the LoRA layer saves: z (M, N), for dm. y would not do: not where m is zero, and not to full
 precision where b is large. Triton kernels compute norms and scaling on a GPU once they have passed their first-use
-check, ATen elsewhere. Factors wider than x read dY itself on ATen (`scale_and_add`); on the kernels they read dz.
+check, ATen elsewhere. Factors wider than x read dY itself (`scale_and_add`): their low-rank path is ATen's everywhere.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def scale(z: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, lora_
     return as_shaped(module.scale(z2, magnitude, norm, bias, in_place=not z.is_inference()), z)
 
 
-def reads_wide_factors(x: Tensor, lora_A: Tensor, lora_B: Tensor, backend: str, narrow: bool) -> bool:
-    """Whether the factors are wider than x and ATen runs: the low-rank path is then `scale_and_add`'s."""
-    return call.low_rank_dtype(x, lora_A, lora_B, narrow) != x.dtype and select(x, lora_A, backend) is aten
+def reads_wide_factors(x: Tensor, lora_A: Tensor, lora_B: Tensor, narrow: bool) -> bool:
+    """Whether the factors are wider than x: the low-rank path is then `scale_and_add`'s."""
+    return call.low_rank_dtype(x, lora_A, lora_B, narrow) != x.dtype
 
 
 def scale_and_add(
@@ -267,7 +267,7 @@ def run(
     if norm is None:
         norm = norm_as_constant(unrounded, lora_A, lora_B, scaling, backend)
     rest = None
-    if reads_wide_factors(x, lora_A, lora_B, backend, narrow):
+    if reads_wide_factors(x, lora_A, lora_B, narrow):
         dropped = kept = x
         if dropout_p > 0.0:
             kept = x * draw_keep_mask(x, dropout_p)  # exact: what the low-rank path reads

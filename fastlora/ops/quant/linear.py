@@ -142,7 +142,7 @@ def quantised_dora_linear(
     weight is written out once more, for the norms."""
     narrow = autocast_enabled(x)
     z, dtype = None, x.dtype if is_wider(x, weight, narrow) else weight.dtype
-    if not dora_op.reads_wide_factors(x.to(dtype), lora_A, lora_B, backend, narrow):
+    if not dora_op.reads_wide_factors(x.to(dtype), lora_A, lora_B, narrow):
         z = quantised_lora_linear(x, weight, None, lora_A, lora_B, scaling, 0.0, backend, dtype)
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
