@@ -172,7 +172,7 @@ def test_readme_blocks_run(offline):
             **{"p": 0.5, "training": True, "bias": None, "scaling": 2.0},
         }
         exec(compile("\n" * line + code, "README.md", "exec"), namespace)
-    assert len(found) == 4
+    assert len(found) == 3
 
 
 @pytest.mark.slow
