@@ -250,7 +250,8 @@ def _launch(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         BLOCK_R=config.block_r,
-        RANK_LOOP=config.block_r < R,
+        # With WIDE and no loop Triton 3.7 compiles nothing for sm_100: sixteen instructions, and no product among them.
+        RANK_LOOP=config.block_r < R or (is_wide(s, out) and configs.capability(x.device) >= (10, 0)),
         GROUP_M=config.group_m,
         SPLIT=config.epilogue_split,
         num_warps=config.num_warps,

@@ -154,8 +154,9 @@ def _chunk_length(segments: Segments, block_m: int, num_chunks: int) -> int:
 
 def _ds_db_config(dy: torch.Tensor, segments: Segments, factors: Factors) -> configs.DsDbConfig | None:
     N, R, dtype = dy.shape[1], factors.max_rank, factors.like.dtype
-    config = configs.ds_db(segments.num_positions, N, R, dy.dtype, dtype, dy.device, configs.vectorised(dy))
-    if config is not None and config.block_r > 16 and dtype.itemsize > dy.dtype.itemsize:
+    vectorised = configs.vectorised(dy)
+    config = configs.ds_db(segments.num_positions, N, R, dy.dtype, dtype, dy.device, vectorised)
+    if config is not None and (not vectorised or (config.block_r > 16 and dtype.itemsize > dy.dtype.itemsize)):
         config = replace(config, block_n=min(config.block_n, 128))  # with 256, ten stores and loads spill on sm_100
     return config
 
