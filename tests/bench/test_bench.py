@@ -36,15 +36,15 @@ def test_a_steps_time_is_the_longer_of_the_two():
 
 @pytest.mark.parametrize(
     "name, flops, nbytes",
-    [  # M=4, N=6, K=10, r=2, bf16 x with fp32 adapters: x 80 B, y 48 B, W0 120 B, S 16 B, A 80 B, B 48 B, bias 12 B
-        ("shrink", 2 * 4 * 2 * 10, 80 + 80 + 16),
-        ("expand", 2 * 4 * 6 * 2, 16 + 48 + 12 + 48),
-        ("expand_dx", 2 * 4 * 10 * 2, 16 + 80 + 80),
-        ("grad_s_and_b", 2 * 2 * 4 * 6 * 2, 48 + 2 * 16 + 2 * 48),
-        ("grad_a", 2 * 2 * 10 * 4, 16 + 80 + 80),
-        ("gemm_forward", 2 * 4 * 6 * 12, 80 + 120 + 16 + 48 + 12 + 48),
-        ("gemm_forward_s_inside", 2 * 4 * 6 * 12 + 2 * 4 * 10 * 2, 80 + 120 + 80 + 16 + 48 + 12 + 48),
-        ("gemm_backward", 2 * 4 * 10 * 8, 48 + 120 + 16 + 80 + 80),
+    [  # M=4, N=6, K=10, r=2, bf16 x with fp32 adapters: x 80 B, y 48 B, W0 120 B, S 32 B, A 80 B, B 48 B, bias 12 B
+        ("shrink", 2 * 4 * 2 * 10, 80 + 80 + 32),
+        ("expand", 2 * 4 * 6 * 2, 32 + 48 + 12 + 48),
+        ("expand_dx", 2 * 4 * 10 * 2, 32 + 80 + 80),
+        ("grad_s_and_b", 2 * 2 * 4 * 6 * 2, 48 + 2 * 32 + 2 * 48),
+        ("grad_a", 2 * 2 * 10 * 4, 32 + 80 + 80),
+        ("gemm_forward", 2 * 4 * 6 * 12, 80 + 120 + 32 + 48 + 12 + 48),
+        ("gemm_forward_s_inside", 2 * 4 * 6 * 12 + 2 * 4 * 10 * 2, 80 + 120 + 80 + 32 + 48 + 12 + 48),
+        ("gemm_backward", 2 * 4 * 10 * 8, 48 + 120 + 32 + 80 + 80),
     ],
 )
 def test_kernels_by_hand(name, flops, nbytes):

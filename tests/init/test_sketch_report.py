@@ -21,6 +21,11 @@ def report(layers: int = 3) -> SketchReport:
     return SketchReport(2, [*lines, EMPTY])
 
 
+def open_figures() -> list[int]:
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    return [] if pyplot is None else pyplot.get_fignums()
+
+
 @pytest.fixture
 def figures(monkeypatch) -> list[Any]:
     """The figures that are written, as matplotlib has them."""
@@ -34,6 +39,7 @@ def figures(monkeypatch) -> list[Any]:
 
 
 def test_the_figure_has_every_layer_with_a_gradient(tmp_path, figures):
+    before = open_figures()  # other tests' may be
     report().plot(tmp_path / "sketch.png")
     assert (tmp_path / "sketch.png").read_bytes().startswith(b"\x89PNG")
     (figure,) = figures
@@ -43,7 +49,7 @@ def test_the_figure_has_every_layer_with_a_gradient(tmp_path, figures):
     assert list(shares.lines[0].get_xdata()) == pytest.approx([math.sqrt(0.5), math.sqrt(0.4), math.sqrt(0.3)])
     curves = [list(line.get_ydata()) for line in spectra.lines[:3]]
     assert curves[0][:3] == [1.0, 0.5, 0.25] and math.isnan(curves[0][3])
-    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+    assert open_figures() == before
 
 
 def test_other_formats_and_one_layer(tmp_path, figures):
