@@ -11,6 +11,7 @@ Dropout probabilities here are multiples of 1/65536, which the kernels round the
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -193,17 +194,23 @@ class Contract:
         return got
 
     def spied(self, place: Place, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-        module, calls = self.implementation(place), []
-        original = getattr(module, self.runs)
-        monkeypatch.setattr(module, self.runs, lambda *a, **k: calls.append(1) or original(*a, **k))
+        calls: list[int] = []
+        for module in self.implementations(place):
+            original = getattr(module, self.runs)
+            counting = functools.partial(lambda run, *a, **k: calls.append(1) or run(*a, **k), original)
+            monkeypatch.setattr(module, self.runs, counting)
         return calls
+
+    def implementations(self, place: Place) -> list[Any]:
+        return [self.implementation(place)]
 
     # The promises.
     def test_outputs_and_every_gradient(self, place, size, variant, monkeypatch):
         dtypes, dropout = variant
         calls = self.spied(place, monkeypatch)
         case = self.make(place, dtypes, 0.5 if dropout else 0.0, **self.sizes[size])
-        got = self.check(case, place, by_rule=True)
+        # One row's few float32 numbers are no sample for a rule about the largest error among them.
+        got = self.check(case, place, by_rule=size != "row" or {t.dtype for t in case.tensors.values()} != {FP32})
         assert calls or place.path == "composed", "another implementation ran"
         assert all(value.dtype == case.tensors[name.replace("y.", "dy.")].dtype for name, value in got.items())
 
@@ -327,6 +334,11 @@ class LoraLinear(Contract):
 
     def implementation(self, place):
         return choice.load(place.backend)
+
+    def implementations(self, place):
+        """`triton` has two forms: S inside the product, or made before it."""
+        forms = ["triton", "triton_s_inside"] if place.backend == "triton" else [place.backend]
+        return [choice.load(form) for form in forms]
 
     def case(self, draw, p, *, shape, n, k, r, bias=True, scaling=SCALING):
         of = {"x": draw(*shape, k), "weight": draw(n, k, scale=k**-0.5)} | ({"bias": draw(n)} if bias else {})
