@@ -89,7 +89,7 @@ def test_wheel(checkout, tmp_path):
         metadata = archive.read("fastlora-0.1.0.dist-info/METADATA").decode()
     assert "fastlora-0.1.0.dist-info/licenses/LICENSE" in names
     runtime = {line for line in re.findall(r"^Requires-Dist: (.*)$", metadata, re.M) if "extra ==" not in line}
-    assert {re.split(r"[ ;<>=]", line)[0] for line in runtime} == {"torch", "triton", "safetensors"}
+    assert {re.split(r"[ ;<>=]", line)[0] for line in runtime} == {"torch", "triton", "safetensors", "filelock"}
 
 
 @needs_setuptools

@@ -54,7 +54,7 @@ def process(rank: int, folder: str) -> None:
     with pytest.raises(ValueError, match="single_pass: got True in several processes"):
         sign_factors(model, lambda: None, r=R, single_pass=True)
     sizes = init_lora_ga(model, sketch)
-    torch.save((sizes, model.state_dict()), f"{folder}/model-{rank}")
+    torch.save((dict(sizes), model.state_dict()), f"{folder}/model-{rank}")
     dist.destroy_process_group()
 
 
