@@ -5,6 +5,7 @@ One interface (docs/architecture.md), three implementations: `torch`, `cublas`, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -39,6 +40,13 @@ def backward_pass(gradients: Callable[[Any, Tensor], Any]) -> Callable[[Any, Ten
 def autocast_enabled(tensor: Tensor) -> bool:
     """Whether autocast is on for the tensor's device (the meta device knows none, and raises when asked)."""
     return torch._C._is_any_autocast_enabled() and not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Outside autocast for as long as it lasts, if autocast is on for the tensor's device."""
+    if not autocast_enabled(tensor):
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def low_rank_dtype(x: Tensor, lora_A: Tensor | None, lora_B: Tensor | None, narrow: bool) -> torch.dtype:

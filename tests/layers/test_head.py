@@ -118,6 +118,15 @@ def test_accumulation_and_other_calls_are_as_before():
     assert model.generate(inputs["input_ids"], max_new_tokens=2).shape == (2, 19)
 
 
+def test_under_autocast_the_loss_is_in_float32():
+    h, head = torch.randn(12, 6), nn.Linear(6, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        source = Source(head.weight, head.bias, None, head, {})
+        got = F.cross_entropy(LazyLogits(h, source, torch.bfloat16), torch.arange(12) % 10)
+        want = F.cross_entropy(head(h), torch.arange(12) % 10)
+    assert got.dtype == want.dtype == torch.float32 and abs(got - want) < 1e-2
+
+
 def test_the_logits_are_never_there(monkeypatch):
     monkeypatch.setattr(aten, "CPU_CHUNK_BYTES", 1 << 20)
     build = of("Llama", vocab_size=20_000, num_hidden_layers=1)

@@ -227,7 +227,7 @@ def test_opcheck():
     numbers = (SCALING, 0.0, 1.0, 0.0, 1.0, -100, 0.0, 0.0)
     arguments = (h.flatten(0, 1), weight, bias, lora_A, lora_B, labels.flatten(), None, *numbers)
     torch.library.opcheck(torch.ops.fastlora.head_sum, (*arguments, [True] * 5, "test"))
-    torch.library.opcheck(torch.ops.fastlora.head_tokens, (*arguments, True, True))
+    torch.library.opcheck(torch.ops.fastlora.head_tokens, (*arguments, True, True, "test"))
 
 
 def test_a_second_derivative_raises():
@@ -307,6 +307,11 @@ def test_bad_input(function, message, arguments, options):
     with pytest.raises(ValueError, match=message) as raised:
         function(*arguments, **options)
     assert str(raised.value).startswith(function.__name__ + ": ")
+
+
+def test_losses_of_single_tokens_name_their_function_too():
+    with pytest.raises(ValueError, match=r"^lora_linear_cross_entropy: labels: got 101"):
+        lora_linear_cross_entropy(H, W, A, B, WRONG, 1.0, reduction="none")
 
 
 @pytest.mark.parametrize(

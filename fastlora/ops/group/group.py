@@ -17,7 +17,6 @@ kernels fail their first-use check, the layers run one by one.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import weakref
@@ -31,7 +30,7 @@ from torch.autograd.function import once_differentiable
 
 from ...runtime.trust import Trusted, first_difference, seeded
 from .. import call
-from ..call import as_2d, autocast_enabled, takes_fused_path
+from ..call import as_2d, takes_fused_path
 from ..lora import choice as lora_choice
 from . import aten
 
@@ -171,7 +170,7 @@ class SharedShrink(torch.autograd.Function):
                     "fastlora: a lora_A needed for gradient computation has been modified by an inplace operation: "
                     f"{tuple(a.shape)} is at version {_version(a)}; expected version {version} instead"
                 )
-        with _without_autocast(next(ds for ds in dss if ds is not None)):
+        with call.without_autocast(next(ds for ds in dss if ds is not None)):
             dx, grads = module.shared_gradients(
                 _writable(dx), x, dss, ctx.lora_As, states, dropout_ps, shared_mask, need_x, need_as
             )
@@ -216,7 +215,7 @@ class GroupMember(torch.autograd.Function):
         module, scaling, narrow = ctx.arguments
         need_x, need_s, need_w, need_bias, need_b = ctx.needs_input_grad[:5]
         dy2 = as_2d(dy)
-        with _without_autocast(dy):
+        with call.without_autocast(dy):
             needs = (need_x, need_s, need_b)
             dx, ds, grad_b = module.backward(dy2, weight, s, lora_B, scaling, _writable(dx), needs, narrow)
             grad_w = dy2.t().mm(x) if need_w else None
@@ -306,13 +305,6 @@ def _writable(dx: Tensor | None) -> Tensor | None:
     """The gradient that later members have left: made by one of them and seen by nobody else, unless it is to be
     differentiated again (which then raises)."""
     return dx.clone() if dx is not None and dx.requires_grad else dx
-
-
-def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Within autocast, ATen would cast some operands of a backward pass and not others."""
-    if autocast_enabled(tensor):
-        return torch.autocast(tensor.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def open_group(x: Tensor, members: Sequence[Member], shared_mask: bool = False) -> SharedInput | None:

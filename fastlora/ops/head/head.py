@@ -10,7 +10,6 @@ Both are `torch.library` ops, the same for eager calls and `torch.compile`. The 
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -103,7 +102,7 @@ def lora_linear_cross_entropy(
     head = _head(h, weight, bias, lora_A, lora_B, labels, scaling, dropout_p, logit_scale, softcap, 1.0, where)
     loss = Loss(label_smoothing, z_loss)
     if reduction == "none":
-        return _per_token(h, head, labels, ignore_index, loss)[0]
+        return _per_token(h, head, labels, ignore_index, loss, where)[0]
     total, count = _summed(h, head, labels, ignore_index, loss, where)
     if num_items_in_batch is not None:
         if isinstance(num_items_in_batch, Tensor):
@@ -152,7 +151,7 @@ def lora_linear_log_probs(
         raise ValueError(f"{where}: temperature: got {temperature}, want a positive number")
     dropout_p = dropout_p if training else 0.0
     head = _head(h, weight, bias, lora_A, lora_B, labels, scaling, dropout_p, logit_scale, softcap, temperature, where)
-    losses, entropies, is_top1 = _per_token(h, head, labels, ignore_index, Loss(), entropy, top1)
+    losses, entropies, is_top1 = _per_token(h, head, labels, ignore_index, Loss(), where, entropy, top1)
     if not (entropy or top1):
         return -losses
     return TokenScores(-losses, entropies if entropy else None, is_top1 if top1 else None)
@@ -223,7 +222,7 @@ def _summed(h: Tensor, head: Head, labels: Tensor, ignore_index: int, loss: Loss
         losses = reference.head_losses(h2, *head, labels, ignore_index, *loss)
         return losses.sum(), (labels != ignore_index).sum()
     needs = [_needed(t) for t in (h2, head.lora_A, head.lora_B, head.weight, head.bias)]
-    with _without_autocast(h2):
+    with call.without_autocast(h2):
         found = torch.ops.fastlora.head_sum(
             h2, *head[:4], labels, _mask(h2, head), *head[4:], ignore_index, *loss, needs, where
         )
@@ -231,7 +230,7 @@ def _summed(h: Tensor, head: Head, labels: Tensor, ignore_index: int, loss: Loss
 
 
 def _per_token(
-    h: Tensor, head: Head, labels: Tensor, ignore_index: int, loss: Loss, entropy: bool = False, top1: bool = False
+    h: Tensor, head: Head, labels: Tensor, ignore_index: int, loss: Loss, where: str, entropy=False, top1=False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(ℓ, entropy, whether the label is the likeliest word), each of the labels' shape."""
     h2, head = _prepared(h, head)
@@ -241,9 +240,9 @@ def _per_token(
         with torch.no_grad():
             entropies, is_top1 = reference.head_scores(h2, *head, flat, ignore_index)
         return losses.view(labels.shape), entropies.view(labels.shape), is_top1.view(labels.shape)
-    with _without_autocast(h2):
+    with call.without_autocast(h2):
         found = torch.ops.fastlora.head_tokens(
-            h2, *head[:4], flat, _mask(h2, head), *head[4:], ignore_index, *loss, entropy, top1
+            h2, *head[:4], flat, _mask(h2, head), *head[4:], ignore_index, *loss, entropy, top1, where
         )
     losses, _, entropies, is_top1 = found
     shape = labels.shape
@@ -252,12 +251,6 @@ def _per_token(
         entropies.view(shape) if entropy else entropies,
         is_top1.view(shape) if top1 else is_top1,
     )
-
-
-def _without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
-    if not call.autocast_enabled(tensor):
-        return contextlib.nullcontext()
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _needed(tensor: Tensor | None) -> bool:
@@ -275,10 +268,10 @@ _library.define(
     tags=_TAGS,
 )
 _library.define(
-    f"head_tokens({_HEAD}{_NUMBERS}bool entropy, bool top1) -> (Tensor, Tensor, Tensor, Tensor)", tags=_TAGS
+    f"head_tokens({_HEAD}{_NUMBERS}bool entropy, bool top1, str caller) -> (Tensor, Tensor, Tensor, Tensor)", tags=_TAGS
 )
 _library.define(
-    f"head_tokens_backward(Tensor grad, Tensor lse, {_HEAD}{_NUMBERS}bool[] needs) "
+    f"head_tokens_backward(Tensor grad, Tensor lse, {_HEAD}{_NUMBERS}bool[] needs, str caller) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -336,9 +329,9 @@ def _sum(h, weight, bias, lora_A, lora_B, labels, keep, *rest):
 
 
 def _token_losses(h, weight, bias, lora_A, lora_B, labels, keep, *rest):
-    *numbers, entropy, top1 = rest
+    *numbers, entropy, top1, caller = rest
     head, loss, ignore_index = _arguments(h, weight, bias, lora_A, lora_B, numbers)
-    tokens = _tokens(labels, weight.shape[0], ignore_index, "lora_linear_log_probs")
+    tokens = _tokens(labels, weight.shape[0], ignore_index, caller)
     value = torch.zeros(h.shape[0], dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
     lses = torch.zeros_like(value)
     entropies = torch.zeros_like(value if entropy else value[:0])
@@ -363,9 +356,9 @@ def _token_losses(h, weight, bias, lora_A, lora_B, labels, keep, *rest):
 
 
 def _token_losses_backward(grad, lse, h, weight, bias, lora_A, lora_B, labels, keep, *rest):
-    *numbers, needs = rest
+    *numbers, needs, caller = rest
     head, loss, ignore_index = _arguments(h, weight, bias, lora_A, lora_B, numbers)
-    tokens = _tokens(labels, weight.shape[0], ignore_index, "lora_linear_log_probs")
+    tokens = _tokens(labels, weight.shape[0], ignore_index, caller)
     into = Gradients(h, head, tuple(needs))
     wide = aten.widened(h, head)
     for chunk in aten.chunks(h, wide, tokens.labels, keep, tokens.rows):
@@ -392,7 +385,7 @@ def _sum_fake(h, weight, bias, lora_A, lora_B, labels, keep, *rest):
 
 
 def _tokens_fake(h, weight, bias, lora_A, lora_B, labels, keep, *rest):
-    entropy, top1 = rest[-2:]
+    entropy, top1 = rest[-3:-1]
     count, wide = h.shape[0], torch.promote_types(h.dtype, torch.float32)
     value = h.new_empty(count, dtype=wide)
     is_top1 = h.new_empty(count if top1 else 0, dtype=torch.bool)
@@ -400,7 +393,7 @@ def _tokens_fake(h, weight, bias, lora_A, lora_B, labels, keep, *rest):
 
 
 def _tokens_backward_fake(grad, lse, h, weight, bias, lora_A, lora_B, labels, keep, *rest):
-    return _fake_gradients(h, weight, bias, lora_A, lora_B, rest[-1])
+    return _fake_gradients(h, weight, bias, lora_A, lora_B, rest[-2])
 
 
 def _only_once() -> None:
@@ -435,7 +428,7 @@ def _sum_backward(ctx: Any, grad: Tensor | None, *_: Any):
 
 def _tokens_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(output[1], *inputs[:7])
-    ctx.numbers = inputs[7:-2]
+    ctx.numbers, ctx.caller = inputs[7:-3], inputs[-1]
     ctx.count = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -448,9 +441,9 @@ def _tokens_backward(ctx: Any, grad: Tensor | None, *_: Any):
     lse, h, weight, bias, lora_A, lora_B, labels, keep = ctx.saved_tensors
     need_h, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
     needs = [need_h, need_a, need_b, need_w, need_bias]
-    with _without_autocast(h):
+    with call.without_autocast(h):
         made = torch.ops.fastlora.head_tokens_backward(
-            grad, lse, h, weight, bias, lora_A, lora_B, labels, keep, *ctx.numbers, needs
+            grad, lse, h, weight, bias, lora_A, lora_B, labels, keep, *ctx.numbers, needs, ctx.caller
         )
     return _placed(*(g if need else None for g, need in zip(made, needs, strict=True)), count=ctx.count)
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import call
 from ..call import Adapter
 from .head import lora_linear_cross_entropy
 
@@ -204,7 +205,9 @@ def _cross_entropy(
             warnings.warn(message, RuntimeWarning, stacklevel=2)
     if trust[key] is not None:
         return NotImplemented
-    return _loss(logits.source, logits.h, target, scale, softcap, reduction=reduction, **options).to(logits.dtype)
+    loss = _loss(logits.source, logits.h, target, scale, softcap, reduction=reduction, **options)
+    # Autocast computes F.cross_entropy in float32; without it the loss has the logits' dtype.
+    return loss if call.autocast_enabled(logits.h) else loss.to(logits.dtype)
 
 
 def _loss(source: Source, h: Tensor, target: Tensor, scale: float, softcap: float | None, **options: Any) -> Tensor:
