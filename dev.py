@@ -22,7 +22,7 @@ import time
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 MINIMUM = (3, 10)
-OLDEST_TRITON, NEWEST_TRITON = "3.6.0", "3.9.0"  # beside the one that constraints.txt pins
+OLDEST_TRITON, NEWEST_TRITON = "3.6.0", "3.9.0"  # next to the one that constraints.txt pins
 # What the other two Tritons are asked in the interpreter: every kernel in every dtype, every op's values, every mask.
 HEADLINES = "dtypes or every_gradient or three_steps or mask or bf16_repair or compiled or wide"
 NEEDED_BYTES = 4 << 30  # with a CPU build of torch 2.3 GB, and 1.3 GB for the two other Tritons; more with CUDA
@@ -64,7 +64,7 @@ class Environment:
         """A folder that, first on PYTHONPATH, replaces the environment's Triton by another."""
         folder = os.path.join(self.folder, f"triton-{triton}")
         if not os.path.isdir(folder):
-            say(f"Installing Triton {triton} beside the pinned one")
+            say(f"Installing Triton {triton} next to the pinned one")
             partial = folder + ".partial"
             shutil.rmtree(partial, ignore_errors=True)
             self._pip("--no-deps", "--target", partial, f"triton=={triton}", constrained=False)

@@ -1,1 +1,1 @@
-"""Benchmarks: what LoRA costs beside the frozen layer, eager PyTorch and the peers (docs/benchmarks.md)."""
+"""Benchmarks: what LoRA costs next to the frozen layer, eager PyTorch and the peers (docs/benchmarks.md)."""

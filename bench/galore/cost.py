@@ -1,7 +1,7 @@
 """What GaLore's refreshes and steps cost, and how good the bases are: `python -m bench galore`.
 
-A refresh of one weight's basis beside the full SVD and torch.svd_lowrank, on a synthetic gradient; one linear layer's
-forward, backward and optimiser step beside torch.optim.AdamW, with the bytes of the states; with --bases what bases
+A refresh of one weight's basis next to the full SVD and torch.svd_lowrank, on a synthetic gradient; one linear layer's
+forward, backward and optimiser step next to torch.optim.AdamW, with the bytes of the states; with --bases what bases
 hold of real gradients (bench/galore/bases.py); with --training what a small language model makes of it all
 (bench/galore/training.py).
 """

@@ -60,7 +60,7 @@ class Tensors:
 
 @dataclass
 class Contender:
-    """`forward(x)` gives y with a graph; `leaves` are the parameters whose gradients are wanted beside x's,
+    """`forward(x)` gives y with a graph; `leaves` are the parameters whose gradients are wanted next to x's,
     `parameters` the frozen ones."""
 
     name: str

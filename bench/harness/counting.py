@@ -2,7 +2,7 @@
 
 The model: a kernel takes max(bytes / bandwidth, FLOPs / rate). Bytes are the compulsory ones (each operand read once,
 each result written once, intermediates of a fused kernel not at all), so that a prediction is a floor, not a guess at
-caches. What a compute-bound GEMM reads beside its own operands (the `C` of `addmm_`, a bias) is hidden behind its
+caches. What a compute-bound GEMM reads next to its own operands (the `C` of `addmm_`, a bias) is hidden behind its
 arithmetic by the same rule.
 
 Nothing here imports torch: the model is arithmetic on shapes.
@@ -285,7 +285,7 @@ def speed_of_light(p: Problem, direction: str, seconds: float, roof: Roof) -> fl
 def overhead(name: str, p: Problem, roof: Roof, gemm_efficiency: float = 1.0) -> float:
     """Predicted forward + backward time over the frozen layer's, as a fraction: 0.07 is 7 % more.
 
-    `gemm_efficiency` is how fast the contender's own large GEMMs run beside the frozen layer's.
+    `gemm_efficiency` is how fast the contender's own large GEMMs run next to the frozen layer's.
     """
     floor = sum(total_time(part, roof) for part in frozen(p))
     seconds = 0.0

@@ -21,7 +21,7 @@ from .counting import Problem, Roof
 from .memory import allocations_of, saved_bytes
 from .timing import Summary, Timer
 
-MOST_ERROR = 2e-2  # of the output and each gradient beside eager's: a wrong kernel is wrong by 1, bf16 by about 5e-3
+MOST_ERROR = 2e-2  # of the output and each gradient next to eager's: a wrong kernel is wrong by 1, bf16 by about 5e-3
 REFERENCE = "eager"
 PEERS = ("peft", "compile")
 MINIMUM_L2 = 60 * 2**20  # of an H200: inputs rotate over more than twice the device's L2
@@ -142,7 +142,7 @@ def passes(contender: Contender, inputs: Sequence[Pair], device: torch.device):
 
 
 def step_values(contender: Contender, x: Tensor, dy: Tensors) -> tuple[int, list[Tensor]]:
-    """The outputs and gradients of one step, and the most bytes that a second step holds beside what was there."""
+    """The outputs and gradients of one step, and the most bytes that a second step holds next to what was there."""
 
     def step() -> list[Tensor]:
         y = contender.forward(x)

@@ -1,4 +1,4 @@
-"""Errors against fp64 beside eager PyTorch's: `python -m bench correctness`. A table that comes before any timing.
+"""Errors against fp64 next to eager PyTorch's: `python -m bench correctness`. A table that comes before any timing.
 
 For the output and each gradient: ‖got − exact‖ / ‖exact‖ with the exact one computed in fp64 from the same inputs. A
 row passes where each is at most twice eager's in the same dtypes, plus one rounding of the dtype: the rule of the tests

@@ -1,4 +1,4 @@
-"""What a call costs beside its kernels: `python -m bench overhead`. The target is 10 µs over F.linear.
+"""What a call costs next to its kernels: `python -m bench overhead`. The target is 10 µs over F.linear.
 
 Forward + backward: the host's time per call, of many calls of a tiny layer, in turns with `F.linear`. On a GPU nothing
 is waited for while the clock runs, so the launches count and the kernels do not. "python" is `lora_linear` with a

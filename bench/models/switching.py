@@ -1,7 +1,7 @@
 """How long it takes to go to another task: `python -m bench switching`.
 
 A Llama of 32 blocks (224 linear layers, as Llama-2-7B has; narrow, since nothing here depends on the width) with
-several adapters: `fastlora.set_adapter` beside PEFT's `set_adapter` on the same model, in turns; mixing two adapters
+several adapters: `fastlora.set_adapter` next to PEFT's `set_adapter` on the same model, in turns; mixing two adapters
 exactly and into rank r; and, for one layer of full size, merging and unmerging. Writes JSON.
 """
 

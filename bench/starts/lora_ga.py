@@ -252,7 +252,7 @@ def table(results: dict[str, Result]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench lora_ga", description=__doc__)
     parser.add_argument("--r", type=int, default=8)
-    parser.add_argument("--widths", type=int, nargs="*", help="columns of the sketch beside the default")
+    parser.add_argument("--widths", type=int, nargs="*", help="columns of the sketch next to the default")
     parser.add_argument("--micro-batches", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--model", default="minilm", help="minilm, smollm2, or another language model (a directory)")
@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shapes", choices=sorted(shapes.MODELS), help="synthetic gradients of these shapes")
     parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch, with --shapes")
     parser.add_argument("--layers", type=int, default=3, help="to compare with the peers, with --shapes")
-    parser.add_argument("--whole", action="store_true", help="every layer of --shapes, beside the comparison")
+    parser.add_argument("--whole", action="store_true", help="every layer of --shapes, next to the comparison")
     parser.add_argument("--device", default="cpu", help="with --shapes")
     parser.add_argument("--dtype", help="of X and dY, with --shapes; bfloat16 on a GPU, else float32")
     parser.add_argument("--out", help="a JSON file for the result, with --shapes")

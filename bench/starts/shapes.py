@@ -5,7 +5,7 @@ X and dY come from a few hundred latent directions whose strengths decay as (1 +
 micro-batches, and noise: the gradient's singular values then decay about as those of MiniLM do (docs/lora_ga.md). Two
 parts:
 
-- `compare`: single layers, one after the other, with the peers beside the sketch: time, peak memory beyond inputs, and
+- `compare`: single layers, one after the other, with the peers next to the sketch: time, peak memory beyond inputs, and
   alignment error over the best possible.
 - `whole_model`: every layer of the model in every micro-batch, in the order of backward passes: what the sketch adds to
   those, in time and in memory.

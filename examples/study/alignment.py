@@ -87,7 +87,7 @@ def first_changes(task: Task, entry: Contestant) -> dict[str, Tensors]:
 
 
 def beside(change: torch.Tensor, wanted: torch.Tensor) -> list[float]:
-    """[residual at the best multiple, cosine] of `change` beside `wanted`."""
+    """[residual at the best multiple, cosine] of `change` next to `wanted`."""
     inner, squared, whole = (float((x * y).sum()) for x, y in ((change, wanted), (change, change), (wanted, wanted)))
     if squared == 0 or whole == 0:
         return [1.0, 0.0]

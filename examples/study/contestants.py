@@ -11,7 +11,7 @@ OPTIMIZERS = ("adamw", "sgd")
 
 @dataclass(frozen=True)
 class Contestant:
-    """`adapter`: arguments of `fastlora.patch` beside those that all share; None trains the weights themselves.
+    """`adapter`: arguments of `fastlora.patch` next to those that all share; None trains the weights themselves.
     `rank_share`: the rank that it begins with, as a multiple of r. `start`: "" as `adapter` says, or one of
     `learner.start_from_gradients`. `groups`: the optimiser's parameter groups, "lora_plus" or "galore". `numbers`: the
     method's own, read in learner.py. `without`: optimisers with which the entry has no meaning, and why.

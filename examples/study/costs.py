@@ -25,7 +25,7 @@ UNTIMED_ROUNDS = 3  # the first steps pay for page faults, and on a GPU for comp
 
 
 def measure(task: Task, names: Sequence[str], rounds: int) -> dict[str, Any]:
-    """By name, the median seconds of a step and the bytes at its peak; beside them the load average before it all."""
+    """By name, the median seconds of a step and the bytes at its peak; next to them the load average before it all."""
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     steps = UNTIMED_ROUNDS + rounds + 1
     learners = {name: Learner(task, CONTESTANTS[name], task.settings.lr, 0, steps) for name in names}

@@ -43,7 +43,7 @@ class Learner:
 
     @property
     def optimizer_state(self) -> int:
-        """The numbers that optimisers, and AdaLoRA's averages, keep beside the parameters; counters are left out."""
+        """The numbers that optimisers, and AdaLoRA's averages, keep next to the parameters; counters are left out."""
         tensors = {(tensor.data_ptr(), tensor.numel()): tensor for tensor in self._state_tensors()}
         return sum(tensor.numel() for tensor in tensors.values() if tensor.numel() > 1)
 
@@ -73,7 +73,7 @@ class Learner:
         return owned + peak_growth(lambda: self.step(batch), self.task.device)
 
     def notes(self) -> dict[str, Any]:
-        """What shows that the method ran: facts of its own beside the numbers that all have."""
+        """What shows that the method ran: facts of its own next to the numbers that all have."""
         notes: dict[str, Any] = {}
         rates = {group["name"]: group["initial_lr"] for group in self.optimizers[0].param_groups if "name" in group}
         if rates:

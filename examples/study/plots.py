@@ -21,7 +21,7 @@ STYLES = ("-", "--")  # past twelve contestants colours repeat
 
 def plot(results: Results, path: Path) -> Path:
     """Training and validation loss over steps, mean and band (smallest to largest) over the seeds, one row a protocol;
-    beside them the search, and the test's mean and range.
+    next to them the search, and the test's mean and range.
     """
     import matplotlib
 

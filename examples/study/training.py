@@ -18,7 +18,7 @@ from study.learner import Learner
 from study.progress import Progress
 from study.tasks.task import Task
 
-SHOWN = 20  # steps that the loss beside the progress bar is the mean of
+SHOWN = 20  # steps that the loss next to the progress bar is the mean of
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def plain(trial: Trial) -> dict[str, Any]:
 
 @functools.cache
 def commit() -> str | None:
-    """The checkout's commit, "-dirty" where it has changes beside it; None outside a checkout."""
+    """The checkout's commit, "-dirty" where it has changes next to it; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each behind a LayerNorm and beside a residual connection."""
+    """Attention and an MLP, each behind a LayerNorm and next to a residual connection."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()

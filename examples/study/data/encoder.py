@@ -94,7 +94,7 @@ def _not_loaded(what: str, source: str, error: Exception) -> str:
 
 
 def save_head(classifier: SentenceClassifier, labels: tuple[str, ...], directory: Path) -> None:
-    """The head as safetensors with the class names beside it, next to the adapter that it was trained with."""
+    """The head as safetensors with the class names, next to the adapter that it was trained with."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in classifier.head.state_dict().items()}
     save_file(tensors, directory / HEAD_FILE)
     (directory / LABELS_FILE).write_text(json.dumps(labels, indent=1) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ QUICK_SHARE = 8  # one of so many texts is validated and tested on in a quick ru
 
 
 class DocstringsTask(Task):
-    """Adapters on the encoder's linear layers, beside a head that starts at random."""
+    """Adapters on the encoder's linear layers, next to a head that starts at random."""
 
     def __init__(self, settings: Settings, device: torch.device):
         super().__init__(settings, device)

@@ -119,7 +119,7 @@ class Task(ABC):
         return adapted
 
     def save_rest(self, model: Any, directory: Path) -> None:
-        """Writes what was trained beside the adapters, next to the adapter's files."""
+        """Writes what was trained apart from the adapters, next to the adapter's files."""
         return
 
     def load_rest(self, model: Any, directory: Path) -> None:
