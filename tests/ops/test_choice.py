@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import types
 import warnings
 from typing import Any, cast
 
@@ -369,3 +370,17 @@ def test_on_a_gpu_the_check_takes_the_aligned_problems_too(monkeypatch, dropout)
     wrong = backend_with(backward=lambda grads, given: (grads[0], grads[1] * (1 + (len(given[0]) == 64)), grads[2]))
     failure = lora_choice.self_check(wrong, gpu, torch.bfloat16, torch.float32, dropout)
     assert str(failure).startswith(f"at {lora_choice.ALIGNED[0]}: gradient of lora_A differs")
+
+
+def test_a_replayed_launch_that_differs_is_caught():
+    """A backend whose first call is right and whose next calls, which plans make, are not."""
+    right, calls = lora_choice.load("torch"), []
+
+    def forward(*arguments):
+        calls.append(1)
+        y, s, state = right.forward(*arguments)
+        return (y if len(calls) % 2 else y + 1e-3), s, state
+
+    stale = types.SimpleNamespace(forward=forward, backward=right.backward)
+    failure = lora_choice.self_check(stale, CPU, torch.float32, torch.float32, False)  # type: ignore[arg-type]
+    assert failure == "a second call with the same arguments gives other bits than the first"
