@@ -223,10 +223,11 @@ class Kind:
         parts, warps and stages, dtypes."""
         words = []
         for name, value in self.constants.items():
-            if value is True:
+            if value is True and name != "HAS_BIAS":
                 words.append(name.lower())
             elif isinstance(value, int) and not isinstance(value, bool):
                 words.append(name.removeprefix("BLOCK_").lower() + f"{value}")
+        words += ["bias"] * (self.launch.signature.get("bias_ptr", "constexpr") != "constexpr")
         words += ["split"] * ("*i32" in self.reads)  # counters: how many parts of a block have arrived
         words += [f"warps{self.launch.options['num_warps']}", f"stages{self.launch.options['num_stages']}"]
         words.append("+".join(dict.fromkeys(re.findall(r"bf16|fp16|fp32", " ".join(self.reads)))))
