@@ -250,8 +250,9 @@ def _launch(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         BLOCK_R=config.block_r,
-        # With WIDE and no loop Triton 3.7 compiles nothing for sm_100: sixteen instructions, and no product among them.
-        RANK_LOOP=config.block_r < R or (is_wide(s, out) and configs.capability(x.device) >= (10, 0)),
+        # With WIDE and no loop Triton 3.7 compiles nothing for sm_100 (sixteen instructions, and no product among them)
+        # and Triton 3.9 spills on sm_80 and sm_90.
+        RANK_LOOP=config.block_r < R or is_wide(s, out),
         GROUP_M=config.group_m,
         SPLIT=config.epilogue_split,
         num_warps=config.num_warps,

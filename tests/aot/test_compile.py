@@ -23,7 +23,7 @@ def censuses(compiled: dict[int, list[report.Row]], arch: int) -> list[tuple[rep
 def test_compiles(compiled, arch):
     failed = [f"{row.name}: {row.census}" for row in compiled[arch] if not isinstance(row.census, Census)]
     assert not failed, "\n".join(failed)
-    assert len(compiled[arch]) > 10
+    assert len(compiled[arch]) > 10 or (arch != 90 and not sweep.is_pinned())
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -44,8 +44,8 @@ DTYPES = [(BF16, BF16, BF16), (BF16, FP32, BF16), (BF16, FP32, FP32), (FP32, FP3
 
 
 def is_pinned() -> bool:
-    """Whether this is the Triton of constraints.txt. On others only the benchmarks' shapes are compiled: a third of
-    the time."""
+    """Whether this is the Triton of constraints.txt. On others only the benchmarks' shapes are compiled, for Hopper:
+    a tenth of the time."""
     pinned = (Path(__file__).resolve().parents[3] / "constraints.txt").read_text()
     return re.search(rf"^triton=={re.escape(triton.__version__)}\b", pinned, re.MULTILINE) is not None
 
