@@ -22,6 +22,7 @@ from .checks import tensors_of
 
 if TYPE_CHECKING:
     from .linear import FusedLoraLinear
+    from .state import AdapterState
 
 ADALORA_STD = 0.02  # of P and Q at the start, as in the paper's code
 # Every `nn.ParameterDict` of a layer; each has entries by adapter, or none.
@@ -42,17 +43,17 @@ class Magnitudes(nn.ParameterDict):
         return super()._apply(at_least_float32, recurse)
 
 
-def use_dora(layer: FusedLoraLinear) -> dict[str, bool]:
+def use_dora(layer: AdapterState) -> dict[str, bool]:
     """By adapter."""
     return {name: name in layer.lora_magnitude_vector for name in layer.r}
 
 
-def use_adalora(layer: FusedLoraLinear) -> dict[str, bool]:
+def use_adalora(layer: AdapterState) -> dict[str, bool]:
     """By adapter."""
     return {name: name in layer.lora_E for name in layer.r}
 
 
-def trained_parameters(layer: FusedLoraLinear, name: str) -> list[nn.Parameter]:
+def trained_parameters(layer: AdapterState, name: str) -> list[nn.Parameter]:
     """What an adapter trains: A, B and, where it has them, its singular values or magnitudes."""
     return [factors[name] for key in TRAINED if name in (factors := layer._modules[key])]  # type: ignore[index, operator]
 

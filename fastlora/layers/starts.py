@@ -22,6 +22,7 @@ from ..introspect import sharding
 
 if TYPE_CHECKING:
     from .linear import FusedLoraLinear
+    from .state import AdapterState
 
 # PEFT's other initialisations, and what to do for them here.
 _ELSEWHERE = {
@@ -213,7 +214,7 @@ def begin(layer: FusedLoraLinear, name: str, init_lora_weights: bool | str) -> N
         draw(layer.lora_A[name], layer.lora_B[name], init_lora_weights)
 
 
-def set_initial_factors(layer: FusedLoraLinear, name: str, a: Tensor, b: Tensor, exact: bool = True) -> None:
+def set_initial_factors(layer: AdapterState, name: str, a: Tensor, b: Tensor, exact: bool = True) -> None:
     """Starts an adapter at A₀ = a (r, in), B₀ = b (out, r), leaving the layer's output as it is with B A = 0.
 
     `exact`: W0 stays, and the adapter runs as s·(B A − B₀A₀), of rank 2r with the second half frozen. Otherwise
@@ -241,7 +242,7 @@ def set_initial_factors(layer: FusedLoraLinear, name: str, a: Tensor, b: Tensor,
         layer.set_frozen_factors(name, layer.lora_A[name].detach(), layer.lora_B[name].detach().neg())
 
 
-def set_frozen_factors(layer: FusedLoraLinear, name: str, a0: Tensor | None, b0: Tensor | None) -> None:
+def set_frozen_factors(layer: AdapterState, name: str, a0: Tensor | None, b0: Tensor | None) -> None:
     """Sets the frozen part of an adapter, s·b0 a0 with a0 (k, in) and b0 (out, k) for any k; None for none.
 
     It runs next to the trained part, or it is what the weight is shifted by, rounded once from the weight's bits.
@@ -261,13 +262,13 @@ def set_frozen_factors(layer: FusedLoraLinear, name: str, a0: Tensor | None, b0:
             layer.weight.copy_(_shifted(layer, bits, product(layer, name, layer.lora_A0[name], layer.lora_B0[name])))
 
 
-def _shifted(layer: FusedLoraLinear, weight: Tensor, product: Tensor) -> Tensor:
+def _shifted(layer: AdapterState, weight: Tensor, product: Tensor) -> Tensor:
     """weight + product, rounded once to the weight's dtype and where the weight is."""
     wide = torch.promote_types(layer.weight.dtype, torch.float32)
     return (weight.to(layer.weight).to(wide) + product).to(layer.weight.dtype)
 
 
-def _mark_shift(layer: FusedLoraLinear) -> None:
+def _mark_shift(layer: AdapterState) -> None:
     """Sets `lora_shift` by `_weight_before_shift`."""
     for name in list(layer.lora_shift):
         del layer.lora_shift[name]
@@ -277,7 +278,7 @@ def _mark_shift(layer: FusedLoraLinear) -> None:
             layer.lora_shift[name] = nn.Parameter(mark, requires_grad=False)
 
 
-def check_initial_factors(layer: FusedLoraLinear, name: str, exact: bool) -> None:
+def check_initial_factors(layer: AdapterState, name: str, exact: bool) -> None:
     """Raises ValueError where `set_initial_factors` cannot work in the layer's present state."""
     if name in layer.lora_E:
         raise ValueError(
@@ -304,12 +305,12 @@ def check_initial_factors(layer: FusedLoraLinear, name: str, exact: bool) -> Non
         )
 
 
-def shifted_by(layer: FusedLoraLinear) -> str | None:
+def shifted_by(layer: AdapterState) -> str | None:
     """The adapter whose start was subtracted from the weight, if any."""
     return layer._weight_before_shift[0] if layer._weight_before_shift else None
 
 
-def holds(layer: FusedLoraLinear, name: str) -> bool:
+def holds(layer: AdapterState, name: str) -> bool:
     """Whether the adapter must stay for now: it is merged, or another one is, into a weight that it has shifted."""
     return name in layer.merged_adapters or (layer.shifted_by == name and bool(layer.merged_adapters))
 
@@ -322,7 +323,7 @@ def unshifted_weight(layer: FusedLoraLinear, name: str) -> Tensor:
     return weight.t() if layer.fan_in_fan_out else weight
 
 
-def forget_initial_factors(layer: FusedLoraLinear, name: str) -> None:
+def forget_initial_factors(layer: AdapterState, name: str) -> None:
     """Takes back what `set_initial_factors` did besides setting A and B; a shifted weight gets its bits back.
 
     Raises ValueError while adapters are merged into a weight that this one has shifted.
@@ -355,13 +356,13 @@ def as_plain_adapter(layer: FusedLoraLinear, name: str) -> tuple[Tensor, Tensor,
     return a, b, len(a), layer.alpha_at(name, len(a))
 
 
-def alpha_at(layer: FusedLoraLinear, name: str, r: int) -> float:
+def alpha_at(layer: AdapterState, name: str, r: int) -> float:
     """The alpha with which an adapter of rank r has this one's scale."""
     growth = r / layer.r[name]
     return (math.sqrt(growth) if layer.use_rslora[name] else growth) * layer.lora_alpha[name]
 
 
-def before_loading(layer: FusedLoraLinear, state_dict: Any, prefix: str) -> dict[str, Any]:
+def before_loading(layer: AdapterState, state_dict: Any, prefix: str) -> dict[str, Any]:
     """What a state dict has of the weight and the adapters' starts, for `after_loading`. Makes room for a frozen part
     of another rank, which a re-initialised adapter has.
 
@@ -400,12 +401,12 @@ def before_loading(layer: FusedLoraLinear, state_dict: Any, prefix: str) -> dict
     return saved
 
 
-def _start_keys(layer: FusedLoraLinear) -> list[str]:
+def _start_keys(layer: AdapterState) -> list[str]:
     """What a state dict has of the adapters' starts."""
     return [f"{key}.{name}" for name in layer.lora_A for key in ("lora_A0", "lora_B0", "lora_shift")]
 
 
-def _saved_product(layer: FusedLoraLinear, saved: Mapping[str, Any], name: str) -> Tensor | None:
+def _saved_product(layer: AdapterState, saved: Mapping[str, Any], name: str) -> Tensor | None:
     """−s·B₀A₀ of a state, or the layer's own where that has none; None where it cannot be computed."""
     factors = []
     for key, own in (("lora_A0", layer.lora_A0), ("lora_B0", layer.lora_B0)):
@@ -418,7 +419,7 @@ def _saved_product(layer: FusedLoraLinear, saved: Mapping[str, Any], name: str) 
     return product(layer, name, *factors)
 
 
-def after_loading(layer: FusedLoraLinear, saved: Mapping[str, Any]) -> None:
+def after_loading(layer: AdapterState, saved: Mapping[str, Any]) -> None:
     """The remembered bits are those from which the weight is shifted, as near as can be told."""
     if layer._weight_before_shift is None or layer.merged_adapters:
         return  # the weight that is merged into is still the one that it was
@@ -437,12 +438,12 @@ def after_loading(layer: FusedLoraLinear, saved: Mapping[str, Any]) -> None:
             layer._weight_before_shift = name, _shifted(layer, layer.weight, -product).to("cpu", copy=True)
 
 
-def runs_beside(layer: FusedLoraLinear, name: str) -> bool:
+def runs_beside(layer: AdapterState, name: str) -> bool:
     """Whether −B₀A₀ is part of the adapter rather than of the weight."""
     return name in layer.lora_A0 and layer.shifted_by != name
 
 
-def product(layer: FusedLoraLinear, name: str, a: Tensor, b: Tensor) -> Tensor:
+def product(layer: AdapterState, name: str, a: Tensor, b: Tensor) -> Tensor:
     """s·b a in the weight's layout; of AdaLoRA's own factors s·P Λ Q."""
     if name in layer.lora_E and a is layer.lora_A[name]:
         a = (a * layer.lora_E[name]).detach()
