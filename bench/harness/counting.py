@@ -276,12 +276,6 @@ def compulsory_bytes(p: Problem, direction: str) -> int:
     return {"forward": forward, "backward": backward, "both": forward + backward}[direction]
 
 
-def speed_of_light(p: Problem, direction: str, seconds: float, roof: Roof) -> float:
-    """100 · max(bytes / bandwidth, FLOPs / rate) / t: how near a measured time is to the least possible one."""
-    least = max(compulsory_bytes(p, direction) / roof.bandwidth, useful_flops(p, direction) / roof.flops)
-    return 100.0 * least / seconds
-
-
 def overhead(name: str, p: Problem, roof: Roof, gemm_efficiency: float = 1.0) -> float:
     """Predicted forward + backward time over the frozen layer's, as a fraction: 0.07 is 7 % more.
 

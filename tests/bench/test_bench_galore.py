@@ -35,14 +35,6 @@ def test_the_whole_command(tmp_path, capsys, monkeypatch):
     assert "svd_lowrank, niter=2" in printed and "GaLore, official" in printed
 
 
-def test_the_gradients_share_what_they_share():
-    old, new = galore_cost.gradients(128)
-    overlap = float((old * new).sum() / (old.norm() * new.norm()))
-    assert 0.4 < overlap < 0.6
-    s = torch.linalg.svdvals(new)
-    assert s[32] < 0.5 * s[0]
-
-
 def test_the_committed_results_are_complete():
     result = json.loads(Path(galore_cost.OUT).read_text())
     assert result["settings"]["sizes"] == [1024, 2048] and set(result["training"]) == set(galore_training.WAYS)

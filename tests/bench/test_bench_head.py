@@ -3,7 +3,6 @@
 import json
 
 from bench.layers import head
-from fastlora.ops.head import aten
 
 
 def test_a_tiny_run(tmp_path, capsys):
@@ -13,12 +12,3 @@ def test_a_tiny_run(tmp_path, capsys):
     assert case["failed"] == {} and set(case["ways"]) == {"eager", "eager frozen", "frozen", "fastlora", "log_probs"}
     assert case["ways"]["fastlora"]["saved_bytes"] < case["ways"]["eager"]["saved_bytes"]
     assert "32 tokens, 24 -> 101 words, r=16 fp32" in capsys.readouterr().out
-
-
-def test_what_differs_from_eager_is_not_measured(tmp_path, monkeypatch):
-    right = aten.softmax_
-    monkeypatch.setattr(aten, "softmax_", lambda z: right(z) + 0 * z.mul_(1.1)[:, 0])
-    out = tmp_path / "head.json"
-    assert head.main(["--device", "cpu", "--sizes", "tiny", "--rounds", "2", "--out", str(out)]) == 1
-    (case,) = json.loads(out.read_text())["heads"]
-    assert {"fastlora", "frozen"} <= set(case["failed"]) and "fastlora" not in case["ways"]

@@ -27,14 +27,3 @@ def test_select_is_a_small_part_of_a_call():
     """In turns with the Python half of the call it belongs to, of which it takes about a fortieth."""
     found = overhead.measure(CPU, torch.float32, rounds=5)
     assert found["select"].p20 < 0.25 * found["python"].p20
-
-
-def test_the_idle_backend_is_what_runs():
-    timed = overhead.functions(CPU, torch.float32)
-    idle = overhead.idle_backend(torch.zeros(overhead.M, overhead.K), *overhead._adapters(CPU, torch.float32))
-    function, wants_idle = timed["python"]
-    with overhead.as_cublas(idle):
-        gradients = function()
-    assert wants_idle and all((gradient == 0).all() for gradient in gradients)  # type: ignore[attr-defined]
-    choice, _ = timed["select"]
-    assert choice().name == "torch"  # type: ignore[attr-defined]

@@ -39,15 +39,6 @@ def test_groups_agree(kinds):
         turns.check_close(values_of(case, name), want, 1e-5 if kinds[0] == "float32" else 2e-2)
 
 
-def test_a_groups_work_reads_x_once():
-    one, two = (forms.group_work(forms.Group(8, 10, ns, 2).problems()) for ns in ((6,), (6, 6)))
-    x, weight, y, adapters = 8 * 10 * 2, 6 * 10 * 2, 8 * 6 * 2, 2 * (6 + 10) * 2
-    assert one["forward"].bytes == x + weight + y + adapters
-    assert two["forward"].bytes == one["forward"].bytes + weight + y + adapters
-    assert two["both"].bytes == one["both"].bytes + 2 * weight + 2 * y + 3 * adapters
-    assert two["both"].flops == 2 * one["both"].flops
-
-
 @pytest.mark.parametrize("kinds", [("float32", "float32"), ("bfloat16", "float32")])
 def test_mlps_and_mixed_batches_agree(kinds):
     pytest.importorskip("peft")
@@ -62,15 +53,6 @@ def test_mlps_and_mixed_batches_agree(kinds):
     assert len(want) == 2 + 2 * 3
     for name in ("peft", "mixed batch"):
         turns.check_close(values_of(case, name), want, allowed)
-
-
-def test_a_mixed_batchs_work_by_hand():
-    batch = mixed.Batch(sequences=8, tokens=2, n=6, k=10, adapters=3)
-    assert batch.ids == [0, 1, 2, 0, 1, 2, 0, -1]
-    found = mixed.work(Problem(16, 6, 10, 4, "float32", "float32"), batch)
-    assert found["forward"].flops == 2 * 16 * 60 + 2 * 14 * 4 * 16
-    assert found["forward"].bytes == 4 * (160 + 60 + 96 + 3 * 4 * 16)
-    assert found["both"].flops == 2 * (2 * 16 * 60) + 3 * (2 * 14 * 4 * 16)
 
 
 @pytest.mark.parametrize("name", ["tiny", "llama-tiny"])
@@ -191,32 +173,6 @@ def test_runs_end_to_end(tmp_path, capsys):
 
     assert plot.main([str(out)]) == 0
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("arguments", [["--forms", "nothing"], ["--models", "gpt-9"], ["--size", "huge"]])
-def test_bad_arguments(arguments):
-    with pytest.raises(SystemExit) as error:
-        suite.main(["--device", "cpu", *arguments])
-    assert error.value.code == 2
-
-
-def test_a_blocks_x_is_of_one_size_whatever_its_width():
-    assert blocks.sequences_of("llama-3-8b", 4, 2048) == (4, 2048)
-    assert blocks.sequences_of("t5-base", 4, 2048) == (80, 512)
-    assert blocks.sequences_of("vit-l", 1, 128) == (4, 128)
-
-
-def test_a_case_that_breaks_does_not_stop_the_rest(monkeypatch, tmp_path):
-    def broken(*_):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(forms, "mlp_case", broken)
-    out = tmp_path / "suite.json"
-    arguments = ["--device", "cpu", "--size", "tiny", "--dropout", "0", "--forms", "mlp,group", "--out", str(out)]
-    assert suite.main(arguments) == 1
-    record = json.loads(out.read_text())
-    assert record["failed"] == ["RuntimeError: out of memory"]
-    assert [case["facts"]["form"] for case in record["cases"]] == ["group"]
 
 
 def test_what_cannot_be_timed_is_left_out():

@@ -1,6 +1,5 @@
 """Every contestant trains what its name says, and as its name says: parameters, rates, ranks, starts, optimisers."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -74,11 +73,6 @@ def layers(learner):
     return list(learners.lora_layers(learner.adapted).values())
 
 
-def test_the_scale_of_rslora_is_the_root_of_r_larger(trained):
-    lora, rslora = (layers(trained[name][0])[0].scaling["default"] for name in ("lora", "rslora"))
-    assert rslora == pytest.approx(math.sqrt(R) * lora)
-
-
 def test_lora_plus_has_two_rates(trained):
     learner = trained["lora_plus"][0]
     groups = learner.optimizers[0].param_groups
@@ -88,38 +82,6 @@ def test_lora_plus_has_two_rates(trained):
         assert rates[id(layer.lora_B["default"])] == 0.01 * 16
     assert learner.notes()["rates"] == {"lora_A": 0.01, "lora_B": 0.01 * 16}
     assert len(trained["lora"][0].optimizers[0].param_groups) == 1
-
-
-def test_dora_learns_the_lengths_of_rows(trained):
-    learner, before, _ = trained["dora"]
-    assert learner.notes() == {"magnitudes": sum(n for n, _ in SIZES)}
-    for name, layer in learners.lora_layers(learner.adapted).items():
-        start = before[f"{name}.lora_magnitude_vector.default"]
-        torch.testing.assert_close(start, layer.weight.norm(dim=1))
-        length = (layer.weight + layer.get_delta_weight("default")).norm(dim=1)
-        torch.testing.assert_close(length, layer.lora_magnitude_vector["default"].detach(), rtol=1e-4, atol=1e-5)
-
-
-def test_adaloras_ranks_shrink_to_the_others_budget(task, trained):
-    learner = trained["adalora"][0]
-    ranks = [int((layer.lora_E["default"] != 0).sum()) for layer in layers(learner)]
-    assert sum(ranks) == learner.notes()["ranks"] == R * len(SIZES)
-    assert all(layer.r["default"] == 6 for layer in layers(learner))
-    assert layers(learner)[0].scaling == layers(trained["lora"][0])[0].scaling
-    kept = sum(rank * (n + m + 1) for rank, (n, m) in zip(ranks, SIZES))
-    assert learner.notes()["trainable at the end"] == kept < learner.trainable
-
-
-def test_adaloras_penalty_is_trained_on_and_not_reported(task):
-    def losses(gamma):
-        entry = CONTESTANTS["adalora"]
-        entry = replace(entry, numbers={**entry.numbers, "orthogonality": gamma})
-        learner = Learner(task, entry, 0.01, seed=0, steps=STEPS)
-        return [learner.step(task.batch(indices)) for indices in task.order(0, 3)]
-
-    plain, penalised = losses(0.0), losses(10.0)
-    assert penalised[0] == plain[0]
-    assert penalised[2] != plain[2]
 
 
 def test_galore_steps_in_a_subspace_and_keeps_less(task, trained):
@@ -132,44 +94,6 @@ def test_galore_steps_in_a_subspace_and_keeps_less(task, trained):
     before = weight.detach().clone()
     learner.step(task.batch(task.order(0, 1)[0]))
     assert torch.linalg.matrix_rank(weight.detach() - before, rtol=1e-4) == R
-
-
-def test_lora_ga_starts_along_the_gradient_with_the_size_that_gamma_says(task):
-    def start(name):
-        model = learners.prepared_model(task, CONTESTANTS[name], seed=0)
-        return list(learners.lora_layers(model).values())[1]
-
-    small, large, lora = start("lora_ga_64"), start("lora_ga"), start("lora")
-    torch.testing.assert_close(2 * small.lora_B["default"], large.lora_B["default"])
-    torch.testing.assert_close(2 * small.lora_A["default"], large.lora_A["default"])
-    assert lora.lora_B["default"].count_nonzero() == 0
-    model = task.fresh_model(0)
-    task.backward_passes(model, task.gradient_batches(0))
-    u = torch.linalg.svd(model[2].weight.grad).U[:, R : 2 * R]
-    b = large.lora_B["default"].detach()
-    assert (u.T @ b).norm() > 0.95 * b.norm()
-    sign = start("sign").lora_B["default"].detach()
-    assert (u.T @ sign).norm() < 0.8 * sign.norm()
-
-
-def test_pissa_starts_from_the_weight(task):
-    model = learners.prepared_model(task, CONTESTANTS["pissa"], seed=0)
-    layer = list(learners.lora_layers(model).values())[1]
-    s = torch.linalg.svdvals(task.fresh_model(0)[2].weight)[:R]
-    scale = layer.scaling["default"] ** 0.5
-    torch.testing.assert_close(layer.lora_A["default"].norm(dim=1) * scale, s.sqrt(), rtol=1e-3, atol=0)
-
-
-def test_sgd_is_sgd(tmp_path):
-    task = digits_task(tmp_path, "--optimizer", "sgd", "--lr", "0.05")
-    learner = Learner(task, CONTESTANTS["full"], 0.05, seed=0, steps=1)
-    assert type(learner.optimizers[0]) is torch.optim.SGD
-    before = [parameter.detach().clone() for parameter in learner.model.parameters()]
-    learner.step(task.batch(task.order(0, 1)[0]))
-    for parameter, old in zip(learner.model.parameters(), before):
-        assert parameter.grad is not None
-        torch.testing.assert_close(parameter.detach(), old - 0.05 * parameter.grad)
-    assert learner.optimizer_state == 0
 
 
 def test_costs_are_measured_in_turn(task, monkeypatch):

