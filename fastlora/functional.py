@@ -3,6 +3,8 @@
 from .kernels.segment_plan import BASE, Segments
 from .ops.call import Adapter, GroupLayer
 from .ops.dora.dora import dora_linear
+from .ops.experts.experts import lora_grouped_linear
+from .ops.experts.routing import Routing
 from .ops.head.head import TokenScores, lora_linear_cross_entropy, lora_linear_log_probs
 from .ops.layer import lora_group, multi_lora_linear
 from .ops.lora.linear import lora_linear
@@ -13,11 +15,13 @@ __all__ = [
     "BASE",
     "Adapter",
     "GroupLayer",
+    "Routing",
     "Segments",
     "TokenScores",
     "dora_linear",
     "lora_activated_linear",
     "lora_group",
+    "lora_grouped_linear",
     "lora_linear",
     "lora_linear_cross_entropy",
     "lora_linear_log_probs",

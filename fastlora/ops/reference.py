@@ -85,6 +85,35 @@ def mixed_batch_lora_linear(
     return y
 
 
+def grouped_lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    ends: Sequence[int],
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    scalings: Sequence[float],
+    bias: torch.Tensor | None = None,
+    dropout_ps: Sequence[float] | None = None,
+    keep_masks: Sequence[torch.Tensor | None] | None = None,
+) -> torch.Tensor:
+    """y = x W_eᵀ + b_e + Σ s·(drop(x) A_eᵀ) B_eᵀ in the rows of each expert e, up to `ends[e]`; 0 after the last.
+
+    x (P, K) sorted by expert; weight (E, N, K); bias (E, N); of each adapter lora_A (E, r, K), lora_B (E, N, r) and
+    keep_mask (P, K) or None. Returns (P, N).
+    """
+    parts, start = [x.new_empty(0, weight.shape[1])], 0
+    for e, end in enumerate(ends):
+        rows = x[start:end]
+        y = F.linear(rows, weight[e].to(x.dtype), None if bias is None else bias[e].to(x.dtype))
+        for i, (a, b, scaling) in enumerate(zip(lora_As, lora_Bs, scalings, strict=True)):
+            keep = None if keep_masks is None or keep_masks[i] is None else keep_masks[i][start:end]
+            p = 0.0 if dropout_ps is None else dropout_ps[i]
+            y = (y + low_rank_term(rows, a[e], b[e], scaling, p, keep)).to(y.dtype)
+        parts.append(y)
+        start = end
+    return torch.cat([*parts, x.new_zeros(x.shape[0] - start, weight.shape[1], dtype=parts[-1].dtype)])
+
+
 def dora_linear(
     x: torch.Tensor,
     weight: torch.Tensor,

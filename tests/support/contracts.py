@@ -27,11 +27,23 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from fastlora.functional import Adapter, GroupLayer, dora_linear, lora_group, lora_linear, lora_mixed_batch, lora_mlp
+from fastlora.functional import (
+    Adapter,
+    GroupLayer,
+    Routing,
+    dora_linear,
+    lora_group,
+    lora_grouped_linear,
+    lora_linear,
+    lora_mixed_batch,
+    lora_mlp,
+)
 from fastlora.kernels.importance_plan import Averages, Factors, Layout
 from fastlora.kernels.segment_plan import BASE, Segments
 from fastlora.ops import reference
 from fastlora.ops.dora import dora as dora_op
+from fastlora.ops.experts import aten as experts_aten
+from fastlora.ops.experts import experts as experts_op
 from fastlora.ops.group import group as group_op
 from fastlora.ops.importance import aten as importance_aten
 from fastlora.ops.importance import importance as importance_op
@@ -480,6 +492,66 @@ class MixedBatch(Contract):
         assert torch.equal(
             lora_mixed_batch(of["x"], of["weight"], self.adapters(of, case), nothing, of["bias"]), frozen
         )
+
+
+class Experts(Contract):
+    """Four experts of which the third has no token, a token that another rank's expert takes, and two adapters."""
+
+    modules = "fastlora.ops.experts"
+    shapes = ((0,), (1,), (11,))
+    sizes: ClassVar = {
+        "gathered": {"tokens": 13, "top_k": 2, "n": 20, "k": 33, "ranks": (5, 2)},
+        "transposed": {"tokens": 9, "top_k": 3, "n": 33, "k": 24, "ranks": (4,), "gathered": False, "transposed": True},
+        "PEFT's strides": {"tokens": 40, "top_k": 1, "n": 18, "k": 16, "ranks": (8,), "strided": True},
+    }
+
+    def case(self, draw, p, *, tokens, top_k, n, k, ranks, gathered=True, transposed=False, strided=False, shape=None):
+        tokens, top_k = (tokens, top_k) if shape is None else (*shape, 1)
+        index = torch.randint(3, (tokens, top_k), generator=torch.Generator().manual_seed(tokens))
+        index = torch.where(index == 2, 3, index)
+        index[-1:, -1:] = 4 if tokens > 1 else 3
+        size = {"index": index, "gathered": gathered, "is_transposed": transposed}
+        weight = draw(4, n, k, scale=k**-0.5)
+        of = {"x": draw(tokens if gathered else tokens * top_k, k), "bias": draw(4, n)}
+        of |= {"weight": weight.transpose(1, 2).contiguous() if transposed else weight, "dy.0": draw(tokens * top_k, n)}
+        for i, r in enumerate(ranks):
+            of[f"A.{i}"] = draw(4, r, k, scale=k**-0.5, adapter=True)
+            of[f"B.{i}"] = draw(4, n, r, scale=r**-0.5, adapter=True)
+            if strided:
+                of[f"B.{i}"] = of[f"B.{i}"].permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        return Case(of, tuple(0.0 if i == 1 else p for i in range(len(ranks))), size)
+
+    def factors(self, of, case):
+        count = range(len(case.ps))
+        return [of[f"A.{i}"] for i in count], [of[f"B.{i}"] for i in count], [0.5 + i for i in count]
+
+    def op(self, of, case, **options):
+        index, rest = case.size["index"].to(of["x"].device), {**case.size, "bias": of["bias"], "dropout_p": case.ps}
+        del rest["index"]
+        factors = self.factors(of, case)
+        return [lora_grouped_linear(of["x"], of["weight"], Routing(index, 4), *factors, **rest, **options)]
+
+    def specification(self, of, case, keeps):
+        routing = Routing(case.size["index"].to(of["x"].device), 4)
+        rows = of["x"][routing.rows] if case.size["gathered"] else of["x"]
+        weight = of["weight"].transpose(1, 2) if case.size["is_transposed"] else of["weight"]
+        factors = self.factors(of, case)
+        return [reference.grouped_lora_linear(rows, weight, routing.ends, *factors, of["bias"], case.ps, keeps)]
+
+    def masks(self, case, place):
+        x, keeps = case.tensors["x"], []
+        seed = torch.randint(2**62, (1,), device=x.device) if any(case.ps) else None
+        for i, p in enumerate(case.ps):
+            size = case.size["index"].numel(), x.shape[1]
+            if p and place.backend != "torch":
+                dropout = importlib.import_module("fastlora.kernels.dropout")
+                keeps.append(dropout.reference_keep_mask(seed + i, *size, p))
+            else:
+                keeps.append(experts_aten.keep_mask(seed, i, *size, p))
+        return keeps
+
+    def self_check(self, module, device, dtypes, dropout):
+        return experts_op.self_check(module, device, *dtypes, dropout)
 
 
 class Mlp(Contract):

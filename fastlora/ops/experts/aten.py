@@ -1,0 +1,199 @@
+"""The experts' linear layer in plain ATen, an expert at a time: the CPU's path, and the fallback of every dtype.
+
+An expert's rows are gathered as they are needed and go through `ops/lora/aten.py`. Where W + ΔW is asked for, one
+expert's exists at a time, and the gradients of A and B still come from the rank-r path: no dense dW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..call import low_rank_dtype
+from ..lora import aten as lora
+
+Tensors = list[Tensor | None]
+
+
+class Options(NamedTuple):
+    """Everything of a call that is no tensor."""
+
+    scalings: tuple[float, ...]
+    dropout_ps: tuple[float, ...]
+    top_k: int
+    is_transposed: bool  # weight is (E, K, N)
+    gathered: bool  # x is (T, K)
+    narrow: bool  # `call.low_rank_dtype`
+    materialise: bool  # y and dX by W + ΔW
+    ends: tuple[int, ...] | None = None  # `Routing.ends` where it is known
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    lora_As: tuple[bool, ...]
+    lora_Bs: tuple[bool, ...]
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    order: Tensor,
+    offsets: Tensor,
+    seed: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, list[Tensor]]:
+    """(y (P, N), each adapter's S (P, r) with dropout's scale, or with W + ΔW none) for the P sorted rows."""
+    num_rows, n = order.shape[0], weight.shape[2 if options.is_transposed else 1]
+    y = x.new_empty(num_rows, n)
+    adapters = _Adapters(x, lora_As, lora_Bs, seed, num_rows, options)
+    s = [x.new_empty(num_rows, a.shape[1], dtype=t) for a, t in zip(lora_As, adapters.dtypes, strict=True)]
+    end = 0
+    for e, span in _experts(offsets, options):
+        rows, w, end = _rows(x, order, span, options), _weight(weight, e, x, options), span.stop
+        if options.materialise:
+            w = adapters.add_to(w, e)
+        if bias is None:
+            torch.mm(rows, w.t(), out=y[span])
+        else:
+            torch.addmm(bias[e].to(x.dtype), rows, w.t(), out=y[span])
+        if not options.materialise:
+            for i, (a, b, scaling, p, keep) in enumerate(adapters.of(e, span)):
+                s[i][span] = lora.add_low_rank(y[span], rows, a, b, scaling, p, keep, options.narrow)[1]
+    y[end:].zero_()
+    if options.materialise:
+        return y, []
+    for part in s:
+        part[end:].zero_()
+    return y, s
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    s: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    order: Tensor,
+    offsets: Tensor,
+    seed: Tensor | None,
+    options: Options,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensors, Tensors]:
+    """(dX, dW, db, dAs, dBs), None where it is not needed; zero for experts without rows."""
+    num_rows, k = order.shape[0], weight.shape[1 if options.is_transposed else 2]
+    dx = dy.new_empty(num_rows, k) if needs.x else None
+    dw = torch.zeros_like(weight) if needs.weight else None
+    db = weight.new_zeros(weight.shape[0], dy.shape[1]) if needs.bias else None
+    grad_as = [torch.zeros_like(a) if need else None for a, need in zip(lora_As, needs.lora_As, strict=True)]
+    grad_bs = [
+        torch.zeros_like(b, memory_format=torch.contiguous_format) if need else None
+        for b, need in zip(lora_Bs, needs.lora_Bs, strict=True)
+    ]
+    adapters = _Adapters(dy, lora_As, lora_Bs, seed, num_rows, options)
+    end = 0
+    for e, span in _experts(offsets, options):
+        d, w, end = dy[span], _weight(weight, e, dy, options), span.stop
+        rows = None if x is None else _rows(x, order, span, options)
+        own = None
+        if options.materialise and needs.x:
+            own = d.mm(adapters.add_to(w, e))
+        for i, (a, b, scaling, p, keep) in enumerate(adapters.of(e, span)):
+            needs_x = needs.x and not options.materialise
+            if not (needs_x or needs.lora_As[i] or needs.lora_Bs[i]):
+                continue
+            part = s[i][span] if s else None
+            if part is None and needs.lora_Bs[i]:
+                assert rows is not None
+                part = lora.shrink(rows, a.to(adapters.dtypes[i]))
+            frozen = w if own is None else None
+            wants = needs_x, needs.lora_As[i], needs.lora_Bs[i]
+            grads = lora.backward(d, rows, frozen, a, b, part, keep, scaling, p, wants, options.narrow)
+            if needs_x:
+                own = grads[0] if own is None else own.add_(grads[0])
+            for grad, to in ((grads[1], grad_as[i]), (grads[2], grad_bs[i])):
+                if to is not None:
+                    to[e] = grad
+        if dx is not None:
+            own = d.mm(w) if own is None else own
+            if options.gathered:
+                dx.index_copy_(0, order[span], own)
+            else:
+                dx[span] = own
+        if dw is not None:
+            assert rows is not None
+            (dw[e].t() if options.is_transposed else dw[e]).copy_(d.t().mm(rows))
+        if db is not None:
+            db[e] = d.sum(0)
+    if dx is not None:
+        if end < num_rows:
+            dx.index_fill_(0, order[end:] if options.gathered else torch.arange(end, num_rows, device=dx.device), 0.0)
+        if options.gathered:  # rounded once, in an order of its own: the same bits every time
+            dx = dx.view(-1, options.top_k, k).sum(1)
+    return dx, dw, db, grad_as, grad_bs
+
+
+class _Adapters:
+    """The adapters of a call, expert by expert. PEFT's lora_B has the expert fastest: it is copied once, not strided
+    through for each expert."""
+
+    def __init__(self, x, lora_As, lora_Bs, seed, num_rows: int, options: Options) -> None:
+        self.options, self.x_dtype = options, x.dtype
+        self.lora_As, self.lora_Bs = lora_As, [b.contiguous() for b in lora_Bs]
+        self.dtypes = [low_rank_dtype(x, a, b, options.narrow) for a, b in zip(lora_As, lora_Bs, strict=True)]
+        self.keeps: Tensors = [
+            keep_mask(seed, i, num_rows, a.shape[2], p)
+            for i, (a, p) in enumerate(zip(lora_As, options.dropout_ps, strict=True))
+        ]
+
+    def of(self, e: int, span: slice) -> Iterator[tuple[Tensor, Tensor, float, float, Tensor | None]]:
+        """(A, B, scaling, dropout_p, what is kept of the rows) for expert e."""
+        options = self.options
+        for a, b, scaling, p, keep in zip(
+            self.lora_As, self.lora_Bs, options.scalings, options.dropout_ps, self.keeps, strict=True
+        ):
+            if keep is not None:
+                keep = keep[span]
+                keep = keep.to(self.x_dtype) if keep.device.type == "cpu" else keep  # `lora.draw_keep_mask` says why
+            yield a[e], b[e], scaling, p, keep
+
+    def add_to(self, w: Tensor, e: int) -> Tensor:
+        """W + ΔW of expert e (N, K), summed in the widest dtype and rounded once."""
+        total = w
+        for a, b, scaling, dtype in zip(self.lora_As, self.lora_Bs, self.options.scalings, self.dtypes, strict=True):
+            wide = torch.promote_types(dtype, total.dtype)
+            total = torch.addmm(total.to(wide), b[e].to(wide), a[e].to(wide), alpha=scaling)
+        return total.to(w.dtype)
+
+
+def keep_mask(seed: Tensor | None, adapter: int, num_rows: int, columns: int, p: float) -> Tensor | None:
+    """What dropout keeps of the sorted rows for one of the adapters (P, K), made from the seed each time."""
+    return None if p == 0.0 or seed is None else lora.keep_mask(seed + adapter, (num_rows, columns), p)
+
+
+def _experts(offsets: Tensor, options: Options) -> Iterator[tuple[int, slice]]:
+    """(expert, its sorted rows) of the experts that have any."""
+    start = 0
+    for e, end in enumerate(offsets.tolist() if options.ends is None else options.ends):
+        if end > start:
+            yield e, slice(start, end)
+        start = end
+
+
+def _rows(x: Tensor, order: Tensor, span: slice, options: Options) -> Tensor:
+    return x.index_select(0, order[span] // options.top_k) if options.gathered else x[span]
+
+
+def _weight(weight: Tensor, e: int, like: Tensor, options: Options) -> Tensor:
+    """(N, K) of one expert; under autocast the base may have another dtype, and is cast an expert at a time."""
+    return (weight[e].t() if options.is_transposed else weight[e]).to(like.dtype)
