@@ -3,6 +3,7 @@
 from .kernels.segment_plan import BASE, Segments
 from .ops.call import Adapter, GroupLayer
 from .ops.dora.dora import dora_linear
+from .ops.embedding.embedding import lora_embedding
 from .ops.experts.experts import lora_grouped_linear
 from .ops.experts.routing import Routing
 from .ops.head.head import TokenScores, lora_linear_cross_entropy, lora_linear_log_probs
@@ -20,6 +21,7 @@ __all__ = [
     "TokenScores",
     "dora_linear",
     "lora_activated_linear",
+    "lora_embedding",
     "lora_group",
     "lora_grouped_linear",
     "lora_linear",

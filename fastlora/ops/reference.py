@@ -62,6 +62,35 @@ def lora_linear(
     return (y + low_rank_term(x, lora_A, lora_B, scaling, dropout_p, keep_mask)).to(y.dtype)
 
 
+def lora_embedding(
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+) -> torch.Tensor:
+    """y = W0[ids] + s·Aᵀ[ids] Bᵀ, as PEFT's: ids of any shape, weight (V, D), lora_A (r, V), lora_B (D, r)."""
+    y = F.embedding(ids, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    return embedding_term(y, ids, lora_A, lora_B, scaling, padding_idx, scale_grad_by_freq)
+
+
+def embedding_term(
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    padding_idx: int | None,
+    scale_grad_by_freq: bool,
+) -> torch.Tensor:
+    """y + s·Aᵀ[ids] Bᵀ in the widest dtype of them, rounded once to y's."""
+    rows = F.embedding(ids, lora_A.t(), padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    wide = _widest(y, lora_A, lora_B)
+    return (y + scaling * F.linear(rows.to(wide), lora_B.to(wide))).to(y.dtype)
+
+
 def mixed_batch_lora_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
