@@ -4,6 +4,8 @@ It prints versions, the machine, the compilers, each backend as "available" or "
 ``FASTLORA_*`` variables and the cache, and then compares every available backend with the fp64 reference on a small
 problem (about a second on a CPU). The exit status is 1 where a check failed, 0 otherwise. A section that cannot be
 determined says so and does not keep the others from being printed.
+
+``--memory llama-3-8b`` prints instead what training LoRA on a model takes, counted from its sizes.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import contextlib
 import importlib
 import importlib.metadata
+import itertools
 import os
 import platform
 import shutil
@@ -25,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 
+from fastlora.introspect import shapes
 from fastlora.linalg import native
 from fastlora.ops import dropout, reference
 from fastlora.ops.lora import choice as lora_choice
@@ -294,11 +298,37 @@ def _compare(name: str, dtype: torch.dtype, device: torch.device) -> Line:
     return Line(label, f"{'right' if ok else 'FAILED'}: relative errors (eager's) {pairs}", ok)
 
 
+def memory(model: str, tokens: int, r: int) -> Iterator[str]:
+    """A Markdown table: the GiB of a LoRA training step of a known model, or of one by its config.json."""
+    known = shapes.MODELS.get(model.lower())
+    if known is None and not Path(model).exists():
+        names = ", ".join(name for name, config in shapes.MODELS.items() if "vocab_size" in config)
+        raise ValueError(f"got {model!r}, want one of {names}, or the path of a config.json")
+    config = known or shapes.read_config(model)
+    yield f"| {model}, {tokens} tokens, r = {r} | weights | adapters | activations | temporary | GiB in all |"
+    yield "|---|---:|---:|---:|---:|---:|"
+    for bits, checkpointing, fused_loss in itertools.product((16, 4), (False, True), (False, True)):
+        found = shapes.training_memory(config, tokens, r, bits, checkpointing, fused_loss, where=model)
+        name = f"{bits} bits{', checkpointing' * checkpointing}{', fused_loss' * fused_loss}"
+        yield f"| {name} | " + " | ".join(f"{number / 2**30:.1f}" for number in (*found, found.total)) + " |"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m fastlora.doctor", description="The state of this installation.")
     parser.add_argument("--build", action="store_true", help="compile csrc/ now, if it is not yet")
+    parser.add_argument(
+        "--memory", metavar="MODEL", help="count a training step's memory instead: a name or a config.json"
+    )
+    parser.add_argument("--tokens", type=int, default=4096, help="with --memory: of a step (default: 4096)")
+    parser.add_argument("--r", type=int, default=16, help="with --memory: the rank (default: 16)")
     options = parser.parse_args(arguments)
+    if options.memory:
+        try:
+            print("\n".join(memory(options.memory, options.tokens, options.r)))
+        except ValueError as error:
+            parser.error(f"--memory: {error}")
+        return 0
     sections: list[tuple[str, Callable[[], Iterator[Line]]]] = [
         ("versions", versions),
         ("machine", machine),
