@@ -154,6 +154,7 @@ def steps(environment, quick):
     yield "tests", [*pytest, "-m", "not slow"], None, {}
     if quick:
         return
+    yield "wheel", [*pytest, "tests/packaging"], None, {}
     if ON_LINUX:  # Triton's wheels are for Linux
         for triton in (None, OLDEST_TRITON, NEWEST_TRITON):
             name = f"interpreter, Triton {triton or 'pinned'}"
