@@ -68,6 +68,12 @@ def test_predicted_overheads_on_an_h200(name, changes, expected):
         assert 100 * counting.overhead(name, changed, H200) == pytest.approx(percent, abs=0.6)
 
 
+def test_a_slower_gemm_eats_the_fusions_gain():
+    for problem, percent in zip((LLAMA, UP, DOWN), (15, 11, 13), strict=True):
+        assert 100 * counting.overhead("triton", problem, H200, gemm_efficiency=0.93) == pytest.approx(percent, abs=0.6)
+    assert counting.overhead("triton", LLAMA, H200, 0.93) > counting.overhead("cublas", LLAMA, H200, 0.93)
+
+
 def test_summary_of_known_samples():
     summary = timing.Summary.of([5.0, 1.0, 2.0, 4.0, 3.0])
     assert (summary.median, summary.samples) == (3.0, 5)

@@ -1,13 +1,13 @@
 # pyright: reportArgumentType=false
 
-"""Batches of several adapters on a GPU: against fp64, against each sequence alone, the same bits every time, in a CUDA
+"""Batches of several adapters on a GPU: against fp64, in a CUDA
 graph, without a synchronisation. Never run so far."""
 
 import contracts
 import pytest
 import torch
 
-from fastlora.functional import Adapter, lora_mixed_batch, multi_lora_linear
+from fastlora.functional import Adapter, lora_mixed_batch
 from fastlora.kernels.segment_plan import BASE, Segments
 
 pytestmark = pytest.mark.gpu
@@ -49,22 +49,6 @@ def run(ids, x, weight, bias, adapters, dy, **options):
     torch.manual_seed(0)
     y = lora_mixed_batch(x, weight, adapters, ids, bias, **options)
     return [y.detach(), *torch.autograd.grad(y, leaves_of(x, adapters), dy)]
-
-
-@pytest.mark.parametrize("name", BATCHES)
-def test_same_bits_every_time(name):
-    problem = make(name, p=0.1)
-    first = run(*problem)
-    for _ in range(3):
-        assert all(torch.equal(one, other) for one, other in zip(first, run(*problem), strict=True))
-
-
-def test_each_sequence_as_alone():
-    ids, x, weight, bias, adapters, _ = make("some bare")
-    y = lora_mixed_batch(x, weight, adapters, ids, bias)
-    for row, i, got in zip(x, ids, y, strict=True):
-        want = multi_lora_linear(row, weight, [] if i == BASE else [adapters[i]], bias)
-        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
 def test_a_list_of_ids_costs_no_synchronisation():

@@ -107,16 +107,6 @@ def test_drops_what_torch_drops_and_leaves_the_generator_where_torch_does(shape,
     assert torch.equal(torch.get_rng_state(), after)
 
 
-def test_kept_fraction():
-    """Within 4σ of what was asked for."""
-    eye = torch.eye(300)
-    torch.manual_seed(0)
-    for p in (0.05, 0.5, 0.95):
-        y = lora_linear(torch.ones(400, 300), torch.zeros(300, 300), eye, eye, 1.0, dropout_p=p)
-        kept = (y != 0).double().mean().item()
-        assert abs(kept - (1 - p)) < 4 * (p * (1 - p) / y.numel()) ** 0.5
-
-
 def test_nothing_dropped_in_eval_mode():
     problem = make_problem(8, 16, dropout_p=0.5)
     before = torch.get_rng_state()
@@ -125,13 +115,6 @@ def test_nothing_dropped_in_eval_mode():
     problem.__dict__["dropout_p"] = 0.0
     want = fused(problem)
     assert all(torch.equal(got[name], want[name]) for name in want)
-
-
-def test_another_mask_at_every_call():
-    problem = make_problem(8, 16, dropout_p=0.5)
-    torch.manual_seed(0)
-    arguments = (problem.x, problem.weight, problem.lora_A, problem.lora_B, 1.0, None, 0.5)
-    assert not torch.equal(lora_linear(*arguments), lora_linear(*arguments))
 
 
 # Autocast.
