@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..introspect.fused import FusedPeftLayer, OwnLayer
+from ..introspect.fused import FusedPeftLayer, OwnLayer, remove_hooks
 from ..introspect.names import unwrapped
 from ..introspect.targets import check_holder, lora_layers
+from ..layers.head import output_head
 from ..runtime.messages import some
 
 _BEFORE = "_fastlora_calls"  # on a model during that forward: (name, layer, its calls before)
@@ -26,7 +27,8 @@ _OWNERS = "_fastlora_owners"  # of a layer's counts: the layer and the model tha
 
 
 def watch(model: nn.Module) -> None:
-    """Warns, after the model's first training forward, of patched layers that it did not call."""
+    """Warns, after the model's first training forward, of patched layers that it did not call; for an output head that
+    is a RuntimeError, since no other batch would call it."""
     model = unwrapped(model)
     if isinstance(model, (OwnLayer, FusedPeftLayer)):
         return
@@ -81,11 +83,7 @@ def _stop_noticing(model: nn.Module) -> None:
 def forget(model: nn.Module) -> None:
     """Takes the hooks away."""
     _stop_noticing(model)
-    for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (_before, _after)]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+    remove_hooks(model, (_before, _after))
 
 
 def _trains(module: nn.Module) -> bool:
@@ -123,6 +121,13 @@ def _after(model: nn.Module, args: Any, output: Any) -> None:
         return
     forget(model)
     uncalled = [name for name, layer, calls in before if _calls(layer) == calls]
+    heads = {id(output_head(module)) for module in model.modules()}
+    if passed_by := [name for name, layer, _ in before if name in uncalled and id(layer) in heads]:
+        raise RuntimeError(
+            f"fastlora: the model's first training forward did not call its output head {passed_by[0]!r}, whose "
+            "adapter would never be trained: something multiplies by the head's weight itself (a fused loss of Liger's "
+            f"or TRL's). Turn that off, or leave {passed_by[0]!r} out of target_modules"
+        )
     if uncalled:
         warnings.warn(
             f"fastlora: the model's first training forward did not call {len(uncalled)} of its {len(before)} patched "

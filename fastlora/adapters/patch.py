@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from ..integrations import trl
 from ..introspect import sharding
 from ..introspect.fused import PATCHED, FusedPeftLayer, FusedPeftTuner, rebind_forward
 from ..introspect.names import from_pattern, unwrapped
@@ -184,6 +185,7 @@ def patch(
 
 def _form_pieces(model: nn.Module, report: PatchReport, groups: Any, mlp: str | bool | None, fused_loss: bool) -> None:
     """What is larger than a layer: groups, MLPs, the head with its loss."""
+    trl.answer(model)
     report.groups = grouping.form_groups(model, groups)
     report.mlps, report.mlps_left_alone = mlps.form(model, mlp)
     if fused_loss:
@@ -239,6 +241,7 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
     for module in mlps.fused_mlps(model):
         mlps.release(module)
     heads.release_losses(model)
+    trl.forget(model)
     for module in list(model.modules()):
         if isinstance(module, FusedLoraLinear) and _ORIGINAL_CLASS in module.__dict__:
             if not (keep_merged and module.merged_adapters):

@@ -4,6 +4,7 @@ class swap must know of a module's forward."""
 from __future__ import annotations
 
 import types
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
@@ -48,3 +49,13 @@ def rebind_forward(module: nn.Module, cls: type[nn.Module]) -> None:
 def _is_own(forward: Any, module: nn.Module) -> bool:
     own = getattr(forward, "__func__", None) is type(module).forward
     return own and forward.__self__ is module  # type: ignore[union-attr]
+
+
+def remove_hooks(model: nn.Module, functions: Collection[Callable[..., Any]]) -> None:
+    """Takes these functions out of the forward hooks of a model's modules; a copy has no handles."""
+    for module in model.modules():
+        tables = [value for name, value in vars(module).items() if name.startswith("_forward_") and "hooks" in name]
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in functions]:
+                for table in tables:
+                    table.pop(key, None)

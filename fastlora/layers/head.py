@@ -20,6 +20,10 @@ from .checks import is_overridden
 from .fused import FusedLayer, Terms
 
 
+class Asked(dict):
+    """A head's `loss_trust` while its caller wants `LazyLogits`, in evaluation and without gradients too."""
+
+
 class LazyHead(nn.Linear):
     """A frozen head, which needs no adapter to compute its loss without logits. Made of an `nn.Linear` in place."""
 
@@ -32,7 +36,9 @@ class LazyHead(nn.Linear):
 
 def lazy_logits(layer: nn.Module, x: Tensor, terms: Terms, trust: dict[Any, str | None] | None) -> LazyLogits | None:
     """What stands for the logits of a head, or None where the logits themselves are wanted."""
-    if trust is None or not layer.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if trust is None or torch.compiler.is_compiling():
+        return None
+    if not isinstance(trust, Asked) and not (layer.training and torch.is_grad_enabled()):
         return None
     adapter = call.as_one_adapter(terms.adapters) if terms.adapters else None
     if (terms.adapters and adapter is None) or x.is_meta or x.dim() < 1 or is_overridden(layer):
@@ -46,13 +52,13 @@ def lazy_logits(layer: nn.Module, x: Tensor, terms: Terms, trust: dict[Any, str 
             return F.linear(h, terms.weight, terms.bias)
         return ops_layer.multi_lora_linear(h, terms.weight, terms.adapters, terms.bias, backend=backend)
 
-    dtype = torch.get_autocast_dtype(x.device.type) if call.autocast_enabled(x) else x.dtype
-    return LazyLogits(x, Source(terms.weight, terms.bias, adapter, run, trust), dtype)
+    autocast = torch.get_autocast_dtype(x.device.type) if call.autocast_enabled(x) else None
+    return LazyLogits(x, Source(terms.weight, terms.bias, adapter, run, trust, autocast), autocast or x.dtype)
 
 
 def fuse_losses(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     """Lets every output head of a model compute its loss without logits: (names of the heads, name → why not)."""
-    heads = {id(head): head for head in map(_output_head, model.modules()) if head is not None}
+    heads = {id(head): head for head in map(output_head, model.modules()) if head is not None}
     fused: list[str] = []
     left_alone: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -85,7 +91,8 @@ def release_losses(model: nn.Module) -> None:
             cast(nn.Module, module).__class__ = nn.Linear
 
 
-def _output_head(module: nn.Module) -> nn.Module | None:
+def output_head(module: nn.Module) -> nn.Module | None:
+    """What a model of transformers says its output head is."""
     output: Any = getattr(module, "get_output_embeddings", None)
     head = output() if callable(output) else None
     return head if isinstance(head, nn.Module) else None

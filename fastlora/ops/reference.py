@@ -220,11 +220,11 @@ def head_logits(
     return z / temperature
 
 
-def head_scores(h: torch.Tensor, *head_and_labels: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(entropy in nats, whether the label is the likeliest word) of every token; 0 and False for those that do not
-    count. Arguments as `head_losses`, up to `ignore_index`."""
-    *head, labels, ignore_index = head_and_labels
-    z = head_logits(h, *head)
-    counts = labels != ignore_index
-    entropy = torch.distributions.Categorical(logits=z).entropy() * counts
-    return entropy, (z.argmax(-1) == labels) & counts
+def token_scores(z: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> tuple[torch.Tensor, ...]:
+    """(entropy in nats, whether the label is the likeliest word, mean of the logits, log Σ p²) of every token, from its
+    logits (..., V); 0 and False for those that do not count."""
+    counts, log_p = labels != ignore_index, z.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    fixed = z.detach()
+    scores = entropy, fixed.argmax(-1) == labels, fixed.mean(-1), (2 * log_p.detach()).logsumexp(-1)
+    return tuple(score * counts for score in scores)

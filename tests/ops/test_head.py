@@ -134,20 +134,34 @@ def test_dropout_is_that_of_eager_with_the_same_seed():
     assert fused(leaves, labels, dropout_p=0.25, training=False) == fused(leaves, labels)
 
 
-def test_log_probs_entropy_and_top1():
+def test_log_probs_and_what_else_is_asked_of_a_token():
     (h, weight, lora_A, lora_B, bias), labels = problem()
-    z = reference.head_logits(h, weight, bias, lora_A, lora_B, SCALING, temperature=0.7).detach()
+    leaves = (h, weight, lora_A, lora_B, bias)
+    z = reference.head_logits(h, weight, bias, lora_A, lora_B, SCALING, softcap=4.0, temperature=0.7)
     labels[1, :4] = z[1, :4].argmax(-1)
     counts = labels != -100
-    scores = lora_linear_log_probs(
-        h, weight, lora_A, lora_B, labels, SCALING, bias, temperature=0.7, entropy=True, top1=True
-    )
-    want = z.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counts
-    torch.testing.assert_close(scores.log_probs.detach(), want)
-    torch.testing.assert_close(scores.entropy, torch.distributions.Categorical(logits=z).entropy() * counts)
+    options: dict[str, Any] = {"softcap": 4.0, "temperature": 0.7}
+    flags = dict.fromkeys(("entropy", "top1", "mean_logits", "log_sum_sq_probs"), True)
+    scores = lora_linear_log_probs(h, weight, lora_A, lora_B, labels, SCALING, bias, **options, **flags)
+    log_probs = z.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * counts
+    entropy = torch.distributions.Categorical(logits=z).entropy() * counts
+    torch.testing.assert_close(scores.log_probs, log_probs)
+    torch.testing.assert_close(scores.entropy, entropy)
     assert torch.equal(scores.is_top1, (z.argmax(-1) == labels) & counts) and scores.is_top1[1, :4].all()
-    assert not scores.entropy.requires_grad and scores.log_probs.requires_grad
-    plain = lora_linear_log_probs(h, weight, lora_A, lora_B, labels, SCALING, bias, temperature=0.7)
+    torch.testing.assert_close(scores.mean_logits, z.mean(-1).detach() * counts)
+    torch.testing.assert_close(scores.log_sum_sq_probs, z.softmax(-1).square().sum(-1).log().detach() * counts)
+    assert not (scores.mean_logits.requires_grad or scores.log_sum_sq_probs.requires_grad)
+    arriving = torch.randn(2, *labels.shape, dtype=torch.float64)
+    for weights in (arriving, arriving * torch.tensor([0.0, 1.0])[:, None, None]):  # the entropy alone, too
+        got, want = (
+            torch.autograd.grad(
+                [x for x, w in zip(pair, weights) if w.any()], leaves, [w for w in weights if w.any()], True
+            )
+            for pair in ((scores.log_probs, scores.entropy), (log_probs, entropy))
+        )
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other)
+    plain = lora_linear_log_probs(h, weight, lora_A, lora_B, labels, SCALING, bias, **options)
     assert torch.equal(plain, scores.log_probs)
 
 
@@ -227,7 +241,7 @@ def test_opcheck():
     numbers = (SCALING, 0.0, 1.0, 0.0, 1.0, -100, 0.0, 0.0)
     arguments = (h.flatten(0, 1), weight, bias, lora_A, lora_B, labels.flatten(), None, *numbers)
     torch.library.opcheck(torch.ops.fastlora.head_sum, (*arguments, [True] * 5, "test"))
-    torch.library.opcheck(torch.ops.fastlora.head_tokens, (*arguments, True, True, "test"))
+    torch.library.opcheck(torch.ops.fastlora.head_tokens, (*arguments, [True] * 4, "test"))
 
 
 def test_a_second_derivative_raises():

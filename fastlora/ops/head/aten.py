@@ -10,7 +10,7 @@ logits are overwritten by their softmax and then by dz.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -153,9 +153,29 @@ def token_losses(chunk: Chunk, loss: Loss) -> tuple[Tensor, Tensor]:
     return value, lse
 
 
-def backward_(chunk: Chunk, head: Head, loss: Loss, lse: Tensor, grad: Tensor | None, into: Gradients) -> None:
+def token_scores(chunk: Chunk, loss: Loss, wanted: Sequence[bool]) -> list[Tensor | None]:
+    """ℓ, lse, and as far as they are wanted the entropy, whether the label is the likeliest word, the mean of the
+    logits and log Σ p² of a chunk's tokens; z becomes its softmax."""
+    entropy, top1, mean_logits, log_sum_sq = wanted
+    z = chunk.z.clone() if entropy else None
+    is_top1 = chunk.z.argmax(1) == chunk.labels if top1 else None
+    mean = chunk.z.mean(1) if mean_logits else None
+    losses, lse = token_losses(chunk, loss)
+    entropies = None if z is None else lse - z.mul_(chunk.z).sum(1)
+    return [losses, lse, entropies, is_top1, mean, chunk.z.norm(dim=1).log() * 2 if log_sum_sq else None]
+
+
+def backward_(
+    chunk: Chunk,
+    head: Head,
+    loss: Loss,
+    lse: Tensor,
+    grad: Tensor | None,
+    into: Gradients,
+    extra: Tensor | None = None,
+) -> None:
     """Adds a chunk's share to the gradients; z, its softmax, is overwritten. `grad`: what arrives for each token's ℓ,
-    or None for 1."""
+    or None for 1; `extra`: a gradient of z to add."""
     dz = chunk.z
     if loss.z_loss:
         dz *= (1.0 + 2.0 * loss.z_loss * lse)[:, None]
@@ -165,6 +185,8 @@ def backward_(chunk: Chunk, head: Head, loss: Loss, lse: Tensor, grad: Tensor | 
     dz.scatter_add_(1, chunk.labels[:, None], one)
     if grad is not None:
         dz *= grad.to(dz.dtype)[:, None]
+    if extra is not None:
+        dz += extra
     if chunk.slope is not None:
         dz *= chunk.slope
     if head.logit_scale != head.temperature:

@@ -11,6 +11,7 @@ Both are `torch.library` ops, the same for eager calls and `torch.compile`. The 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +27,14 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 class TokenScores(NamedTuple):
-    """What `lora_linear_log_probs` returns with `entropy` or `top1`: three tensors of the labels' shape, the last two
-    None where they were not asked for, and without gradients."""
+    """What `lora_linear_log_probs` returns where one of its flags is set: tensors of the labels' shape, None what was
+    not asked for. Log-probabilities and entropies have gradients."""
 
     log_probs: Tensor
-    entropy: Tensor | None
-    is_top1: Tensor | None
+    entropy: Tensor | None = None
+    is_top1: Tensor | None = None
+    mean_logits: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
 
 
 def lora_linear_cross_entropy(
@@ -102,7 +105,7 @@ def lora_linear_cross_entropy(
     head = _head(h, weight, bias, lora_A, lora_B, labels, scaling, dropout_p, logit_scale, softcap, 1.0, where)
     loss = Loss(label_smoothing, z_loss)
     if reduction == "none":
-        return _per_token(h, head, labels, ignore_index, loss, where)[0]
+        return -_per_token(h, head, labels, ignore_index, loss, where).log_probs
     total, count = _summed(h, head, labels, ignore_index, loss, where)
     if num_items_in_batch is not None:
         if isinstance(num_items_in_batch, Tensor):
@@ -128,6 +131,8 @@ def lora_linear_log_probs(
     softcap: float | None = None,
     entropy: bool = False,
     top1: bool = False,
+    mean_logits: bool = False,
+    log_sum_sq_probs: bool = False,
 ) -> Any:
     """log p(label) of every token under a head with a low-rank adapter, differentiable, for preference and RL losses.
 
@@ -140,8 +145,9 @@ def lora_linear_log_probs(
     `ignore_index` get 0, and no gradient.
 
     Returns:
-        (...,) in float32 (float64 for float64). With `entropy` or `top1` a `TokenScores`: the entropy of each token's
-        distribution in nats, and whether its label is the likeliest word; 0 and False for ignored tokens.
+        (...,) in float32 (float64 for float64). With one of the flags a `TokenScores`: the entropy of each token's
+        distribution in nats, differentiable as the log-probability; whether its label is the likeliest word; the mean
+        of its logits; log Σ p²; 0 and False for ignored tokens.
 
     Raises:
         ValueError: as `lora_linear_cross_entropy`; a temperature that is not positive.
@@ -151,10 +157,9 @@ def lora_linear_log_probs(
         raise ValueError(f"{where}: temperature: got {temperature}, want a positive number")
     dropout_p = dropout_p if training else 0.0
     head = _head(h, weight, bias, lora_A, lora_B, labels, scaling, dropout_p, logit_scale, softcap, temperature, where)
-    losses, entropies, is_top1 = _per_token(h, head, labels, ignore_index, Loss(), where, entropy, top1)
-    if not (entropy or top1):
-        return -losses
-    return TokenScores(-losses, entropies if entropy else None, is_top1 if top1 else None)
+    wanted = (entropy, top1, mean_logits, log_sum_sq_probs)
+    scores = _per_token(h, head, labels, ignore_index, Loss(), where, wanted)
+    return scores if any(wanted) else scores.log_probs
 
 
 def _head(
@@ -230,27 +235,21 @@ def _summed(h: Tensor, head: Head, labels: Tensor, ignore_index: int, loss: Loss
 
 
 def _per_token(
-    h: Tensor, head: Head, labels: Tensor, ignore_index: int, loss: Loss, where: str, entropy=False, top1=False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(ℓ, entropy, whether the label is the likeliest word), each of the labels' shape."""
+    h: Tensor, head: Head, labels: Tensor, ignore_index: int, loss: Loss, where: str, wanted: Sequence[bool] = ()
+) -> TokenScores:
+    """What is `wanted` of each token, of the labels' shape, with −ℓ as its log-probability."""
     h2, head = _prepared(h, head)
-    flat = labels.reshape(-1)
-    if not call.takes_fused_path(h2, *head[:4], flat):
+    flat, wanted = labels.reshape(-1), [*wanted] or [False] * 4
+    if call.takes_fused_path(h2, *head[:4], flat):
+        with call.without_autocast(h2):
+            losses, _, *scores = torch.ops.fastlora.head_tokens(
+                h2, *head[:4], flat, _mask(h2, head), *head[4:], ignore_index, *loss, wanted, where
+            )
+    else:
         losses = reference.head_losses(h2, *head, flat, ignore_index, *loss)
-        with torch.no_grad():
-            entropies, is_top1 = reference.head_scores(h2, *head, flat, ignore_index)
-        return losses.view(labels.shape), entropies.view(labels.shape), is_top1.view(labels.shape)
-    with call.without_autocast(h2):
-        found = torch.ops.fastlora.head_tokens(
-            h2, *head[:4], flat, _mask(h2, head), *head[4:], ignore_index, *loss, entropy, top1, where
-        )
-    losses, _, entropies, is_top1 = found
-    shape = labels.shape
-    return (
-        losses.view(shape),
-        entropies.view(shape) if entropy else entropies,
-        is_top1.view(shape) if top1 else is_top1,
-    )
+        scores = reference.token_scores(reference.head_logits(h2, *head), flat, ignore_index)
+    found = [score.view(labels.shape) if want else None for want, score in zip(wanted, scores)]
+    return TokenScores(-losses.view(labels.shape), *found)
 
 
 def _needed(tensor: Tensor | None) -> bool:
@@ -268,10 +267,12 @@ _library.define(
     tags=_TAGS,
 )
 _library.define(
-    f"head_tokens({_HEAD}{_NUMBERS}bool entropy, bool top1, str caller) -> (Tensor, Tensor, Tensor, Tensor)", tags=_TAGS
+    f"head_tokens({_HEAD}{_NUMBERS}bool[] wanted, str caller) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 _library.define(
-    f"head_tokens_backward(Tensor grad, Tensor lse, {_HEAD}{_NUMBERS}bool[] needs, str caller) "
+    f"head_tokens_backward(Tensor? grad, Tensor? grad_entropy, Tensor lse, Tensor entropy, {_HEAD}{_NUMBERS}"
+    "bool[] needs, str caller) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -329,45 +330,39 @@ def _sum(h, weight, bias, lora_A, lora_B, labels, keep, *rest):
 
 
 def _token_losses(h, weight, bias, lora_A, lora_B, labels, keep, *rest):
-    *numbers, entropy, top1, caller = rest
+    *numbers, wanted, caller = rest
     head, loss, ignore_index = _arguments(h, weight, bias, lora_A, lora_B, numbers)
     tokens = _tokens(labels, weight.shape[0], ignore_index, caller)
-    value = torch.zeros(h.shape[0], dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
-    lses = torch.zeros_like(value)
-    entropies = torch.zeros_like(value if entropy else value[:0])
-    is_top1 = torch.zeros(h.shape[0] if top1 else 0, dtype=torch.bool, device=h.device)
+    found = [torch.zeros_like(like) for like in _tokens_fake(h, weight, bias, lora_A, lora_B, labels, keep, *rest)]
     wide = aten.widened(h, head)
     for chunk in aten.chunks(h, wide, tokens.labels, keep, tokens.rows):
-        where = chunk.rows
-        if top1:
-            is_top1[where] = chunk.z.argmax(1) == chunk.labels
-        logits_sum = chunk.z.clone() if entropy else None
-        losses, lse = aten.token_losses(chunk, loss)
-        if logits_sum is not None:
-            entropies[where] = lse - logits_sum.mul_(chunk.z).sum(1)
-        value[where], lses[where] = losses, lse
+        for all_of_it, part in zip(found, aten.token_scores(chunk, loss, wanted), strict=True):
+            if part is not None:
+                all_of_it[chunk.rows] = part
     if tokens.counted is not None:
-        value *= tokens.counted
-        if entropy:
-            entropies *= tokens.counted
-        if top1:
-            is_top1 &= tokens.counted
-    return value, lses, entropies, is_top1
+        found = [of_it * tokens.counted if of_it.numel() else of_it for of_it in found]
+    return tuple(found)
 
 
-def _token_losses_backward(grad, lse, h, weight, bias, lora_A, lora_B, labels, keep, *rest):
+def _token_losses_backward(grad, grad_entropy, lse, entropy, h, weight, bias, lora_A, lora_B, labels, keep, *rest):
     *numbers, needs, caller = rest
     head, loss, ignore_index = _arguments(h, weight, bias, lora_A, lora_B, numbers)
     tokens = _tokens(labels, weight.shape[0], ignore_index, caller)
     into = Gradients(h, head, tuple(needs))
     wide = aten.widened(h, head)
+    grad = torch.zeros_like(lse) if grad is None else grad
+    if tokens.counted is not None:
+        grad = grad * tokens.counted
+        grad_entropy = None if grad_entropy is None else grad_entropy * tokens.counted
     for chunk in aten.chunks(h, wide, tokens.labels, keep, tokens.rows):
-        own = lse[chunk.rows]
-        chunk.z.sub_(own[:, None]).exp_()
-        arriving = grad[chunk.rows]
-        if tokens.counted is not None:
-            arriving = arriving * tokens.counted[chunk.rows]
-        aten.backward_(chunk, wide, loss, own, arriving, into)
+        own, extra = lse[chunk.rows], None
+        chunk.z.sub_(own[:, None])
+        if grad_entropy is not None:  # of H = −Σ p log p: −p (log p + H)
+            extra = (chunk.z + entropy[chunk.rows][:, None]).mul_(-grad_entropy[chunk.rows][:, None])
+            extra *= chunk.z.exp_()
+        else:
+            chunk.z.exp_()
+        aten.backward_(chunk, wide, loss, own, grad[chunk.rows], into, extra)
     return _not_none(h, into.tensors(head))
 
 
@@ -385,14 +380,13 @@ def _sum_fake(h, weight, bias, lora_A, lora_B, labels, keep, *rest):
 
 
 def _tokens_fake(h, weight, bias, lora_A, lora_B, labels, keep, *rest):
-    entropy, top1 = rest[-3:-1]
-    count, wide = h.shape[0], torch.promote_types(h.dtype, torch.float32)
-    value = h.new_empty(count, dtype=wide)
-    is_top1 = h.new_empty(count if top1 else 0, dtype=torch.bool)
-    return value, torch.empty_like(value), h.new_empty(count if entropy else 0, dtype=wide), is_top1
+    wide = torch.promote_types(h.dtype, torch.float32)
+    kinds = zip((wide, torch.bool, wide, wide), rest[-2], strict=True)
+    scores = (h.new_empty(h.shape[0] if want else 0, dtype=dtype) for dtype, want in kinds)
+    return *(h.new_empty(h.shape[0], dtype=wide) for _ in range(2)), *scores
 
 
-def _tokens_backward_fake(grad, lse, h, weight, bias, lora_A, lora_B, labels, keep, *rest):
+def _tokens_backward_fake(grad, grad_entropy, lse, entropy, h, weight, bias, lora_A, lora_B, labels, keep, *rest):
     return _fake_gradients(h, weight, bias, lora_A, lora_B, rest[-2])
 
 
@@ -427,23 +421,24 @@ def _sum_backward(ctx: Any, grad: Tensor | None, *_: Any):
 
 
 def _tokens_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.save_for_backward(output[1], *inputs[:7])
-    ctx.numbers, ctx.caller = inputs[7:-3], inputs[-1]
+    ctx.save_for_backward(*output[1:3], *inputs[:7])
+    ctx.numbers, ctx.caller = inputs[7:-2], inputs[-1]
     ctx.count = len(inputs)
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.mark_non_differentiable(output[1], *output[3:])
     ctx.set_materialize_grads(False)
 
 
-def _tokens_backward(ctx: Any, grad: Tensor | None, *_: Any):
+def _tokens_backward(ctx: Any, grad: Tensor | None, _: Any, grad_entropy: Tensor | None, *__: Any):
     _only_once()
-    if grad is None:
+    if grad is None and grad_entropy is None:
         return (None,) * ctx.count
-    lse, h, weight, bias, lora_A, lora_B, labels, keep = ctx.saved_tensors
+    lse, entropy, h, weight, bias, lora_A, lora_B, labels, keep = ctx.saved_tensors
     need_h, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
     needs = [need_h, need_a, need_b, need_w, need_bias]
+    head = (h, weight, bias, lora_A, lora_B, labels, keep)
     with call.without_autocast(h):
         made = torch.ops.fastlora.head_tokens_backward(
-            grad, lse, h, weight, bias, lora_A, lora_B, labels, keep, *ctx.numbers, needs, ctx.caller
+            grad, grad_entropy, lse, entropy, *head, *ctx.numbers, needs, ctx.caller
         )
     return _placed(*(g if need else None for g, need in zip(made, needs, strict=True)), count=ctx.count)
 

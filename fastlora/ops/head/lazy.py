@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import call
 from ..call import Adapter
-from .head import lora_linear_cross_entropy
+from .head import TokenScores, lora_linear_cross_entropy, lora_linear_log_probs
 
 CHECKED_TOKENS = 8
 
@@ -32,6 +32,7 @@ class Source(NamedTuple):
     adapter: Adapter | None
     run: Callable[[Tensor], Tensor]
     trust: dict[Any, str | None]  # the head's own: whether its first loss agreed with the logits'
+    autocast: torch.dtype | None = None  # the dtype in force at the call
 
 
 class LazyLogits(torch.Tensor):
@@ -59,6 +60,28 @@ class LazyLogits(torch.Tensor):
                 z = z.tanh() if step is None else z * step
             self.made = z.to(self.dtype)
         return self.made
+
+    def scale_and_cap(self) -> tuple[float, float | None]:
+        """The steps as a head's `logit_scale` and `softcap`."""
+        scale, softcap = 1.0, None
+        for step in self.steps:
+            if step is None:
+                softcap = 1.0
+            elif softcap is None:
+                scale *= step
+            else:
+                softcap *= step
+        return scale if softcap is None else scale * softcap, softcap  # b·tanh(a·z) caps a·b·z at b
+
+    def log_probs(self, labels: Tensor, temperature: float = 1.0, **flags: bool) -> TokenScores:
+        """`lora_linear_log_probs` of these logits, in the head's autocast."""
+        scale, softcap = self.scale_and_cap()
+        weight, bias, adapter, *_, autocast = self.source
+        a, b, s, p = adapter[:4] if adapter is not None else (None, None, 1.0, 0.0)
+        with torch.autocast(self.device.type, dtype=autocast, enabled=autocast is not None):
+            steps = {"temperature": temperature, "logit_scale": scale, "softcap": softcap}
+            found = lora_linear_log_probs(self.h, weight, a, b, labels, s, bias, p, **steps, **flags)
+        return found if isinstance(found, TokenScores) else TokenScores(found)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}): made when used"
@@ -184,18 +207,9 @@ def _cross_entropy(
     soft = not isinstance(target, Tensor) or target.is_floating_point()
     if soft or logits.dim() != 2 or not (weight is None and size_average is None and reduce is None):
         return NotImplemented
-    scale, softcap = 1.0, None
-    for step in logits.steps:
-        if step is None:
-            softcap = 1.0
-        elif softcap is None:
-            scale *= step
-        else:
-            softcap *= step
-    if softcap is not None:
-        if softcap <= 0.0:
-            return NotImplemented
-        scale *= softcap  # b·tanh(a·z) caps a·b·z at b
+    scale, softcap = logits.scale_and_cap()
+    if softcap is not None and softcap <= 0.0:
+        return NotImplemented
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     trust, key = logits.source.trust, (scale, softcap)
     if key not in trust:
