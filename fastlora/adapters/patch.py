@@ -33,12 +33,14 @@ from ..layers import group as grouping
 from ..layers import head as heads
 from ..layers import mlp as mlps
 from ..layers.checks import check_adapter_arguments, check_backend
+from ..layers.experts import ExpertWeight
 from ..layers.kinds import FROZEN, TRAINED, check_kinds
 from ..layers.linear import FusedLoraLinear
 from ..layers.starts import check_init, check_not_shared, shifts_weight
+from ..layers.state import AdapterState
 from ..runtime import progress
 from ..runtime.messages import by_reason
-from . import first_forward
+from . import first_forward, patch_experts
 from .report import ModuleReport, PatchReport, refusal
 from .switch import follow_ties
 
@@ -68,6 +70,8 @@ def patch(
     use_dora: bool = False,
     use_adalora: bool = False,
     fused_loss: bool = False,
+    target_parameters: Sequence[str] | None = None,
+    rank_per_token: bool = False,
 ) -> PatchReport:
     """Swaps fused LoRA layers into a model, in place.
 
@@ -104,6 +108,11 @@ def patch(
         fused_loss: in training the model's own cross-entropy is computed in chunks of tokens: its logits, and their
             gradients, never exist as a whole. For heads with and without an adapter; the model's outputs hold
             `LazyLogits`, which become logits when something else than that loss uses them. docs/head.md.
+        target_parameters: 3-D weights of a mixture's experts, by PEFT's name and rule: full names or their endings, as
+            in ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]. Each expert gets an adapter of rank r. With
+            target_modules=[] nothing else does. docs/experts.md.
+        rank_per_token: give each expert rank r ÷ top-k (rounded down, at least 1) at the same scale, so that a token's
+            experts have r together.
 
     Returns:
         A `PatchReport`: a line per module, patched or left alone and why.
@@ -133,9 +142,11 @@ def patch(
     peft_layers = dict(peft_lora_layers(model))
     settings = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": float(lora_dropout), "use_rslora": use_rslora}
     settings |= {"use_dora": use_dora, "use_adalora": use_adalora}
+    patch_experts.check(target_parameters, rank_per_token, settings, init_lora_weights)
     if peft_layers:
         patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
         others = {"init_lora_weights": init_lora_weights, "adapter_name": adapter_name}
+        others |= {"target_parameters": target_parameters, "rank_per_token": rank_per_token}
         _warn_of_ignored_settings(settings | others, patterns)
         from . import patch_peft  # which needs peft, and the model brought it
 
@@ -167,8 +178,23 @@ def patch(
             plan[name] = module
         reason = status or f"adapter {adapter_name!r}, r={own['r']}"
         report.modules.append(ModuleReport(name, _original_kind(module), True, reason))
+    experts, left = patch_experts.find(model, target_parameters, selection, backend)
+    for name, layer in experts.items():
+        patterns = {"rank_pattern": (rank_pattern, name), "alpha_pattern": (alpha_pattern, name)}
+        own = patch_experts.settings_of(
+            name, layer, settings, rank_per_token, lambda key, default, of=patterns: from_pattern(*of[key], default)
+        )
+        settings_of[name] = own
+        status = _adapter_status(name, layer, adapter_name, own)
+        if not status:
+            plan[name] = layer
+        reason = status or f"adapter {adapter_name!r}, r={own['r']} of each of {layer.num_experts} experts"
+        report.modules.append(ModuleReport(name, "Parameter", True, reason))
+    report.modules += left
+    known = {line.name for line in report.modules}
     for name, why_not, asked in expert_weights(model, selection):
-        report.modules.append(ModuleReport(name, "Parameter", False, why_not, asked))
+        if name not in known:
+            report.modules.append(ModuleReport(name, "Parameter", False, why_not, asked))
     _check_something_matched(model, report, selection, strict)
     if shifts_weight(init_lora_weights):
         weights = {name: cast(Tensor, module.weight) for name, module in plan.items()}
@@ -225,7 +251,7 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
                 f"unpatch: {name!r} has become a {type(module).__name__} since it was patched, want a FusedLoraLinear: "
                 "undo that first (a parametrisation, sharding)"
             )
-    adapted = [module for module in model.modules() if isinstance(module, FusedLoraLinear) and module.r]
+    adapted = [module for module in model.modules() if isinstance(module, AdapterState) and module.r]
     if keep_merged and adapted and not any(module.merged_adapters for module in adapted):
         raise ValueError(
             "unpatch: keep_merged: no adapter is merged into any weight; call fastlora.merge(model) first, or leave "
@@ -243,7 +269,7 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
     heads.release_losses(model)
     trl.forget(model)
     for module in list(model.modules()):
-        if isinstance(module, FusedLoraLinear) and _ORIGINAL_CLASS in module.__dict__:
+        if isinstance(module, AdapterState) and _is_swapped(module):
             if not (keep_merged and module.merged_adapters):
                 module.unmerge()
                 for name in module.r:
@@ -270,7 +296,12 @@ def is_patched(model: nn.Module) -> bool:
     """True where `patch` has swapped any layer of the model (or the model itself is such a layer)."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"is_patched: model: got {type(model).__name__}, want a torch.nn.Module")
-    return any(_ORIGINAL_CLASS in module.__dict__ or isinstance(module, FusedPeftLayer) for module in model.modules())
+    return any(_is_swapped(module) or isinstance(module, FusedPeftLayer) for module in model.modules())
+
+
+def _is_swapped(module: nn.Module) -> bool:
+    """Whether it is a layer that `patch` has put in, rather than one that was made by hand."""
+    return _ORIGINAL_CLASS in module.__dict__ or isinstance(module, ExpertWeight)
 
 
 def _check_patterns(rank_pattern: Any, alpha_pattern: Any) -> None:
@@ -300,6 +331,7 @@ def _check_patterns_used(names: Iterable[str], patterns: dict[str, Any], strict:
 def _warn_of_ignored_settings(settings: dict, patterns: dict) -> None:
     defaults = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": False, "init_lora_weights": True}
     defaults |= {"adapter_name": "default", "use_dora": False, "use_adalora": False}
+    defaults |= {"target_parameters": None, "rank_per_token": False}
     ignored = [f"{key}={value!r}" for key, value in settings.items() if value != defaults[key]]
     ignored += [f"{key}={value!r}" for key, value in patterns.items() if value]
     if ignored:
@@ -314,7 +346,7 @@ def _warn_of_ignored_settings(settings: dict, patterns: dict) -> None:
 def _adapter_status(name: str, module: nn.Module, adapter_name: str, settings: dict) -> str:
     """Why nothing is to be done for this adapter; empty where it is to be added. ValueError where it exists with other
     settings."""
-    if not isinstance(module, FusedLoraLinear) or adapter_name not in module.r:
+    if not isinstance(module, AdapterState) or adapter_name not in module.r:
         return ""
     for key, wanted in settings.items():
         existing = getattr(module, key)[adapter_name]
@@ -387,14 +419,16 @@ def _apply(
     """Swaps the planned layers and freezes the rest; on any failure (memory, Ctrl-C) the model is put back first."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     records = _flags_to_record(model, plan.values())
-    active = {name for m in model.modules() if isinstance(m, FusedLoraLinear) for name in m.active_adapters}
+    active = {name for m in model.modules() if isinstance(m, AdapterState) for name in m.active_adapters}
     done: list[nn.Module] = []
     try:
         for name, module in progress.bar(plan.items(), "patch", len(plan)):
             done.append(module)
-            if not isinstance(module, FusedLoraLinear):
+            if isinstance(module, ExpertWeight):
+                module.attach()
+            elif not isinstance(module, FusedLoraLinear):
                 _swap_class(module, backend)
-            assert isinstance(module, FusedLoraLinear)
+            assert isinstance(module, AdapterState)
             try:
                 module.add_adapter(adapter_name, init_lora_weights=init_lora_weights, **settings_of[name])
             except ValueError as error:
@@ -406,9 +440,9 @@ def _apply(
                 module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
     except BaseException:
         for module in done:
-            if isinstance(module, FusedLoraLinear):
+            if isinstance(module, AdapterState):
                 module._forget_adapter(adapter_name)
-                if not module.r and _ORIGINAL_CLASS in module.__dict__:
+                if not module.r and _is_swapped(module):
                     restore_layer(module)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
@@ -425,7 +459,7 @@ def _flags_to_record(model: nn.Module, plan: Iterable[nn.Module]) -> list[tuple[
     """
     planned = {id(module) for module in plan}
     seen_whole = _FROZEN in model.__dict__
-    layers = [module for module in model.modules() if isinstance(module, FusedLoraLinear)]
+    layers = [module for module in model.modules() if isinstance(module, AdapterState)]
     adapters = {id(layer._modules[key]) for layer in layers for key in (*TRAINED, *FROZEN)}
     recorded: dict[int, bool] = {}
     for module in model.modules():
@@ -449,7 +483,11 @@ def _swap_class(module: nn.Module, backend: str) -> None:
     module._init_adapter_state(fan_in_fan_out=original is not nn.Linear, backend=backend)
 
 
-def restore_layer(layer: FusedLoraLinear) -> None:
+def restore_layer(layer: AdapterState) -> None:
+    if isinstance(layer, ExpertWeight):
+        layer.detach()
+        return
+    assert isinstance(layer, FusedLoraLinear)
     for attribute in FusedLoraLinear.STATE:
         if attribute in layer._modules:
             del layer._modules[attribute]

@@ -28,7 +28,7 @@ def patch(model: nn.Module, layers: dict[str, Any], selection: Selection, backen
     plan = []
     asked: dict[str, str] = {}
     for name, layer in layers.items():
-        kind = type(layer).__name__
+        kind, name = type(layer).__name__, peft_adopt.called(name, layer)
         why_not = None
         if not selection.all_linear and not selection.names(name):
             why_not = "not among target_modules"

@@ -11,7 +11,11 @@ from torch import nn
 
 
 class OwnLayer:
-    """The mark of `FusedLoraLinear`: a plain layer that holds its adapters itself."""
+    """The mark of `FusedLoraLinear`, and of expert weights: a layer of fastlora's, that holds its adapters itself."""
+
+    def called(self, name: str) -> str:
+        """What reports and files call the layer that is registered under this name."""
+        return name
 
 
 class FusedPeftLayer:

@@ -133,21 +133,80 @@ def candidates(model: nn.Module, selection: Selection) -> Iterator[tuple[str, nn
 
 
 def expert_weights(model: nn.Module, selection: Selection) -> Iterator[tuple[str, str, bool]]:
-    """(name, why it is left alone, whether it was asked for) of every 3-D parameter that is no convolution's kernel:
-    the weights of several linear layers, as transformers has experts."""
+    """(name, why it is left alone, whether it was asked for as a module) of every 3-D parameter that is no
+    convolution's kernel: the weights of several linear layers, as transformers has experts."""
+    for name, module, key, parameter in _parameters(model):
+        if parameter.dim() != 3 or min(parameter.shape) < 2 or isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        if selection.excludes(name):
+            yield name, "in exclude_modules", False
+            continue
+        suffix = ".".join(name.split(".")[-2:])
+        reason = why_not_experts(module, key)
+        why = f"experts: target_parameters=[{suffix!r}] adapts them" if reason is None else f"a 3-D parameter: {reason}"
+        yield name, why, not selection.all_linear and selection.names(name)
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """(name, module, key, parameter) of the model's parameters but for adapters'."""
+    inside: set[int] = set()
     for name, module in named_modules(model):
-        if isinstance(module, (OwnLayer, nn.modules.conv._ConvNd, nn.ParameterDict)):
+        if isinstance(module, OwnLayer):
+            inside.update(id(child) for child in module.modules() if child is not module)
+        if id(module) in inside or isinstance(module, nn.ParameterDict):
             continue
         for key, parameter in module._parameters.items():
-            if parameter is None or parameter.dim() != 3 or min(parameter.shape) < 2:
-                continue
-            path = f"{name}.{key}" if name else key
-            if selection.excludes(path):
-                yield path, "in exclude_modules", False
-                continue
-            suffix = ".".join(path.split(".")[-2:])
-            why = f"a 3-D parameter (experts?): PEFT adapts it, by LoraConfig(target_parameters=[{suffix!r}])"
-            yield path, why, not selection.all_linear and selection.names(path)
+            if parameter is not None:
+                yield f"{name}.{key}" if name else key, module, key, parameter
+
+
+def target_parameters(
+    model: nn.Module, targets: Sequence[str] | None, caller: str = "patch"
+) -> list[tuple[str, nn.Module, str]]:
+    """(name, module, key) of the parameters that are called so, or whose names end so from a dot on, as in PEFT.
+
+    Raises ValueError for a name that matches none.
+    """
+    if targets is None:
+        return []
+    if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"{caller}: target_parameters: got {targets!r}, want a list of parameters' names")
+    found, unused = [], set(targets)
+    for name, module, key, _ in _parameters(model):
+        matches = {target for target in targets if name == target or name.endswith(f".{target}")}
+        unused -= matches
+        if matches:
+            found.append((name, module, key))
+    if unused:
+        experts = [name for name, *_, parameter in _parameters(model) if parameter.dim() == 3]
+        known = sorted({".".join(name.split(".")[-3:]) for name in experts})
+        raise ValueError(
+            f"{caller}: target_parameters: no parameter is called {', '.join(map(repr, sorted(unused)))} in this "
+            f"{type(model).__name__}; its 3-D parameters are "
+            + (", ".join(known[:8]) + (", ..." if len(known) > 8 else "") if known else "none: it has no experts")
+        )
+    return found
+
+
+def why_not_experts(module: Any, key: str) -> str | None:
+    """None where this parameter is the weight of experts that can be adapted: of a module that transformers' experts
+    interface runs (`use_experts_implementation`); else why not."""
+    parameter = module._parameters[key]
+    if parameter.dim() != 3:
+        return f"it has {parameter.dim()} dimensions, want a weight of experts, which has 3"
+    forward = type(module).forward if not hasattr(module, "ORIGINAL") else module.ORIGINAL.forward
+    if getattr(forward, "__globals__", {}).get("__name__") != "transformers.integrations.moe":
+        return f"{type(module).__name__} is not run by transformers' experts interface (use_experts_implementation)"
+    if key not in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        return f"{type(module).__name__} multiplies its tokens by other parameters"
+    if not has_own_forward(module):
+        return "its module's forward was replaced on the instance"
+    if module._is_expert_parallel:
+        return "its experts are spread over processes (expert parallel): adapters would be too"
+    if type(parameter) is not nn.Parameter or not parameter.is_floating_point() or parameter.element_size() < 2:
+        kind = f"{type(parameter).__name__} of {parameter.dtype}"
+        return f"its weight is a {kind}, quantised or sharded: want a plain one, patched before sharding"
+    return None
 
 
 def sketchable(
@@ -265,7 +324,7 @@ def modules_of(model: nn.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any
     def walk(name: str, module: nn.Module) -> None:
         seen.add(id(module))
         if isinstance(module, kinds):
-            found.append((name, module))
+            found.append((module.called(name) if isinstance(module, OwnLayer) else name, module))
         if isinstance(module, OwnLayer):
             return
         for child_name, child in module._modules.items():

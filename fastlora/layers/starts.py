@@ -362,6 +362,16 @@ def alpha_at(layer: AdapterState, name: str, r: int) -> float:
     return (math.sqrt(growth) if layer.use_rslora[name] else growth) * layer.lora_alpha[name]
 
 
+def check_weight_to_load(layer: AdapterState, weight: Tensor | None, name: str) -> None:
+    """Raises ValueError for another weight than the one into which adapters are merged: `unmerge` would put it out
+    again."""
+    if weight is not None and layer.merged_adapters and not _same_bits(weight, layer.weight):
+        raise ValueError(
+            f"{type(layer).__name__}: {name}: adapters {layer.merged_adapters} are merged into the layer's weight, "
+            "which is another one; call fastlora.unmerge(model) before load_state_dict"
+        )
+
+
 def before_loading(layer: AdapterState, state_dict: Any, prefix: str) -> dict[str, Any]:
     """What a state dict has of the weight and the adapters' starts, for `after_loading`. Makes room for a frozen part
     of another rank, which a re-initialised adapter has.
@@ -371,11 +381,7 @@ def before_loading(layer: AdapterState, state_dict: Any, prefix: str) -> dict[st
     """
     saved = {key: state_dict.get(f"{prefix}{key}") for key in ("weight", *_start_keys(layer))}
     weight = saved["weight"]
-    if weight is not None and layer.merged_adapters and not _same_bits(weight, layer.weight):
-        raise ValueError(
-            f"FusedLoraLinear: {prefix}weight: adapters {layer.merged_adapters} are merged into the layer's weight, "
-            "which is another one; call fastlora.unmerge(model) before load_state_dict"
-        )
+    check_weight_to_load(layer, weight, f"{prefix}weight")
     for name in layer.lora_A if weight is not None else ():
         here = layer.shifted_by == name
         if f"{prefix}lora_A.{name}" not in state_dict or (saved[f"lora_shift.{name}"] is not None) == here:

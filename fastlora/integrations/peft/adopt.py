@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -23,10 +24,15 @@ from ...introspect.fused import has_own_forward, rebind_forward
 from ...layers.checks import keep_off_the_fast_path
 from ...layers.fused import CallCounts
 from .adalora import FusedSVDLinear
+from .experts import FusedParamWrapper
 from .lora import QUANTISED_LAYERS, FusedPeftLinear, PeftFusedLayer, class_name
 
 # PEFT's classes, and what their instances become; those on quantised bases are imported where a model has them.
-FUSED: dict[type[nn.Module], Any] = {PeftLinear: FusedPeftLinear, SVDLinear: FusedSVDLinear}
+FUSED: dict[type[nn.Module], Any] = {
+    PeftLinear: FusedPeftLinear,
+    SVDLinear: FusedSVDLinear,
+    ParamWrapper: FusedParamWrapper,
+}
 
 
 def _fused_class(layer: nn.Module) -> Any:
@@ -43,15 +49,26 @@ def unsupported(layer: nn.Module) -> str | None:
     """None where `adopt` takes this layer, or why it is left to PEFT as it is (docs/peft.md, docs/qlora.md)."""
     fused = _fused_class(layer)
     if fused is None:
-        only = "only peft.tuners.lora.layer.Linear and AdaLoRA's SVDLinear are fused"
+        only = "only peft.tuners.lora.layer's Linear and ParamWrapper and AdaLoRA's SVDLinear are fused"
         return f"PEFT layer class {class_name(layer)}: {only}"
     if not has_own_forward(layer):
         hooked = "accelerate's hook offloads its weights" if hasattr(layer, "_hf_hook") else None
         return hooked or "its forward was replaced on the instance"
+    if isinstance(layer, ParamWrapper):
+        return fused.why_not_base(layer)
     base = cast(Any, layer).base_layer
     if isinstance(base, BaseTunerLayer):
         return f"nested in another PEFT layer ({type(base).__name__})"
     return fused.why_not_base(base)
+
+
+def called(name: str, layer: Any) -> str:
+    """What a report calls a layer of this name: an expert weight by the parameter's own name in the plain model."""
+    if not isinstance(layer, ParamWrapper):
+        return name
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+    return f"{name}.{layer.parameter_name}"
 
 
 def prediction(layer: Any) -> str | None:

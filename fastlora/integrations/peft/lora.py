@@ -52,11 +52,11 @@ class PeftFusedLayer(FusedPeftLayer, FusedLayer):
         if not torch.compiler.is_compiling():  # a changing count would be a new graph for every call
             self.calls.fell_back(reason)
 
-    def base_forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's own forward where it comes down to the base layer; it unmerges first where adapters are disabled."""
         if not torch.compiler.is_compiling():
             self.calls.base += 1
-        return super().forward(x, **kwargs)  # type: ignore[misc]
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
 
 class FusedForward(PeftFusedLayer):
