@@ -52,7 +52,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             do not fit the model; an adapter of that name with other shapes, or merged; a new one for a wrapped model.
             The model is then as it was.
 
-    Example:
+    Examples:
         >>> fastlora.load_adapter(model, "runs/my-adapter")
     """
     model, outermost = introspect_targets.unwrap(model, "load_adapter"), model

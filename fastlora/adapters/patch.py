@@ -123,7 +123,7 @@ def patch(
             settings than an earlier `patch` for the same adapter; an initialisation that needs data, or that a layer's
             weight cannot give; with `strict`, a target that cannot be patched. The model is then as it was.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
         >>> fastlora.patch(model, r=4).patched
         ['0', '2']

@@ -275,7 +275,7 @@ def save_adapter(
             a PeftModel, which saves itself.
         OSError: the directory cannot be written (PermissionError, no space left, ...); nothing in it was changed.
 
-    Example:
+    Examples:
         >>> fastlora.save_adapter(model, "runs/my-adapter")
     """
     model, outermost = targets.unwrap(model, "save_adapter"), model
