@@ -20,6 +20,7 @@ from ..layers.checks import check_adapter_arguments
 from ..layers.linear import FusedLoraLinear
 from ..linalg.lowrank import balanced
 from ..runtime import progress
+from ..runtime.checks import is_number
 from .switch import require_layers
 
 
@@ -117,7 +118,7 @@ def _check(
     for name, weight in weights.items():
         if name not in known:
             raise ValueError(f"{where}: weights: got {name!r}, want some of {sorted(known)}")
-        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not math.isfinite(weight):
+        if not is_number(weight) or not math.isfinite(weight):
             raise ValueError(f"{where}: weights: got {weight!r} for {name!r}, want a finite number")
     if adapter_name in known:
         raise ValueError(f"{where}: adapter_name: {adapter_name!r} is taken; this model has {sorted(known)}")

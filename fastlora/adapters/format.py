@@ -24,6 +24,7 @@ from torch import Tensor
 from ..introspect.names import from_pattern
 from ..layers.checks import check_adapter_arguments
 from ..layers.schedule import Allocation, RankSchedule
+from ..runtime.checks import check_integer
 from ..runtime.messages import some
 
 CONFIG_NAME = "adapter_config.json"
@@ -352,8 +353,7 @@ def _check_config(where: Path, config: dict[str, Any]) -> None:
 
 def _check_adalora(where: Path, config: dict[str, Any]) -> None:
     init_r, pattern = config.get("init_r"), config.get("rank_pattern") or {}
-    if not isinstance(init_r, int) or isinstance(init_r, bool) or init_r < 1:
-        raise ValueError(f"load_adapter: {where}: init_r: got {init_r!r}, want an integer of at least 1")
+    check_integer(f"load_adapter: {where}", "init_r", init_r)
     _schedule(config).checked(f"load_adapter: {where}")
     if not isinstance(pattern, dict) or not all(_is_list_of(bool, kept) for kept in pattern.values()):
         raise ValueError(f"load_adapter: {where}: rank_pattern: got {pattern!r}, want a list of bools for each lora_E")

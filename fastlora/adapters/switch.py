@@ -16,6 +16,7 @@ from ..introspect import sharding
 from ..introspect.targets import lora_layers
 from ..layers import batch
 from ..layers.fused import Adapted
+from ..runtime.checks import check_integer, check_module
 
 _TIED = "_fastlora_tied"  # on a model whose head a merge has untied: the configurations that said it is tied
 
@@ -218,8 +219,7 @@ def adapter_names(model: nn.Module, names: Sequence[str], num_beams: int = 1) ->
     unknown = sorted(set(names) - {*known, batch.BASE_NAME})
     if unknown:
         raise ValueError(f"adapter_names: names: got {unknown}, want some of {known} or {batch.BASE_NAME!r}")
-    if not isinstance(num_beams, int) or num_beams < 1:
-        raise ValueError(f"adapter_names: num_beams: got {num_beams!r}, want an integer of at least 1")
+    check_integer("adapter_names", "num_beams", num_beams)
     if wrapped := list(Beside(model, layers).wrappers):
         raise ValueError(
             f"adapter_names: model: {wrapped[0]!r} is another module in each adapter (modules_to_save, "
@@ -240,8 +240,7 @@ def _adapted(model: nn.Module, caller: str) -> list[tuple[str, Adapted]]:
 
 
 def require_layers(model: nn.Module, caller: str) -> list[tuple[str, Any]]:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{caller}: model: got {type(model).__name__}, want a torch.nn.Module")
+    check_module(caller, model)
     layers = list(lora_layers(model))
     if not layers:
         raise ValueError(f"{caller}: this {type(model).__name__} has no LoRA layers; call fastlora.patch(model) first")

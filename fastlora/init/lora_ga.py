@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from ..introspect import names, sharding, targets
 from ..layers.linear import FusedLoraLinear
 from ..layers.starts import check_not_shared
 from ..runtime import messages, progress
+from ..runtime.checks import check_choice, check_module, check_positive, is_integer
 from .factors import SPLITS, split_factors
 from .place import PlainStart
 from .report import DRIFT
@@ -104,13 +104,12 @@ def init_lora_ga(
 
     Source: Wang et al. 2024, arXiv 2407.05000, equations 8 to 12.
     """
-    _check_choice("split", split, SPLITS)
-    _check_choice("scale", scale, SCALES)
-    _check_choice("base", base, BASES)
-    _check_choice("missing", missing, MISSING)
-    _check_positive("gamma", gamma)
+    checked = (("split", split, SPLITS), ("scale", scale, SCALES), ("base", base, BASES), ("missing", missing, MISSING))
+    for argument, value, choices in checked:
+        check_choice("init_lora_ga", argument, value, choices)
+    check_positive("init_lora_ga", "gamma", gamma)
     if norm_clip is not None:
-        _check_positive("norm_clip", norm_clip)
+        check_positive("init_lora_ga", "norm_clip", norm_clip)
     _check_models(model, sketch)
     ranks = _checked_ranks(ranks, sketch)
     if missing == "error":
@@ -232,8 +231,7 @@ class _Start:
 
 
 def _check_models(model: nn.Module, sketch: GradientSketch | SignFactors) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"init_lora_ga: model: got {type(model).__name__}, want a torch.nn.Module")
+    check_module("init_lora_ga", model)
     if not isinstance(sketch, (GradientSketch, SignFactors)):
         raise ValueError(f"init_lora_ga: sketch: got {type(sketch).__name__}, want a GradientSketch")
     if (wrapped := sharding.wrapper(model)) is not None:
@@ -273,7 +271,7 @@ def _checked_ranks(ranks: Mapping[str, int] | None, sketch: GradientSketch | Sig
         raise ValueError(f"init_lora_ga: ranks: got {messages.some(unknown)}, which the sketch has not seen")
     for name, rank in ranks.items():
         most = sketch.width // 2 if isinstance(sketch, GradientSketch) else sketch.r
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= most:
+        if not is_integer(rank) or rank > most:
             raise ValueError(
                 f"init_lora_ga: ranks: got {rank!r} for {name!r}, want an integer in [1, {most}] (half of the sketch's "
                 "width)"
@@ -389,13 +387,3 @@ def _norm_of_product(a: Tensor, b: Tensor) -> float:
 
 def _norm(weight: Tensor) -> float:
     return float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-
-
-def _check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"init_lora_ga: {argument}: got {value!r}, want one of {', '.join(choices)}")
-
-
-def _check_positive(argument: str, value: Any) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"init_lora_ga: {argument}: got {value!r}, want a positive number")

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ..runtime.checks import check_choice, is_positive
 from .sketch import GradientSketch, check_alike
 from .streaming import StreamingSketch
 
@@ -95,10 +95,9 @@ def combine(sketches: Sequence[GradientSketch], weights: Sequence[float] | None,
         raise ValueError(f"{_WHERE}: sketches: got [{kinds}], want one GradientSketch or more")
     check_alike(f"{_WHERE}: sketches", sketches)
     weights = [1.0] * len(sketches) if weights is None else list(weights)
-    if len(weights) != len(sketches) or not all(_is_positive(weight) for weight in weights):
+    if len(weights) != len(sketches) or not all(map(is_positive, weights)):
         raise ValueError(f"{_WHERE}: weights: got {weights}, want {len(sketches)} positive numbers")
-    if normalize not in NORMALIZATIONS:
-        raise ValueError(f"{_WHERE}: normalize: got {normalize!r}, want one of {', '.join(NORMALIZATIONS)}")
+    check_choice(_WHERE, "normalize", normalize, NORMALIZATIONS)
     if sketches[0].accumulate == "components":
         raise ValueError(f'{_WHERE}: sketches: got some with accumulate="components", want "sum" or "signed"')
     scales = [weight / _size(sketch, normalize) for sketch, weight in zip(sketches, weights)]
@@ -158,7 +157,3 @@ def _has_bases_of(first: StreamingSketch, part: StreamingSketch) -> bool:
 
 def _total(tensors: list[torch.Tensor], scales: list[float], device: torch.device) -> torch.Tensor:
     return torch.stack([scale * tensor.to(device) for scale, tensor in zip(scales, tensors)]).sum(0)
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf

@@ -29,6 +29,7 @@ from ..introspect import taps, targets
 from ..layers.linear import FusedLoraLinear
 from ..linalg import native
 from ..runtime import messages
+from ..runtime.checks import check_choice, check_integer, check_module
 
 NORMS = ("probes", "exact")
 # Squares of singular values of B or A below this share of the largest are rounding (in the float64 Gram matrix): the
@@ -111,13 +112,10 @@ class AlignmentMonitor:
         seed: int = 0,
         on_record: Callable[[AlignmentRecord], object] | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"AlignmentMonitor: model: got {type(model).__name__}, want a torch.nn.Module")
-        for argument, value in (("every", every), ("probes", probes)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"AlignmentMonitor: {argument}: got {value!r}, want an integer of at least 1")
-        if norm not in NORMS:
-            raise ValueError(f"AlignmentMonitor: norm: got {norm!r}, want one of {', '.join(NORMS)}")
+        check_module("AlignmentMonitor", model)
+        check_integer("AlignmentMonitor", "every", every)
+        check_integer("AlignmentMonitor", "probes", probes)
+        check_choice("AlignmentMonitor", "norm", norm, NORMS)
         if not any(True for _ in targets.lora_layers(model)):
             raise ValueError(
                 f"AlignmentMonitor: model: this {type(model).__name__} has no LoRA layers; call fastlora.patch(model) "

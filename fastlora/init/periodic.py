@@ -14,6 +14,7 @@ from torch import nn
 from ..introspect import targets
 from ..layers.linear import FusedLoraLinear
 from ..optim.moments import check_optimizer
+from ..runtime.checks import check, check_integer, check_module
 from .monitor import AlignmentMonitor
 from .reinit import Options, ReinitReport, layers_to_restart, reinit_lora_ga
 from .sketch import GradientSketch
@@ -81,13 +82,14 @@ class PeriodicReinit:
     ) -> None:
         caller = "PeriodicReinit"
         self.options = Options(smoothing, moments, split, scale, gamma, max_rank, seed).checked(caller)
-        _check_integers(caller, every=every, window=window, min_gap=min_gap)
+        for argument, value in (("every", every), ("window", window), ("min_gap", min_gap)):
+            if value is not None or argument != "every":
+                check_integer(caller, argument, value)
         if (monitor is None) != (threshold is None):
             raise ValueError(f"{caller}: monitor, threshold: got one without the other, want both or neither")
         if every is None and monitor is None:
             raise ValueError(f"{caller}: every: got None and no monitor, want a number of steps or a threshold")
-        if threshold is not None and not 0 < threshold <= 1:
-            raise ValueError(f"{caller}: threshold: got {threshold!r}, want a number in (0, 1]")
+        check(threshold is None or 0 < threshold <= 1, caller, "threshold", threshold, "a number in (0, 1]")
         if every is not None and every < window:
             raise ValueError(f"{caller}: every: got {every}, want at least the window's {window} steps")
         self.model, self.optimizer, self.adapter_name = model, optimizer, adapter_name
@@ -110,8 +112,7 @@ class PeriodicReinit:
 
     def _layers(self, target_modules: Any, exclude_modules: Any) -> tuple[list[str], int]:
         """The layers to re-initialise, and their largest rank."""
-        if not isinstance(self.model, nn.Module):
-            raise ValueError(f"PeriodicReinit: model: got {type(self.model).__name__}, want a torch.nn.Module")
+        check_module("PeriodicReinit", self.model)
         names, ranks = [], [1]
         for name, layer in targets.sketchable(self.model, target_modules, exclude_modules):
             if isinstance(layer, FusedLoraLinear) and self.adapter_name not in layer.r:
@@ -247,11 +248,3 @@ class PeriodicReinit:
             f"PeriodicReinit({len(self._names)} layers, {', '.join(when)}, {self.steps} steps, "
             f"{len(self.reports)} re-initialisations)"
         )
-
-
-def _check_integers(caller: str, **arguments: Any) -> None:
-    for argument, value in arguments.items():
-        if value is None and argument == "every":
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{caller}: {argument}: got {value!r}, want an integer of at least 1")

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from typing import Any
 
+from ..runtime.checks import check_choice, check_integer, is_integer
 from .sketch import GradientSketch
 
 WORTHS = ("gradient", "share")
@@ -48,13 +48,12 @@ def allocate_ranks(
         >>> ranks = fastlora.allocate_ranks(sketch, total_rank=8 * len(sketch.names), max_rank=32)
         >>> fastlora.init_lora_ga(model, sketch, ranks=ranks)
     """
-    if by not in WORTHS:
-        raise ValueError(f"allocate_ranks: by: got {by!r}, want one of {', '.join(WORTHS)}")
+    check_choice("allocate_ranks", "by", by, WORTHS)
     if parameters is not None and total_rank is not None:
         raise ValueError("allocate_ranks: parameters, total_rank: got both, want one of them")
-    _check_rank("min_rank", min_rank, 1)
+    check_integer("allocate_ranks", "min_rank", min_rank)
     max_rank = max(2 * sketch.r, min_rank) if max_rank is None else max_rank
-    _check_rank("max_rank", max_rank, min_rank)
+    check_integer("allocate_ranks", "max_rank", max_rank, min_rank)
     sizes = sketch.sizes
     costs = {name: 1 if total_rank is not None else n + m for name, (n, m) in sizes.items()}
     budget = total_rank if parameters is None else parameters
@@ -68,7 +67,7 @@ def allocate_ranks(
             f"its {min(sizes[small[0]])} triplets, or of the sketch's width {sketch.width})"
         )
     least = min_rank * sum(costs.values())
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < least:
+    if not is_integer(budget, least):
         what = "parameters" if total_rank is None else "total_rank"
         raise ValueError(
             f"allocate_ranks: {what}: got {budget!r}, want at least {least}, which min_rank={min_rank} costs"
@@ -109,8 +108,3 @@ def _worths(sketch: GradientSketch, name: str, limit: int, by: str) -> list[floa
     whole = layer.squared_norm() if by == "share" else 1.0
     pairs = [(squares[2 * k] + squares[2 * k + 1]) / whole for k in range(limit)]
     return [pair if math.isfinite(pair) else 0.0 for pair in pairs]
-
-
-def _check_rank(argument: str, value: Any, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"allocate_ranks: {argument}: got {value!r}, want an integer of at least {least}")

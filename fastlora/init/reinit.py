@@ -24,6 +24,7 @@ from ..layers.linear import FusedLoraLinear
 from ..linalg.lowrank import balanced
 from ..optim import moments as optim_moments
 from ..runtime import messages, progress
+from ..runtime.checks import check, check_choice, check_integer, check_module, check_positive, is_number
 from .factors import SPLITS, smoothed, split_factors
 from .lora_ga import ratio
 from .monitor import measure, space_of
@@ -116,8 +117,7 @@ def reinit_lora_ga(
     """
     caller = "reinit_lora_ga"
     options = Options(smoothing, moments, split, scale, gamma, max_rank, seed).checked(caller)
-    if missing not in MISSING:
-        raise ValueError(f"{caller}: missing: got {missing!r}, want one of {', '.join(MISSING)}")
+    check_choice(caller, "missing", missing, MISSING)
     layers = layers_to_restart(caller, model, sketch, adapter_name)
     skipped = {name: "no gradient" for name in layers if not sketch.has_gradient(name)}
     if missing == "error":
@@ -147,29 +147,20 @@ class Options:
     def checked(self, caller: str) -> Options:
         """Raises ValueError for one out of range."""
         for argument, allowed in (("moments", optim_moments.MOMENTS), ("split", SPLITS), ("scale", SCALES)):
-            if getattr(self, argument) not in allowed:
-                wanted = f"want one of {', '.join(allowed)}"
-                raise ValueError(f"{caller}: {argument}: got {getattr(self, argument)!r}, {wanted}")
-        if not _is_number(self.smoothing) or not 0 <= self.smoothing <= 1:
-            raise ValueError(f"{caller}: smoothing: got {self.smoothing!r}, want a number in [0, 1]")
-        if not _is_number(self.gamma) or not 0 < self.gamma < math.inf:
-            raise ValueError(f"{caller}: gamma: got {self.gamma!r}, want a positive number")
-        rank = self.max_rank
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-            raise ValueError(f"{caller}: max_rank: got {rank!r}, want an integer of at least 1 or None")
+            check_choice(caller, argument, getattr(self, argument), allowed)
+        part = is_number(self.smoothing) and 0 <= self.smoothing <= 1
+        check(part, caller, "smoothing", self.smoothing, "a number in [0, 1]")
+        check_positive(caller, "gamma", self.gamma)
+        if self.max_rank is not None:
+            check_integer(caller, "max_rank", self.max_rank, also=" or None")
         return self
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def layers_to_restart(
     caller: str, model: nn.Module, sketch: GradientSketch, adapter_name: str
 ) -> dict[str, FusedLoraLinear]:
     """The sketched layers. Raises ValueError where one cannot be re-initialised."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{caller}: model: got {type(model).__name__}, want a torch.nn.Module")
+    check_module(caller, model)
     if not isinstance(sketch, GradientSketch):
         raise ValueError(f"{caller}: sketch: got {type(sketch).__name__}, want a GradientSketch")
     if any(True for _ in targets.peft_lora_layers(model)):

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from .. import linalg
 from ..introspect import taps
 from ..runtime import messages, progress
+from ..runtime.checks import check_choice, check_integer
 from .factors import SPLITS, split_factors
 from .sketch import WEIGHTINGS, GradientSketch
 
@@ -285,11 +286,14 @@ def sign_factors(
 
     Source: the objective is Su's (2024, https://spaces.ac.cn/archives/10226) at the best c; the search is our own.
     """
-    _check_choice("method", method, METHODS)
-    _check_choice("split", split, SPLITS)
-    _check_choice("weighting", weighting, WEIGHTINGS)
-    _check_count("layers_at_once", layers_at_once)
-    _check_count("rounds", rounds)
+    for argument, value, choices in (
+        ("method", method, METHODS),
+        ("split", split, SPLITS),
+        ("weighting", weighting, WEIGHTINGS),
+    ):
+        check_choice("sign_factors", argument, value, choices)
+    check_integer("sign_factors", "layers_at_once", layers_at_once)
+    check_integer("sign_factors", "rounds", rounds)
     chosen = GradientSketch(model, target_modules, r, exclude_modules=exclude_modules, weighting=weighting)
     distributed = dist.is_available() and dist.is_initialized()
     if single_pass and distributed:
@@ -424,13 +428,3 @@ def _run(
     finally:
         while restore:
             restore.pop()()
-
-
-def _check_choice(argument: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"sign_factors: {argument}: got {value!r}, want one of {', '.join(choices)}")
-
-
-def _check_count(argument: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"sign_factors: {argument}: got {value!r}, want an integer of at least 1")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..introspect import taps, targets
 from ..runtime import progress
+from ..runtime.checks import check, check_choice, check_integer, check_module, check_positive, is_integer
 from ..runtime.messages import some
 from .report import LayerReport, SketchReport
 from .streaming import SKETCHES, StreamingSketch, svd_of_each
@@ -97,23 +98,19 @@ class GradientSketch:
         discount: float = 1.0,
         freeze: bool = True,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"GradientSketch: model: got {type(model).__name__}, want a torch.nn.Module")
+        caller = "GradientSketch"
+        check_module(caller, model)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError(
                 "GradientSketch: model: got DistributedDataParallel, want the module inside it (model.module), called "
                 "directly: there are no weight gradients to reduce, and the sketches merge by themselves"
             )
-        if not _is_integer(r) or r < 1:
-            raise ValueError(f"GradientSketch: r: got {r!r}, want an integer of at least 1")
-        if width is not None and (not _is_integer(width) or width < 2 * r):
-            raise ValueError(f"GradientSketch: width: got {width!r}, want an integer of at least 2r = {2 * r}")
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"GradientSketch: weighting: got {weighting!r}, want one of {', '.join(WEIGHTINGS)}")
-        if accumulate not in SKETCHES:
-            raise ValueError(f"GradientSketch: accumulate: got {accumulate!r}, want one of {', '.join(SKETCHES)}")
-        if not _is_number(discount) or not 0 < discount < math.inf:
-            raise ValueError(f"GradientSketch: discount: got {discount!r}, want a positive number")
+        check_integer(caller, "r", r)
+        enough = width is None or is_integer(width, 2 * r)
+        check(enough, caller, "width", width, f"an integer of at least 2r = {2 * r}")
+        check_choice(caller, "weighting", weighting, WEIGHTINGS)
+        check_choice(caller, "accumulate", accumulate, SKETCHES)
+        check_positive(caller, "discount", discount)
         self.r, self.width, self.seed = r, max(6 * r, 32) if width is None else width, seed
         self.dropout, self.weighting, self.discount, self.freeze = dropout, weighting, float(discount), freeze
         self.accumulate = accumulate
@@ -439,11 +436,3 @@ def _few(value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
     return some(f"{name} {n}×{m}" for name, (n, m) in value.items())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

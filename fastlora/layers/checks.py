@@ -9,6 +9,7 @@ from torch import nn
 
 from ..introspect.fused import has_own_forward
 from ..ops.lora import choice
+from ..runtime.checks import check, check_choice, check_integer, is_number
 
 
 def tensors_of(adapters: Any) -> Any:
@@ -41,12 +42,10 @@ def check_adapter_arguments(
     name: str, r: int, lora_alpha: float, lora_dropout: float, caller: str = "FusedLoraLinear"
 ) -> None:
     """Raises ValueError for an adapter that cannot be."""
-    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-        raise ValueError(f"{caller}: r: got {r!r}, want an integer of at least 1 (the rank of the adapter)")
-    if not isinstance(lora_alpha, (int, float)) or isinstance(lora_alpha, bool) or not math.isfinite(lora_alpha):
-        raise ValueError(f"{caller}: lora_alpha: got {lora_alpha!r}, want a finite number")
-    if not isinstance(lora_dropout, (int, float)) or not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"{caller}: lora_dropout: got {lora_dropout!r}, want a probability in [0, 1)")
+    check_integer(caller, "r", r, also=" (the rank of the adapter)")
+    check(is_number(lora_alpha) and math.isfinite(lora_alpha), caller, "lora_alpha", lora_alpha, "a finite number")
+    part = isinstance(lora_dropout, (int, float)) and 0.0 <= lora_dropout < 1.0
+    check(part, caller, "lora_dropout", lora_dropout, "a probability in [0, 1)")
     if not isinstance(name, str) or not name or set(name) & set("./\\") or hasattr(nn.ParameterDict(), name):
         raise ValueError(
             f"{caller}: adapter_name: got {name!r}, want a non-empty string without dots and "
@@ -56,5 +55,4 @@ def check_adapter_arguments(
 
 def check_backend(backend: str, caller: str) -> None:
     """Raises ValueError for a backend name that does not exist."""
-    if backend not in choice.BACKENDS:
-        raise ValueError(f"{caller}: backend: got {backend!r}, want one of {', '.join(choice.BACKENDS)}")
+    check_choice(caller, "backend", backend, choice.BACKENDS)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..ops import call
 from ..ops.dora import dora as dora_op
 from ..ops.dora.aten import divisor
+from ..runtime.checks import check
 from . import starts
 from .checks import tensors_of
 
@@ -186,8 +187,7 @@ def _factors(layer: FusedLoraLinear) -> list[nn.ParameterDict]:
 def check_kinds(use_dora: Any, use_adalora: Any, init: bool | str, caller: str) -> None:
     """Raises ValueError for kinds of adapter that do not go together."""
     for argument, value in (("use_dora", use_dora), ("use_adalora", use_adalora)):
-        if not isinstance(value, bool):
-            raise ValueError(f"{caller}: {argument}: got {value!r}, want True or False")
+        check(isinstance(value, bool), caller, argument, value, "True or False")
     if use_dora and use_adalora:
         raise ValueError(f"{caller}: use_dora, use_adalora: got True for both, want one of them at most")
     if use_adalora:

@@ -23,7 +23,6 @@ from torch.nn.modules import module as nn_module
 
 from ..introspect.names import named_modules
 from ..ops import call
-from ..ops.group import group as group_op
 from ..ops.lora import choice as lora_choice
 from ..ops.mlp import aten as mlp_aten
 from ..ops.mlp import mlp as mlp_op
@@ -340,12 +339,7 @@ def _fused_on_anything(module: nn.Module, recipe: Recipe, x: Tensor) -> Tensor |
     adapter = None if layer is None else call.as_one_adapter(layer[0].adapters)
     if layer is None or adapter is None:
         return None
-    weight, bias = layer[0].weight, layer[0].bias
-    member = group_op.Member(weight, bias, *adapter[:2], adapter.dropout_p, layer[1])
-    choice = mlp_op.select(gate, recipe.activation, member)
-    if isinstance(choice, str):
-        return None
-    return mlp_op.activated_linear(gate, up, weight, bias, *adapter[:4], recipe.activation, choice)
+    return mlp_op.fused(gate, up, layer[0].weight, layer[0].bias, adapter, recipe.activation, layer[1])
 
 
 @functools.cache

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..runtime.checks import check, check_integer, is_number
+
 
 @dataclass(frozen=True)
 class RankSchedule:
@@ -33,13 +35,10 @@ class RankSchedule:
         """Raises ValueError for a value out of range."""
         least = {"target_r": 1, "total_steps": 1, "t_init": 0, "t_final": 0, "delta_t": 1}
         for argument, lowest in least.items():
-            value = getattr(self, argument)
-            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-                raise ValueError(f"{caller}: {argument}: got {value!r}, want an integer of at least {lowest}")
+            check_integer(caller, argument, getattr(self, argument), lowest)
         for argument in ("beta1", "beta2"):
             value = getattr(self, argument)
-            if not isinstance(value, (int, float)) or not 0 < value < 1:
-                raise ValueError(f"{caller}: {argument}: got {value!r}, want a number between 0 and 1")
+            check(is_number(value) and 0 < value < 1, caller, argument, value, "a number between 0 and 1")
         if self.t_init >= self.last:
             raise ValueError(
                 f"{caller}: t_init: got {self.t_init} and t_final {self.t_final} of {self.total_steps} steps, want "

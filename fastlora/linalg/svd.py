@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..runtime.checks import check, check_choice, is_integer
 from . import native
 from .lanczos import block_lanczos
 from .operators import Explicit, Factored, LinearOperator, check_matrix, outside_autocast
@@ -69,12 +70,11 @@ def truncated_svd(
         >>> U.shape, S.shape, Vh.shape
         (torch.Size([300, 8]), torch.Size([8]), torch.Size([8, 200]))
     """
-    if method not in METHODS:
-        raise ValueError(f"truncated_svd: method: got {method!r}, want one of {', '.join(METHODS)}")
+    check_choice("truncated_svd", "method", method, METHODS)
     op = _as_operator(operator)
     n, m = op.shape[-2:]
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= min(n, m):
-        raise ValueError(f"truncated_svd: rank: got {rank!r}, want an integer in [1, {min(n, m)}] for a matrix {n}×{m}")
+    right = is_integer(rank) and rank <= min(n, m)
+    check(right, "truncated_svd", "rank", rank, f"an integer in [1, {min(n, m)}] for a matrix {n}×{m}")
     for argument, value, least in (
         ("oversampling", oversampling, 0),
         ("iterations", iterations, 0 if method == "randomized" else 1),

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..introspect.targets import lora_layers
 from ..ops.dora.norms import KeptNorms
+from ..runtime.checks import check_module
 
 
 @contextmanager
@@ -32,8 +33,7 @@ def kept_norms(model: nn.Module) -> Iterator[nn.Module]:
         >>> with fastlora.variants.kept_norms(model), torch.no_grad():
         ...     model.generate(**prompt)
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"kept_norms: model: got {type(model).__name__}, want a torch.nn.Module")
+    check_module("kept_norms", model)
     layers: list[Any] = [layer for _, layer in lora_layers(model) if hasattr(layer, "kept_norms")]
     opened = [layer for layer in layers if layer.kept_norms is None]  # the outermost of nested blocks closes them
     for layer in opened:

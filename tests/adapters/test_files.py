@@ -14,8 +14,8 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+from tiny_models import tiny_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import fastlora
 from fastlora import load_adapter, save_adapter
@@ -31,22 +31,11 @@ def mlp(dtype=torch.float32) -> nn.Sequential:
 
 
 def llama() -> Any:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-        )
-    )
+    return tiny_model("llama")
 
 
 def gpt2() -> Any:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+    return tiny_model("gpt2")
 
 
 def patched(model=None, seed=1, **settings) -> Any:
@@ -513,11 +502,6 @@ def test_adapters_that_are_there_already(saved):
     edit_config(saved, target_modules=["0", "2"])
     edit_tensors(saved, lambda t: [t.pop(key) for key in list(t) if ".4." in key])
     assert_refused(saved, "also in 4, for which there are no weights", model=patched())
-
-
-def test_an_adapter_of_that_name_in_more_layers(tmp_path):
-    fastlora.save_adapter(patched(target_modules=["0"]), tmp_path)
-    assert_refused(tmp_path, "'default' exists already, also in 2, 4, for which there are no weights", model=patched())
 
 
 @pytest.mark.parametrize("patched_before", [False, True])

@@ -272,46 +272,6 @@ def test_real_gradients_of_every_layer_of_minilm():
     assert statistics.median(results["ordinary LoRA"].errors) > 3
 
 
-# What such layers do afterwards.
-@pytest.mark.parametrize("base", BASES)
-def test_merge_unmerge_and_unpatch(base):
-    model = Net()
-    state = ModelState(model)
-    started(model, base=base)
-    move_adapters(model)
-    trained, weights = model(inputs()), [layer.weight.clone() for layer in layers_of(model).values()]
-    fastlora.merge(model)
-    assert torch.allclose(model(inputs()), trained, atol=1e-5)
-    fastlora.unmerge(model)
-    assert all(torch.equal(layer.weight, w) for layer, w in zip(layers_of(model).values(), weights))
-    assert torch.equal(model(inputs()), trained)
-    with fastlora.disable_adapter(model):
-        disabled = model(inputs())
-    assert torch.allclose(disabled, Net()(inputs()), atol=1e-6) == (base == "exact")
-    fastlora.merge(model)
-    fastlora.unpatch(model)
-    state.assert_unchanged()
-    assert torch.equal(model(inputs()), Net()(inputs()))
-    started(model, base=base)
-    move_adapters(model)
-    fastlora.merge(model)
-    fastlora.unpatch(model, keep_merged=True)
-    assert torch.allclose(model(inputs()), trained, atol=1e-4)
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_copies_and_state_dicts(base):
-    model = started(base=base)
-    move_adapters(model)
-    trained = model(inputs())
-    assert torch.equal(copy.deepcopy(model)(inputs()), trained)
-    other = started(base=base)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(inputs()), trained)
-    fastlora.unpatch(other)
-    assert torch.equal(other(inputs()), Net()(inputs()))
-
-
 @pytest.mark.parametrize("base", BASES)
 def test_reset_delete_and_a_second_adapter(base):
     model = Net()
@@ -364,16 +324,6 @@ def test_peft_loads_the_saved_adapter_on_the_original_base(tmp_path, architectur
     ours = tiny_model(architecture)
     fastlora.load_adapter(ours, tmp_path)
     assert torch.allclose(ours(**batch).logits, trained, atol=1e-4 * trained.abs().max().item())
-
-
-@pytest.mark.parametrize("base", BASES)
-def test_an_ordinary_adapter_loaded_over_such_a_start(tmp_path, base):
-    ordinary = Net()
-    fastlora.patch(ordinary, r=R, target_modules=SKETCHED, init_lora_weights=False)
-    fastlora.save_adapter(ordinary, tmp_path)
-    model = started(base=base)
-    fastlora.load_adapter(model, tmp_path)
-    assert torch.allclose(model(inputs()), ordinary(inputs()), atol=1e-6)
 
 
 def test_a_patched_model_keeps_its_settings():

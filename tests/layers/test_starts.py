@@ -476,20 +476,6 @@ def test_adapters_on_weights_that_cannot_be_found_again_are_refused(tmp_path):
     state.assert_unchanged()
 
 
-def test_loading_over_a_shifted_adapter_takes_the_shift_back(tmp_path):
-    model = two_linears()
-    state = ModelState(model)
-    fastlora.patch(model, r=R, lora_alpha=6, init_lora_weights=False)
-    fastlora.save_adapter(model, tmp_path)
-    wanted = outputs(model)
-    fastlora.unpatch(model)
-    fastlora.patch(model, r=R, lora_alpha=6, init_lora_weights="pissa")
-    fastlora.load_adapter(model, tmp_path)
-    assert torch.equal(outputs(model), wanted)
-    fastlora.unpatch(model)
-    state.assert_unchanged()
-
-
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_state_dict_goes_on_where_training_stopped(init):
     base = two_linears()
@@ -581,12 +567,24 @@ def test_parts_of_a_state_dict():
         ModelState(base).assert_same_tensors(model)
 
 
-def test_merging_deepcopies_and_keeping_what_is_merged():
+@pytest.mark.parametrize("init", ["pissa", "exact", "offset"])
+def test_loading_an_ordinary_adapter_takes_the_start_back(tmp_path, init):
     base = two_linears()
-    model = copy.deepcopy(base)
-    fastlora.patch(model, r=R, init_lora_weights="pissa")
-    move(model)
+    ordinary, model = started(False, base), started(init, base)
+    fastlora.save_adapter(ordinary, tmp_path)
+    fastlora.load_adapter(model, tmp_path)
+    torch.testing.assert_close(outputs(model), outputs(ordinary), rtol=1e-6, atol=1e-6)
+    fastlora.unpatch(model)
+    ModelState(base).assert_same_tensors(model)
+
+
+@pytest.mark.parametrize("init", ["pissa", "exact", "offset"])
+def test_merging_deepcopies_and_keeping_what_is_merged(init):
+    base = two_linears()
+    model = started(init, base)
     wanted = outputs(model)
+    with fastlora.disable_adapter(model):
+        assert torch.allclose(outputs(model), outputs(base), atol=1e-6) == (init == "exact")
     clone = copy.deepcopy(model)
     fastlora.merge(model)
     torch.testing.assert_close(outputs(model), wanted, rtol=1e-5, atol=1e-5)

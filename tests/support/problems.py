@@ -35,13 +35,13 @@ def path(name: str) -> Iterator[None]:
 def spied_mlps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The activations of the MLPs that run fused from now on, in order."""
     calls: list[str] = []
-    original = mlp_op.activated_linear
+    original = mlp_op.fused
 
     def counting(*args):
         calls.append(args[-2])
         return original(*args)
 
-    monkeypatch.setattr(mlp_op, "activated_linear", counting)
+    monkeypatch.setattr(mlp_op, "fused", counting)
     return calls
 
 

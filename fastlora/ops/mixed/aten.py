@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.segment_plan import Segments
-from ..call import low_rank_dtype
+from ..call import Adapter, low_rank_dtype
 from ..lora.aten import add_product, draw_keep_mask, dropout_scale, ds_and_db, shrink, weight_grad
 
 Rows = slice | Tensor
@@ -26,10 +26,7 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_ps: Sequence[float],
+    adapters: Sequence[Adapter],
     segments: Segments,
     narrow: bool = False,
 ) -> tuple[Tensor, list[Tensor], Tensors]:
@@ -41,7 +38,7 @@ def forward(
     y = F.linear(x, weight, bias)
     s: list[Tensor] = []
     states: Tensors = []
-    for i, (a, b, scaling, p) in enumerate(zip(lora_As, lora_Bs, scalings, dropout_ps, strict=True)):
+    for i, (a, b, scaling, p, *_) in enumerate(adapters):
         start, end = segments.starts[i : i + 2]
         keep = draw_keep_mask(x.new_empty(end - start, x.shape[1]), p) if p > 0.0 else None
         dtype = low_rank_dtype(x, a, b, narrow)
@@ -60,12 +57,9 @@ def backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
+    adapters: Sequence[Adapter],
     s: Sequence[Tensor],
     states: Sequence[Tensor | None],
-    scalings: Sequence[float],
-    dropout_ps: Sequence[float],
     segments: Segments,
     needs: tuple[bool, Sequence[bool], Sequence[bool]],
     narrow: bool = False,
@@ -73,12 +67,12 @@ def backward(
     """(dX, dAs, dBs), None where `needs` (x, each lora_A, each lora_B) is False."""
     needs_x, needs_as, needs_bs = needs
     dx = dy.mm(weight) if needs_x and weight is not None else None
-    grad_as: Tensors = [None] * len(lora_As)
-    grad_bs: Tensors = [None] * len(lora_Bs)
-    for i, (a, b, keep) in enumerate(zip(lora_As, lora_Bs, states, strict=True)):
+    grad_as: Tensors = [None] * len(adapters)
+    grad_bs: Tensors = [None] * len(adapters)
+    for i, ((a, b, scaling, p, *_), keep) in enumerate(zip(adapters, states, strict=True)):
         dtype = s[i].dtype
         down = a.to(dtype)
-        scale = scalings[i] * _scale_of(keep, dropout_ps[i])
+        scale = scaling * _scale_of(keep, p)
         pieces = _pieces(segments, i, dy.device)
         for rows, span in pieces:
             needs_ds, mask = needs_x or needs_as[i], None if keep is None else keep[span]
@@ -104,16 +98,13 @@ def composed(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_ps: Sequence[float],
+    adapters: Sequence[Adapter],
     segments: Segments,
     narrow: bool = False,
 ) -> Tensor:
     """The same y, differentiated by ATen's own autograd: the faster one for small problems on a CPU."""
     y = F.linear(x, weight, bias)
-    for i, (a, b, scaling, p) in enumerate(zip(lora_As, lora_Bs, scalings, dropout_ps, strict=True)):
+    for i, (a, b, scaling, p, *_) in enumerate(adapters):
         index = segments.index(i, x.device)
         dtype = low_rank_dtype(x, a, b, narrow)
         rows = x.index_select(0, index).to(dtype)

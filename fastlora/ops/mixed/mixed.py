@@ -7,6 +7,7 @@ take it, otherwise the segment kernels, once they have agreed with the reference
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Sequence
@@ -40,21 +41,19 @@ def select(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    dropout_ps: Sequence[float],
+    adapters: Sequence[Adapter],
     backend: str,
     narrow: bool = False,
 ) -> ModuleType:
     """What runs x (M, K) with these adapters, all of one dtype. Falls down to ATen, with a warning where the kernels
     are wrong here."""
-    widest = max(range(len(lora_As)), key=lambda i: lora_As[i].shape[0])
-    dropout_p = max(dropout_ps)
-    name = choice.select(x, weight, bias, lora_As[widest], lora_Bs[widest], dropout_p, backend, narrow).name
+    widest = max(adapters, key=lambda adapter: adapter.lora_A.shape[0])
+    dropout_p = max(adapter.dropout_p for adapter in adapters)
+    name = choice.select(x, weight, bias, widest.lora_A, widest.lora_B, dropout_p, backend, narrow).name
     if name == "torch":
         return aten
     module = importlib.import_module("fastlora.ops.mixed.triton")
-    key = (x.device, x.dtype, lora_As[0].dtype, dropout_p > 0.0, narrow)
+    key = (x.device, x.dtype, widest.lora_A.dtype, dropout_p > 0.0, narrow)
     if x.is_cuda and _trusted.why_not(key, lambda: self_check(module, *key)) is not None:
         return aten
     return module
@@ -85,19 +84,19 @@ def self_check(
         downs = [torch.eye(k) if dropout else torch.randn(r, k) * k**-0.5 for r in ranks]
         lora_As = [a.to(device, adapter_dtype) for a in downs]
         lora_Bs = [(torch.randn(n, r, device=device) * r**-0.5).to(adapter_dtype) for r in ranks]
-        scalings, ps, yes = (1.5, 0.5), (p, p), (True, True)
-        y, s, states = module.forward(x, weight, bias, lora_As, lora_Bs, scalings, ps, segments, narrow)
-        of, needs = (weight, lora_As, lora_Bs, s, states, scalings, ps, segments), (True, yes, yes)
-        results = module.backward(dy, x, *of, needs, narrow)
+        scalings, yes = (1.5, 0.5), (True, True)
+        adapters = [Adapter(a, b, scaling, p) for a, b, scaling in zip(lora_As, lora_Bs, scalings, strict=True)]
+        y, s, states = module.forward(x, weight, bias, adapters, segments, narrow)
+        results = module.backward(dy, x, weight, adapters, s, states, segments, (True, yes, yes), narrow)
         got = [y, results[0], *results[1], *results[2]]
         keeps = [None, None]
         if dropout:
             keeps = [(s[0][start:end] != 0) for start, end in zip(segments.starts, segments.starts[1:], strict=False)]
         leaves = [t.double().requires_grad_() for t in (x, *lora_As, *lora_Bs)]
     with torch.inference_mode(False), torch.enable_grad():
-        adapters = [(leaves[1 + i], leaves[3 + i], scalings[i], p) for i in range(2)]
+        exact = [(leaves[1 + i], leaves[3 + i], scalings[i], p) for i in range(2)]
         want = reference.mixed_batch_lora_linear(
-            leaves[0].view(5, tokens, k), weight.double(), adapters, sequences, bias.double(), keeps
+            leaves[0].view(5, tokens, k), weight.double(), exact, sequences, bias.double(), keeps
         ).view(-1, n)
         expected = [want.detach(), *torch.autograd.grad(want, leaves, dy.double())]
     names = ("output", "gradient of x", *(f"gradient of lora_{f} {i}" for f in "AB" for i in range(2)))
@@ -115,75 +114,47 @@ class MixedBatchFunction(torch.autograd.Function):
         bias: Tensor | None,
         module: ModuleType,
         segments: Segments,
-        scalings: tuple[float, ...],
-        dropout_ps: tuple[float, ...],
+        terms: tuple[tuple[float, float], ...],
         narrow: bool,
         *factors: Tensor,
     ) -> Tensor:
-        count = len(scalings)
-        x2 = as_2d(x)
-        y, s, states = module.forward(
-            x2, weight, bias, factors[:count], factors[count:], scalings, dropout_ps, segments, narrow
-        )
+        y, s, states = module.forward(as_2d(x), weight, bias, _adapters(factors, terms), segments, narrow)
         needs_x, needs_w = ctx.needs_input_grad[:2]
-        needs_as = ctx.needs_input_grad[8 : 8 + count]
+        needs_as = ctx.needs_input_grad[7 : 7 + len(terms)]
         ctx.save_for_backward(
             x if needs_w or any(needs_as) else None, weight if needs_x else None, *factors, *s, *states
         )
-        ctx.arguments = (module, segments, scalings, dropout_ps, x.shape, len(s), narrow)
+        ctx.arguments = (module, segments, terms, x.shape, len(s), narrow)
         return as_shaped(y, x)
 
     @staticmethod
     @backward_pass
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        module, segments, scalings, dropout_ps, shape, num_s, narrow = ctx.arguments
-        count = len(scalings)
+        module, segments, terms, shape, num_s, narrow = ctx.arguments
+        count = len(terms)
         x, weight, *rest = ctx.saved_tensors
-        lora_As, lora_Bs, rest = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        adapters, rest = _adapters(rest, terms), rest[2 * count :]
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
-        needs = (needs_x, ctx.needs_input_grad[8 : 8 + count], ctx.needs_input_grad[8 + count :])
+        needs = (needs_x, ctx.needs_input_grad[7 : 7 + count], ctx.needs_input_grad[7 + count :])
         dy2 = as_2d(dy)
         x2 = as_2d(x) if x is not None else None
         dx, grad_as, grad_bs = module.backward(
-            dy2, x2, weight, lora_As, lora_Bs, rest[:num_s], rest[num_s:], scalings, dropout_ps, segments, needs, narrow
+            dy2, x2, weight, adapters, rest[:num_s], rest[num_s:], segments, needs, narrow
         )
         return (
             dx.view(shape) if dx is not None else None,
             dy2.t().mm(x2) if needs_w and x2 is not None else None,
             dy2.sum(0) if needs_bias else None,
-            *[None] * 5,
+            *[None] * 4,
             *grad_as,
             *grad_bs,
         )
 
 
-def mixed_batch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    scalings: tuple[float, ...],
-    dropout_ps: tuple[float, ...],
-    segments: Segments,
-    backend: str,
-    narrow: bool,
-) -> Tensor:
-    """Runs the chosen implementation under autograd. Arguments are checked already; one adapter for each
-    segment, all of one dtype."""
-    x2 = as_2d(x)
-    module = select(x2, weight, bias, lora_As, lora_Bs, dropout_ps, backend, narrow)
-    if module is aten and x.device.type == "cpu" and x.numel() < call.SMALL:
-        # Without gradients too: reentrant checkpointing expects the same bits of both.
-        return as_shaped(aten.composed(x2, weight, bias, lora_As, lora_Bs, scalings, dropout_ps, segments, narrow), x)
-    if not torch.is_grad_enabled():
-        y = module.forward(x2, weight, bias, lora_As, lora_Bs, scalings, dropout_ps, segments, narrow)[0]
-        return as_shaped(y, x)
-    if x.dim() != 2 and not x2._is_view():  # reshape had to copy x: once is enough
-        x = x2.view(x.shape)
-    return MixedBatchFunction.apply(  # type: ignore[return-value]
-        x, weight, bias, module, segments, scalings, dropout_ps, narrow, *lora_As, *lora_Bs
-    )
+def _adapters(factors: Sequence[Tensor], terms: Sequence[tuple[float, float]]) -> list[Adapter]:
+    """Of A₁ … Aₙ, B₁ … Bₙ (and what may follow), and each one's scale and dropout probability."""
+    pairs = zip(factors, factors[len(terms) :], terms, strict=False)
+    return [Adapter(a, b, scaling, dropout_p) for a, b, (scaling, dropout_p) in pairs]
 
 
 def lora_mixed_batch(
@@ -266,14 +237,20 @@ def run_segments(
             "lora_mixed_batch: adapters: got one with a magnitude (DoRA), want plain ones: run its "
             "sequences in a batch of their own"
         )
-    columns = zip(*(adapter[:4] for adapter in adapters), strict=True)
-    lora_As, lora_Bs, scalings, dropout_ps = (list(several) for several in columns)
-    fused = takes_fused_path(x, weight, bias, *lora_As, *lora_Bs) and not torch.compiler.is_compiling()
+    factors = [adapter.lora_A for adapter in adapters] + [adapter.lora_B for adapter in adapters]
+    fused = takes_fused_path(x, weight, bias, *factors) and not torch.compiler.is_compiling()
     if not fused or weight.numel() == 0 or x.is_nested:
         return reference.mixed_batch_lora_linear(x, weight, adapters, segments.sequences, bias)
-    widest = lora_As[0].dtype
-    for factor in (*lora_As, *lora_Bs):
-        widest = torch.promote_types(widest, factor.dtype)
-    lora_As, lora_Bs = ([f.to(widest) for f in factors] for factors in (lora_As, lora_Bs))
-    scales, ps = tuple(map(float, scalings)), tuple(dropout_ps)
-    return mixed_batch(x, weight, bias, lora_As, lora_Bs, scales, ps, segments, backend, narrow)
+    widest = functools.reduce(torch.promote_types, (factor.dtype for factor in factors))
+    factors = [factor.to(widest) for factor in factors]
+    terms = tuple((float(adapter.scaling), adapter.dropout_p) for adapter in adapters)
+    adapters, x2 = _adapters(factors, terms), as_2d(x)
+    module = select(x2, weight, bias, adapters, backend, narrow)
+    if module is aten and x.device.type == "cpu" and x.numel() < call.SMALL:
+        # Without gradients too: reentrant checkpointing expects the same bits of both.
+        return as_shaped(aten.composed(x2, weight, bias, adapters, segments, narrow), x)
+    if not torch.is_grad_enabled():
+        return as_shaped(module.forward(x2, weight, bias, adapters, segments, narrow)[0], x)
+    if x.dim() != 2 and not x2._is_view():  # reshape had to copy x: once is enough
+        x = x2.view(x.shape)
+    return MixedBatchFunction.apply(x, weight, bias, module, segments, terms, narrow, *factors)  # type: ignore[return-value]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...kernels.dropout import new_seed
 from ...kernels.launch import device_of, new_workspace
-from ...kernels.segment_factors import factors_of
+from ...kernels.segment_factors import Factors, factors_of
 from ...kernels.segment_grads import (
     segment_ds_db,
     segment_ds_db_workspace,
@@ -26,7 +26,7 @@ from ...kernels.segment_grads import (
 )
 from ...kernels.segment_plan import Segments
 from ...kernels.segments import segment_expand, segment_shrink, segment_shrink_workspace
-from ..call import low_rank_dtype
+from ..call import Adapter, low_rank_dtype
 
 Tensors = list[Tensor | None]
 
@@ -35,17 +35,13 @@ def forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    scalings: Sequence[float],
-    dropout_ps: Sequence[float],
+    adapters: Sequence[Adapter],
     segments: Segments,
     narrow: bool = False,
 ) -> tuple[Tensor, list[Tensor], Tensors]:
     """(y, [S], [seed or None]): y = x W0ᵀ + b, and s·S Bᵀ in the segments' rows. S is (positions, largest rank)."""
     with device_of(x):
-        lora_As, lora_Bs = _contiguous(lora_As), _contiguous(lora_Bs)
-        factors = factors_of(lora_As, lora_Bs, scalings, dropout_ps)
+        lora_As, lora_Bs, factors = _factors(adapters)
         seed = new_seed(x.device) if factors.any_dropout else None
         dtype = low_rank_dtype(x, lora_As[0], lora_Bs[0], narrow)
         s = x.new_empty(segments.num_positions, factors.max_rank, dtype=dtype)
@@ -65,12 +61,9 @@ def backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
+    adapters: Sequence[Adapter],
     s: Sequence[Tensor],
     states: Sequence[Tensor | None],
-    scalings: Sequence[float],
-    dropout_ps: Sequence[float],
     segments: Segments,
     needs: tuple[bool, Sequence[bool], Sequence[bool]],
     narrow: bool = False,
@@ -81,11 +74,10 @@ def backward(
     """
     needs_x, needs_as, needs_bs = needs
     (s0,), (seed,) = s, states
-    grad_as: Tensors = [None] * len(lora_As)
-    grad_bs: Tensors = [None] * len(lora_Bs)
+    grad_as: Tensors = [None] * len(adapters)
+    grad_bs: Tensors = [None] * len(adapters)
     with device_of(dy):
-        lora_As, lora_Bs = _contiguous(lora_As), _contiguous(lora_Bs)
-        factors = factors_of(lora_As, lora_Bs, scalings, dropout_ps)
+        lora_As, lora_Bs, factors = _factors(adapters)
         ds = torch.empty_like(s0)
         if any(needs_bs):
             flat = lora_Bs[0].new_empty(sum(b.numel() for b in lora_Bs))
@@ -118,8 +110,15 @@ def _input_gradient(dy, weight, ds, segments, factors, seed) -> Tensor:
     return dx.addmm_(dy, weight)
 
 
-def _contiguous(factors: Sequence[Tensor]) -> list[Tensor]:
-    return [factor.contiguous() for factor in factors]
+def _factors(adapters: Sequence[Adapter]) -> tuple[list[Tensor], list[Tensor], Factors]:
+    """Every lora_A and lora_B, contiguous, and what the kernels read of them."""
+    lora_As = [adapter.lora_A.contiguous() for adapter in adapters]
+    lora_Bs = [adapter.lora_B.contiguous() for adapter in adapters]
+    return (
+        lora_As,
+        lora_Bs,
+        factors_of(lora_As, lora_Bs, [a.scaling for a in adapters], [a.dropout_p for a in adapters]),
+    )
 
 
 def _views(flat: Tensor, factors: Sequence[Tensor], needs: Sequence[bool]) -> Tensors:

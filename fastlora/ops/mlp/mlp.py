@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...runtime.checks import check_choice
 from ...runtime.trust import Trusted, first_difference, seeded
 from .. import call
 from .. import layer as ops_layer
@@ -95,27 +96,6 @@ class ActivatedLinear(torch.autograd.Function):
             grad_b,
             *[None] * 4,
         )
-
-
-def activated_linear(
-    gate: Tensor,
-    up: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout_p: float,
-    activation: str,
-    choice: Choice,
-) -> Tensor:
-    """Runs the choice under autograd. Arguments are checked already."""
-    if torch.is_grad_enabled():
-        return ActivatedLinear.apply(  # type: ignore[return-value]
-            gate, up, weight, bias, lora_A, lora_B, scaling, dropout_p, activation, choice
-        )
-    h, s, _ = choice.mlp.activate(as_2d(gate), None if up is None else as_2d(up), activation, lora_A, dropout_p)
-    return as_shaped(choice.layer.forward(h, weight, bias, s, lora_B, scaling, choice.name), gate)
 
 
 ACTIVATIONS = tuple(aten.ACTIVATIONS)
@@ -229,7 +209,7 @@ def lora_mlp(
 
     Source: Shazeer 2020, GLU Variants Improve Transformer, arXiv 2002.05202.
     """
-    _check_activation(activation, "lora_mlp")
+    check_choice("lora_mlp", "activation", activation, ACTIVATIONS)
     if up is None:
         (gated,), upped = ops_layer.run_group(x, [gate], training, backend, False, "lora_mlp"), None
     else:
@@ -255,7 +235,7 @@ def lora_activated_linear(
     Args: gate, up: (..., K), of one dtype; layer: weight (N, K). The rest as in `lora_mlp`.
     Raises: ValueError as `lora_mlp`.
     """
-    _check_activation(activation, "lora_activated_linear")
+    check_choice("lora_activated_linear", "activation", activation, ACTIVATIONS)
     return _run_activated(gate, up, layer, activation, training, backend, "lora_activated_linear")
 
 
@@ -279,16 +259,36 @@ def _run_activated(
     for one in layer.adapters:
         call.check_call(gate, weight, one, bias, caller)
     adapter = call.as_one_adapter(layer.adapters)
-    choice = None
     if adapter is not None and not torch.compiler.is_compiling() and _may_activate(gate, up, weight, bias, adapter):
-        rows = as_2d(gate)
-        member = group_op.Member(weight, bias, *adapter[:2], adapter.dropout_p, backend)
-        choice = select(rows, activation, member)
-    if adapter is None or choice is None or isinstance(choice, str):
-        h = aten.ACTIVATIONS[activation].value(gate)
-        h = h if up is None else h * up
-        return ops_layer.run_layer(h, weight, layer.adapters, bias, backend, caller)
-    return activated_linear(gate, up, weight, bias, *adapter[:4], activation, choice)
+        y = fused(gate, up, weight, bias, adapter, activation, backend)
+        if y is not None:
+            return y
+    h = aten.ACTIVATIONS[activation].value(gate)
+    h = h if up is None else h * up
+    return ops_layer.run_layer(h, weight, layer.adapters, bias, backend, caller)
+
+
+def fused(
+    gate: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapter: Adapter,
+    activation: str,
+    backend: str,
+) -> Tensor | None:
+    """y by what `select` chooses, under autograd; None where it chooses nothing. Arguments are checked already."""
+    a, b, scaling, dropout_p, *_ = adapter
+    rows = as_2d(gate)
+    choice = select(rows, activation, group_op.Member(weight, bias, a, b, dropout_p, backend))
+    if isinstance(choice, str):
+        return None
+    if torch.is_grad_enabled():
+        return ActivatedLinear.apply(  # type: ignore[return-value]
+            gate, up, weight, bias, a, b, scaling, dropout_p, activation, choice
+        )
+    h, s, _ = choice.mlp.activate(rows, None if up is None else as_2d(up), activation, a, dropout_p)
+    return as_shaped(choice.layer.forward(h, weight, bias, s, b, scaling, choice.name), gate)
 
 
 def _may_activate(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> bool:
@@ -299,8 +299,3 @@ def _may_activate(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor 
     if weight.dtype != gate.dtype or (bias is not None and bias.dtype != gate.dtype):
         return False
     return call.takes_fused_path(gate, up, weight, bias, adapter.lora_A, adapter.lora_B)
-
-
-def _check_activation(activation: str, caller: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"{caller}: activation: got {activation!r}, want one of {', '.join(ACTIVATIONS)}")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...introspect import sharding, targets
+from ...runtime.checks import check_integer, check_module
 from ..lora_plus import undecayed
 from .adam import ARITHMETICS, BITS, MAXIMA, bitsandbytes
 from .projector import PROJ_TYPES, REFRESHES
@@ -98,8 +99,7 @@ def galore_param_groups(
 
 
 def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{_WHERE}: model: got {type(model).__name__}, want a torch.nn.Module")
+    check_module(_WHERE, model)
     if any(True for _ in targets.lora_layers(model)):
         raise ValueError(
             f"{_WHERE}: model: got one with LoRA layers, want a plain one, whose weights train as a whole "
@@ -231,10 +231,8 @@ def _check_values(group: dict[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {key}: got {group[key]!r}, want one of {', '.join(map(repr, choices))}")
     for key in ("rank", "update_proj_gap", "refresh_iterations", "refresh_steps"):
         value = group.get(key, 1)
-        if key == "rank" and value is None:
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{where}: {key}: got {value!r}, want an integer of at least 1")
+        if key != "rank" or value is not None:
+            check_integer(where, key, value)
     for key in ("lr", "eps", "weight_decay", "scale"):
         if key in group and not (math.isfinite(value := float(group[key])) and value >= 0):
             raise ValueError(f"{where}: {key}: got {value}, want a number that is not negative")
