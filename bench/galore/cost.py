@@ -8,11 +8,8 @@ hold of real gradients (bench/galore/bases.py); with --training what a small lan
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +20,9 @@ from fastlora.optim import GaLoreAdamW
 from fastlora.optim.galore.projector import EXTRA_COLUMNS, Projector, State
 
 from ..harness import machine
+from ..harness.runner import command, record_of
 from ..harness.timing import Summary, timer_for
+from ..harness.turns import write_json
 from . import bases, training
 
 OUT = machine.ROOT / "bench" / "results" / "cpu" / "galore.json"
@@ -178,27 +177,22 @@ def table(lines: list[Line]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench galore", description=__doc__)
+    parser = command("galore", __doc__, 9, "clock")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="cpu: where others use the machine")
     parser.add_argument("--training", type=int, metavar="STEPS", help="train the small language model too")
     parser.add_argument("--bases", action="store_true", help="bases of MiniLM's gradients too (bench/galore/bases.py)")
-    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    facts = machine.describe(torch.device("cpu"))
-    print(", ".join(f"{key} {value}" for key, value in facts.items() if value is not None), flush=True)
+    out, result = record_of("galore", options)
     settings = Settings(
         tuple(options.sizes), options.rank, options.tokens, options.rounds, options.threads, options.clock
     )
     roof = machine.measure_roof(torch.device("cpu"), "float32", timer_for(torch.device("cpu"), options.clock))
     print(f"roof: {roof.flops / 1e9:.0f} GFLOP/s, {roof.bandwidth / 1e9:.1f} GB/s", flush=True)
-    result: dict[str, Any] = {"machine": facts, "settings": asdict(settings), "roof": asdict(roof)}
-    result |= {"refresh": {}, "step": {}}
+    result |= {"settings": asdict(settings), "roof": asdict(roof), "refresh": {}, "step": {}}
     for size in settings.sizes:
         for kind, measure in (("refresh", refreshes), ("step", steps)):
             lines = measure(size, settings)
@@ -210,7 +204,6 @@ def main(arguments: list[str] | None = None) -> int:
     if options.bases:
         result["bases"] = bases.measure()
         print(f"\nbases of real gradients\n{bases.table(result['bases'])}")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"\nwritten to {options.out}")
+    write_json(out, result)
+    print(f"\nwritten to {out}")
     return 0

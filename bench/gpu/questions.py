@@ -12,11 +12,9 @@ Times are medians of CUDA graph replays in turns, over inputs larger than twice 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +30,7 @@ from fastlora.kernels.shrink import shrink, shrink_workspace
 from ..harness import counting, machine
 from ..harness.contenders import Tensors
 from ..harness.counting import Problem
+from ..harness.runner import command
 from ..harness.timing import Summary, Timer, timer_for
 from ..harness.turns import rotation, write_json
 
@@ -325,11 +324,9 @@ def name_of(shape: tuple[int, int, int]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench questions", description=(__doc__ or "").partition("\n")[0])
+    parser = command("questions", __doc__, 20)
     parser.add_argument("--device", default="cuda", help="cpu, with TRITON_INTERPRET=1: a rehearsal on tiny problems")
     parser.add_argument("--only", help="comma-separated, of: " + ", ".join(QUESTIONS))
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="write JSON there")
     options = parser.parse_args(arguments)
     names = options.only.split(",") if options.only else list(QUESTIONS)
     if unknown := sorted(set(names) - set(QUESTIONS)):

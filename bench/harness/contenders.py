@@ -99,8 +99,8 @@ def compiled(t: Tensors) -> Contender:
     return Contender("compile", torch.compile(contender.forward, dynamic=False), contender.leaves)
 
 
-def peft(t: Tensors) -> Contender:
-    """PEFT's own layer, in training mode."""
+def peft(t: Tensors, magnitude: Tensor | None = None) -> Contender:
+    """PEFT's own layer, in training mode; with a magnitude it is DoRA's."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -110,13 +110,18 @@ def peft(t: Tensors) -> Contender:
     base.weight = nn.Parameter(t.weight, requires_grad=False)
     if t.bias is not None:
         base.bias = nn.Parameter(t.bias, requires_grad=False)
-    config = LoraConfig(r=p.r, lora_alpha=int(t.scaling * p.r), lora_dropout=p.dropout, target_modules=["0"])
+    settings: dict[str, Any] = {"r": p.r, "lora_alpha": int(t.scaling * p.r), "lora_dropout": p.dropout}
+    config = LoraConfig(**settings, target_modules=["0"], use_dora=magnitude is not None)
     layer: Any = inject_adapter_in_model(config, nn.Sequential(base))[0]  # type: ignore[index]
     layer.lora_A["default"].weight = nn.Parameter(t.lora_a.detach())
     layer.lora_B["default"].weight = nn.Parameter(t.lora_b.detach())
+    leaves = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    if magnitude is not None:
+        layer.lora_magnitude_vector["default"].weight = nn.Parameter(magnitude.detach())
+        leaves.append(layer.lora_magnitude_vector["default"].weight)
     layer.train()
     assert layer.scaling["default"] == t.scaling
-    return Contender("peft", layer, (layer.lora_A["default"].weight, layer.lora_B["default"].weight))
+    return Contender("peft", layer, tuple(leaves), parameters=(t.weight,))
 
 
 class _AddmmLora(torch.autograd.Function):

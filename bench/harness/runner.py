@@ -26,20 +26,39 @@ DTYPES = {  # name on the command line: (base, adapters)
 }
 
 
-def new_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that all of them have."""
+def command(name: str, doc: str | None, rounds: int | None, *options: str) -> argparse.ArgumentParser:
+    """A benchmark's parser with --rounds (where it has any), --out, and of "device" and "clock" those named."""
     parser = argparse.ArgumentParser(prog=f"python -m bench {name}", description=(doc or "").partition("\n")[0])
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help=f"cpu or cuda (default here: {default})")
+    if rounds is not None:
+        parser.add_argument(
+            "--rounds", type=int, default=rounds or None, help=f"turns (default: {rounds or 'by case'})"
+        )
+    if "device" in options:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        parser.add_argument("--device", default=default, help=f"cpu or cuda (default here: {default})")
+    if "clock" in options:
+        parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="on a CPU that is shared: cpu")
+    parser.add_argument("--out", type=Path, help="the JSON (default, where one is kept: bench/results/<gpu or cpu>)")
+    return parser
+
+
+def record_of(name: str, options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """Where a benchmark's JSON goes, and what each of them begins with."""
+    facts = machine.describe(torch.device(getattr(options, "device", "cpu")))
+    print(", ".join(f"{key} {value}" for key, value in facts.items() if value is not None), flush=True)
+    out = options.out or machine.ROOT / "bench" / "results" / machine.slug(facts) / f"{name}.json"
+    return out, {"machine": facts, "rounds": options.rounds, "clock": options.clock}
+
+
+def new_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """With the options of contenders that compute the same."""
+    parser = command(name, doc, 0, "device", "clock")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="may repeat")
     parser.add_argument("--dropout", type=float, action="append", help="may repeat")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--contenders", help="comma-separated; those that a case does not have are passed over")
-    parser.add_argument("--rounds", type=int, help="turns per case")
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds after which no new case is begun")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="on a CPU that is shared: cpu")
     parser.add_argument("--show", type=Path, metavar="JSON", help="print an earlier run's tables and measure nothing")
-    parser.add_argument("--out", type=Path, help="the JSON (default: bench/results/<gpu or cpu>/<name>.json)")
     return parser
 
 
@@ -77,12 +96,9 @@ def run(name: str, makers: Sequence[Callable[[], Case]], names: list[str] | None
             print(turns.table(case.get("label") or label(case["problem"]), case))
         return 0
     device, begun = torch.device(options.device), time.monotonic()
-    timer, facts = timer_for(device, options.clock), machine.describe(device)
-    out = options.out or machine.ROOT / "bench" / "results" / machine.slug(facts) / f"{name}.json"
+    timer, (out, record) = timer_for(device, options.clock), record_of(name, options)
     roofs: dict[str, Roof] = {}
-    record: dict[str, Any] = {"machine": facts, "rounds": options.rounds, "clock": options.clock, "roofs": {}}
-    record |= {"cases": [], "failed": [], "complete": False}
-    print(", ".join(f"{key} {value}" for key, value in facts.items() if value is not None), flush=True)
+    record |= {"roofs": {}, "cases": [], "failed": [], "complete": False}
     for make in makers:
         if time.monotonic() - begun > options.time_limit:
             print(f"time limit of {options.time_limit:.0f} s: the remaining cases are not measured")

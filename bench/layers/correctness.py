@@ -7,10 +7,8 @@ row passes where each is at most twice eager's in the same dtypes, plus one roun
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from torch import Tensor
 from ..harness import machine
 from ..harness.contenders import Contender, Tensors, Unavailable, build
 from ..harness.counting import Problem
-from ..harness.runner import DTYPES
+from ..harness.runner import DTYPES, command
 from ..harness.turns import step_values, write_json
 from . import forms
 
@@ -123,10 +121,8 @@ def mlp(problem: Problem, device: torch.device) -> list[Row]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench correctness", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = command("correctness", __doc__, None, "device")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="may repeat (default: all)")
-    parser.add_argument("--out", type=Path, help="write JSON there")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     record: dict[str, Any] = {"machine": machine.describe(device), "rows": []}

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, device, nn
+from torch import Tensor, device
 
 from fastlora.functional import dora_linear, lora_linear
 from fastlora.ops import reference
 
-from ..harness.contenders import Contender, Tensors, Unavailable
+from ..harness.contenders import Contender, Tensors, peft
 from ..harness.counting import Problem
 from ..harness.runner import layer_case
 from ..harness.turns import Case, rotation
@@ -46,26 +46,3 @@ def dora_case(problem: Problem, on: device) -> Case:
     }
     inputs = t.inputs(rotation(problem.x + problem.y, on), on)
     return layer_case(problem, inputs, builders, floors=("frozen", "fastlora LoRA"))
-
-
-def peft(t: Tensors, magnitude: Tensor) -> Contender:
-    """PEFT's own layer, in training mode."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise Unavailable(f"peft is not installed: {error}") from None
-    p = t.problem
-    base = nn.Linear(p.k, p.n, bias=p.bias, device="meta")
-    base.weight = nn.Parameter(t.weight, requires_grad=False)
-    config = LoraConfig(
-        r=p.r, lora_alpha=int(t.scaling * p.r), lora_dropout=p.dropout, target_modules=["0"], use_dora=True
-    )
-    layer: Any = inject_adapter_in_model(config, nn.Sequential(base))[0]  # type: ignore[index]
-    layer.lora_A["default"].weight = nn.Parameter(t.lora_a.detach())
-    layer.lora_B["default"].weight = nn.Parameter(t.lora_b.detach())
-    layer.lora_magnitude_vector["default"].weight = nn.Parameter(magnitude.detach())
-    layer.train()
-    leaves = tuple(
-        layer.get_parameter(f"{name}.default.weight") for name in ("lora_A", "lora_B", "lora_magnitude_vector")
-    )
-    return Contender("peft", layer, leaves, parameters=(t.weight,))

@@ -7,11 +7,9 @@ pass and, on a CPU, the peak of what is allocated. What differs from eager by mo
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +18,9 @@ from torch import Tensor
 
 from fastlora.functional import lora_linear_cross_entropy, lora_linear_log_probs
 
-from ..harness import machine
 from ..harness.contenders import Contender
 from ..harness.memory import allocations_of, saved_bytes
+from ..harness.runner import command, record_of
 from ..harness.timing import Summary, timer_for
 from ..harness.turns import write_json
 
@@ -107,22 +105,16 @@ def table(case: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench head", description=(__doc__ or "").split("\n")[0])
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help=f"cpu or cuda (default here: {default})")
+    parser = command("head", __doc__, 8, "device", "clock")
     parser.add_argument("--sizes", choices=SIZES, help="which set (default: the device's)")
     parser.add_argument(
         "--dtype", action="append", choices=DTYPES, help="may repeat (default: fp32 on a CPU, else bf16)"
     )
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="on a CPU that is shared: cpu")
-    parser.add_argument("--out", type=Path, help="the JSON (default: bench/results/<gpu or cpu>/head.json)")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    facts = machine.describe(device)
-    record: dict[str, Any] = {"machine": facts, "rounds": options.rounds, "clock": options.clock, "heads": []}
-    out = options.out or machine.ROOT / "bench" / "results" / machine.slug(facts) / "head.json"
+    out, record = record_of("head", options)
+    record["heads"] = []
     t, k, vocabularies = SIZES[options.sizes or device.type]
     for v in vocabularies:
         for dtype in options.dtype or ["fp32" if device.type == "cpu" else "bf16"]:

@@ -9,10 +9,8 @@ the machine does.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
-import json
 import sys
 import tempfile
 import time
@@ -30,7 +28,9 @@ from fastlora.ops.call import Adapter
 
 from ..harness import contenders, machine
 from ..harness.counting import Problem
+from ..harness.runner import command
 from ..harness.timing import Summary
+from ..harness.turns import write_json
 
 CPU = torch.device("cpu")
 LAYER = Problem(2048, 4096, 4096, 16)
@@ -161,10 +161,7 @@ def measure(found: dict[str, Row], rounds: int) -> dict[str, dict[str, Summary]]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench host", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--out", type=Path, help="write JSON there")
-    options = parser.parse_args(arguments)
+    options = command("host", __doc__, 50).parse_args(arguments)
     torch.set_num_threads(1)
     with stubbed() as driver:
         found = rows()
@@ -186,6 +183,5 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out is not None:
         facts = {"us": {name: parts["both"] for name, parts in us.items()}, "launches": launches}
         facts |= {"us_forward": {name: parts["forward"] for name, parts in us.items()}}
-        text = json.dumps(facts | {"machine": machine.describe(CPU)}, indent=1)
-        options.out.write_text(text + "\n", encoding="utf-8")
+        write_json(options.out, facts | {"machine": machine.describe(CPU)})
     return 0

@@ -8,14 +8,11 @@ dispatcher's share of it.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import time
 import types
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -26,7 +23,9 @@ from fastlora.functional import lora_linear
 from fastlora.ops.lora import choice
 
 from ..harness import machine
+from ..harness.runner import command
 from ..harness.timing import Summary
+from ..harness.turns import write_json
 
 M, N, K, R = 16, 64, 64, 8
 CALLS = 50  # per sample: few enough that a GPU's launch queue never fills
@@ -106,11 +105,7 @@ def _adapters(device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, t
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench overhead", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--out", type=Path, help="write JSON there")
-    options = parser.parse_args(arguments)
+    options = command("overhead", __doc__, 30, "device").parse_args(arguments)
     device = torch.device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     found = measure(device, dtype, options.rounds)
@@ -127,6 +122,5 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"target: at most {TARGET_US:.0f} µs over F.linear: {verdict} ({over_us:.1f} µs)")
     if options.out is not None:
         results = {name: asdict(summary) for name, summary in found.items()}
-        text = json.dumps({"machine": machine.describe(device), "calls": CALLS, "seconds": results}, indent=1)
-        options.out.write_text(text + "\n", encoding="utf-8")
+        write_json(options.out, {"machine": machine.describe(device), "calls": CALLS, "seconds": results})
     return 0

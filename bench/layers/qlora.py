@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,8 @@ import fastlora
 from fastlora.ops.quant import weights
 
 from ..harness.memory import allocations_of
+from ..harness.runner import command
+from ..harness.turns import write_json
 
 MIB = 1 << 20
 
@@ -110,7 +111,7 @@ def measured(model: Any, x: Tensor, repeats: int) -> dict[str, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench qlora", description=__doc__)
+    parser = command("qlora", __doc__, None, "device")
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8))
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden", type=int, default=2048)
@@ -120,8 +121,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--repeats", type=int, default=20, help="steps timed on a GPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="a file for the numbers")
     options = parser.parse_args(arguments)
     model = model_of(options)
     fused = copy.deepcopy(model)
@@ -136,4 +135,4 @@ def main(arguments: list[str] | None = None) -> None:
         )
     if options.out is not None:
         shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-        options.out.write_text(json.dumps({"options": shown, "rows": rows}, indent=1) + "\n")
+        write_json(options.out, {"options": shown, "rows": rows})

@@ -7,10 +7,8 @@ compared with PEFT's before anything is timed. Writes JSON.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 
 import fastlora
 
-from ..harness import machine
+from ..harness.runner import command, record_of
 from ..harness.timing import CpuTimer, Summary
 from ..harness.turns import write_json
 
@@ -154,23 +152,17 @@ def table(case: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench adalora", description=(__doc__ or "").split("\n")[0])
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help=f"cpu or cuda (default here: {default})")
+    parser = command("adalora", __doc__, 40, "device", "clock")
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--width", type=int, action="append", help="may repeat (default: 768 and 2048)")
     parser.add_argument("--r", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="on a CPU that is shared: cpu")
-    parser.add_argument("--out", type=Path, help="the JSON (default: bench/results/<gpu or cpu>/adalora.json)")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    facts = machine.describe(device)
-    record: dict[str, Any] = {"machine": facts, "rounds": options.rounds, "clock": options.clock, "cases": []}
-    print(f"{facts['cpu']}, {facts['threads']} threads, load {facts['load_average']:.1f}, {options.clock} clock")
+    out, record = record_of("adalora", options)
+    record["cases"] = []
     for width in options.width or [768, 2048]:
         case = measure(options.layers, width, options.r, device, options.rounds, options.clock)
         record["cases"].append(case)
         print(table(case), flush=True)
-    write_json(options.out or machine.ROOT / "bench" / "results" / machine.slug(facts) / "adalora.json", record)
+    write_json(out, record)
     return 0

@@ -7,19 +7,16 @@ exactly and into rank r; and, for one layer of full size, merging and unmerging.
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import fastlora
 
-from ..harness import machine
+from ..harness.runner import command, record_of
 from ..harness.timing import CpuTimer, Summary
 from ..harness.turns import write_json
 
@@ -95,18 +92,14 @@ def one_layer(width: int, r: int, rounds: int, clock: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench switching", description=(__doc__ or "").split("\n")[0])
+    parser = command("switching", __doc__, 50, "clock")
     parser.add_argument("--blocks", type=int, default=32)
     parser.add_argument("--adapters", type=int, nargs="+", default=[2, 4, 8, 16])
     parser.add_argument("--width", type=int, default=4096, help="of the layer that is merged and mixed")
     parser.add_argument("--r", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="on a machine that is shared: cpu")
-    parser.add_argument("--out", type=Path, help="the JSON (default: bench/results/<gpu or cpu>/switching.json)")
     options = parser.parse_args(arguments)
-    facts = machine.describe(torch.device("cpu"))
-    record: dict[str, Any] = {"machine": facts, "rounds": options.rounds, "clock": options.clock, "switching": []}
-    out = options.out or machine.ROOT / "bench" / "results" / machine.slug(facts) / "switching.json"
+    out, record = record_of("switching", options)
+    record["switching"] = []
     for adapters in options.adapters:
         case = switching(options.blocks, adapters, options.rounds, options.clock)
         record["switching"].append(case)
