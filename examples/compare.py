@@ -1,6 +1,6 @@
 """Compare ways to fine-tune on one task: with one learning rate for all, and each at its own best, over several seeds.
 
-    python examples/compare.py --task digits     # a few minutes; docs/variants.md has all results
+    python examples/compare.py --task digits     # a few minutes; docs/details/variants.md has all results
     python examples/compare.py --task gpt
     python examples/compare.py --task docstrings # a sentence encoder
     python examples/compare.py --task language   # finetune.py's model and data: hours

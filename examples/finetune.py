@@ -1,6 +1,6 @@
 """Fine-tune a real language model on real text, with PEFT's LoRA and with fastlora's, and compare.
 
-    python examples/finetune.py                    # about five minutes on two idle cores; docs/finetuning.md
+    python examples/finetune.py                    # about five minutes on two idle cores; docs/details/finetuning.md
     python examples/finetune.py --task docstrings  # a sentence encoder learns to classify instead
     python examples/finetune.py --help
 

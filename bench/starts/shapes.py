@@ -2,8 +2,8 @@
 llama-2-7b`.
 
 X and dY come from a few hundred latent directions whose strengths decay as (1 + i)^-0.4, in part the same in all
-micro-batches, and noise: the gradient's singular values then decay about as those of MiniLM do (docs/lora_ga.md). Two
-parts:
+micro-batches, and noise: the gradient's singular values then decay about as those of MiniLM do
+(docs/details/lora_ga_measured.md). Two parts:
 
 - `compare`: single layers, one after the other, with the peers next to the sketch: time, peak memory beyond inputs, and
   alignment error over the best possible.

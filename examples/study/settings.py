@@ -100,7 +100,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class FineTuning(Settings):
-    """What one run of finetune.py does; docs/finetuning.md explains the defaults."""
+    """What one run of finetune.py does; docs/details/finetuning.md explains the defaults."""
 
     method: str
     methods: tuple[str, ...]
@@ -150,7 +150,9 @@ def parse_fine_tuning(argv: list[str] | None = None) -> FineTuning:
     lora.add_argument("--method", choices=VARIANTS, default="lora", help="what both libraries train (default lora)")
     lora.add_argument("--init", type=init, default="kaiming", help="how fastlora's adapters start: " + ", ".join(INITS))
     lora.add_argument("--gamma", type=positive_float, default=16.0, help="γ of --init lora_ga: larger starts smaller")
-    lora.add_argument("--group", choices=["auto"], help="let fastlora's q, k, v share their passes (docs/grouping.md)")
+    lora.add_argument(
+        "--group", choices=["auto"], help="let fastlora's q, k, v share their passes (docs/performance.md)"
+    )
     lora.add_argument("--mlp", choices=["auto"], help="let fastlora run gated MLPs as one op (docs/kernels/mlp.md)")
     run.add_argument("--methods", nargs="+", choices=METHODS, default=["frozen", "peft", "fastlora"], metavar="METHOD",
                      help="of " + ", ".join(METHODS))  # fmt: skip

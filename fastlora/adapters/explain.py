@@ -65,7 +65,7 @@ def explain(layer: nn.Module, x: Tensor, *, measure: bool = False) -> Explanatio
     Raises:
         ValueError: x is no floating-point tensor with the layer's in_features as its last dimension.
 
-    Examples:
+    Example:
         >>> layer = FusedLoraLinear(64, 128)
         >>> explain(layer, torch.randn(4, 64)).forward
         'torch'
@@ -82,7 +82,7 @@ def explain(layer: nn.Module, x: Tensor, *, measure: bool = False) -> Explanatio
         return _base(name, f"its adapters are {'disabled' if own.disable_adapters else 'merged'}")
     with layer.terms_written_out(x) as (x, terms, backend):
         if isinstance(terms, str):
-            page = "docs/peft.md" if layer.shares_input else "docs/qlora.md"
+            page = "docs/details/peft.md" if layer.shares_input else "docs/details/qlora.md"
             return Explanation(name, "eager", "eager", f"left to PEFT's forward: {terms}", needed=(page,))
         if not terms.adapters:
             return _base(name, "its adapters are not active, or none of the active ones is in this layer")
@@ -103,7 +103,7 @@ def fallbacks(model: nn.Module) -> dict[str, str]:
     Raises:
         ValueError: a model without LoRA layers.
 
-    Examples:
+    Example:
         >>> loss.backward()
         >>> fastlora.fallbacks(model)
         {}

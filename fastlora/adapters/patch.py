@@ -89,7 +89,8 @@ def patch(
         exclude_modules: likewise, names to leave out.
         init_lora_weights: as in PEFT: True (A Kaiming, B zero), "gaussian" (A normal, B zero), "orthogonal" (neither
             zero, B A zero; r even), "pissa", `"pissa_niter_<n>"` or "olora" (the adapter takes over the leading
-            part of the weight, which `unpatch` restores bit for bit), or False (both random). docs/initialisation.md.
+            part of the weight, which `unpatch` restores bit for bit), or False (both random):
+            docs/details/initialisation.md.
         adapter_name: the adapter's name.
         backend: "auto", "triton", "cublas" or "torch".
         strict: raise on the first target that would be left alone.
@@ -98,7 +99,7 @@ def patch(
             PEFT, and saved as PEFT saves them.
         group: "auto" lets layers that lie side by side and are fed the same tensor, by their usual names (q_proj,
             k_proj, v_proj; gate_proj, up_proj; ...), share their passes over it, PEFT's too; or the sets of names; None
-            leaves them as they are. Same numbers, to rounding; without dropout only, on a CPU. docs/grouping.md.
+            leaves them as they are. Same numbers, to rounding; without dropout only, on a CPU. docs/performance.md.
         mlp: "auto" lets modules that compute down(act(gate(x)) * up(x)) or down(act(up(x))), which is found out by
             running them, keep less for the backward pass and read it less often; on a CPU only where that is no slower,
             with True there too. Same numbers, to rounding. docs/kernels/mlp.md.
@@ -123,7 +124,7 @@ def patch(
             settings than an earlier `patch` for the same adapter; an initialisation that needs data, or that a layer's
             weight cannot give; with `strict`, a target that cannot be patched. The model is then as it was.
 
-    Examples:
+    Example:
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
         >>> fastlora.patch(model, r=4).patched
         ['0', '2']
@@ -180,7 +181,10 @@ def patch(
         report.modules.append(ModuleReport(name, _original_kind(module), True, reason))
     experts, left = patch_experts.find(model, target_parameters, selection, backend)
     for name, layer in experts.items():
-        own = patch_experts.settings_of(name, layer, settings, rank_per_token, rank_pattern, alpha_pattern)
+        patterns = {"rank_pattern": (rank_pattern, name), "alpha_pattern": (alpha_pattern, name)}
+        own = patch_experts.settings_of(
+            name, layer, settings, rank_per_token, lambda key, default, of=patterns: from_pattern(*of[key], default)
+        )
         settings_of[name] = own
         status = _adapter_status(name, layer, adapter_name, own)
         if not status:

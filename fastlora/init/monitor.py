@@ -10,7 +10,8 @@ is the share of the full gradient G = dYᵀX that any such step can reach, and
     step cosine = ⟨D, G⟩ / (‖D‖·‖G‖),  D = s²(B Bᵀ G + G Aᵀ A)
 
 how well the step that SGD takes points along G. Both come from G Q_A, GᵀQ_B and G times a few random vectors, which
-are linear in G: they add up over micro-batches and processes, and G is never formed. docs/lora_ga.md, "While training".
+are linear in G: they add up over micro-batches and processes, and G is never formed:
+docs/details/lora_ga_maths.md, "Alignment".
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class AlignmentMonitor:
     Raises:
         ValueError: no LoRA layers, AdaLoRA's adapters, every < 1, probes < 1, an unknown norm.
 
-    Examples:
+    Example:
         >>> with fastlora.AlignmentMonitor(model, every=50) as monitor:
         ...     for batch in batches:
         ...         model(**batch).loss.backward()

@@ -21,7 +21,9 @@ from .sketch import GradientSketch
 
 
 class PeriodicReinit:
-    """Re-initialises a patched model's adapters while it trains. The function is kept; docs/lora_ga.md says how.
+    """Re-initialises a patched model's adapters while it trains. The function is kept.
+
+    How: docs/details/lora_ga_maths.md.
 
     The gradient comes from the training run's own backward passes: those of the last `window` steps before a
     re-initialisation are sketched, with the model's own dropout. No pass is added. Where torch.distributed is
@@ -47,7 +49,7 @@ class PeriodicReinit:
         ValueError: neither `every` nor a monitor with a threshold; an argument out of range; and what `reinit_lora_ga`
             raises.
 
-    Examples:
+    Example:
         >>> monitor = fastlora.AlignmentMonitor(model, every=50)
         >>> with fastlora.PeriodicReinit(model, optimizer, monitor=monitor, threshold=0.5) as reinit:
         ...     for batch in batches:

@@ -90,7 +90,8 @@ def reinit_lora_ga(
         optimizer: what trains it, so that its moments are carried over; None for none.
         smoothing: α in [0, 1]: the new A is α A + (1 − α) R Â, where Â are the gradient's triplets and R the rotation
             that brings them nearest to A (orthogonal Procrustes), of the length between the two; B likewise.
-        moments: "rotate" or "reset" (docs/lora_ga.md, "While training"). Optimisers that are not known are reset.
+        moments: "rotate" or "reset" (docs/details/lora_ga_maths.md, "Re-initialisation"). Optimisers that
+            are not known are reset.
         split, gamma, seed: as in `init_lora_ga`.
         scale: how long Â's rows and B̂'s columns are: "keep", as the present A's and B's are (root mean square; "stable"
             where one of them is zero); "stable", "unit", "gd" as in `init_lora_ga`.
@@ -107,7 +108,7 @@ def reinit_lora_ga(
             go with the sketch; PEFT's layers; an optimiser that trains none of the factors. On this and on any other
             exception model and optimiser are as they were.
 
-    Examples:
+    Example:
         >>> with fastlora.GradientSketch(model, r=8) as sketch:
         ...     model(**batch).loss.backward()
         >>> fastlora.reinit_lora_ga(model, sketch, optimizer)

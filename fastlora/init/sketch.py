@@ -74,13 +74,13 @@ class GradientSketch:
         ValueError: nothing to sketch, r < 1, width < 2r, an unknown weighting, a discount that is not positive, a
             DistributedDataParallel wrapper.
 
-    Examples:
+    Example:
         >>> with fastlora.GradientSketch(model, r=8) as sketch:
         ...     for batch in batches:
         ...         model(**batch).loss.backward()
         >>> fastlora.init_lora_ga(model, sketch)
 
-    Source: Wang et al. 2024, LoRA-GA, arXiv 2407.05000; the streaming form: docs/lora_ga.md.
+    Source: Wang et al. 2024, LoRA-GA, arXiv 2407.05000; the streaming form: docs/details/lora_ga_maths.md.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class GradientSketch:
         Raises:
             ValueError: no sketches, others' layers, weights that are not positive, an unknown normalize.
 
-        Examples:
+        Example:
             >>> joint = fastlora.GradientSketch.combine([code, prose], weights=[2, 1])
             >>> fastlora.init_lora_ga(model, joint)
         """

@@ -8,7 +8,7 @@ the running sum
 starting from G⁺ᵀ Q (Halko, Martinsson and Tropp 2011); the sum is compressed again after each micro-batch, as frequent
 directions does with rows (Ghashami et al. 2016). What is cut off is lost: where micro-batches cancel, it is what stays.
 `SignedSketch` therefore keeps a linear sketch next to it, and `ComponentSketch` sums Gᵢ Gᵢᵀ, which cannot cancel.
-docs/lora_ga.md has the measurements.
+docs/details/lora_ga_measured.md has the measurements.
 """
 
 from __future__ import annotations

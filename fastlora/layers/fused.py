@@ -73,8 +73,8 @@ class FallbackWatch:
             reasons = "\n  ".join(by_reason(self.reasons.items()))
             warnings.warn(
                 f"fastlora: each of the {len(self.reasons)} patched layers has left a call to PEFT, so that nothing is "
-                f"gained:\n  {reasons}\nfastlora.fallbacks(model) says which do now; docs/peft.md and docs/qlora.md "
-                "explain the reasons",
+                f"gained:\n  {reasons}\nfastlora.fallbacks(model) says which do now; "
+                "docs/details/peft.md and docs/details/qlora.md explain the reasons",
                 UserWarning,
                 stacklevel=2,
             )

@@ -60,7 +60,7 @@ def trained_parameters(layer: AdapterState, name: str) -> list[nn.Parameter]:
 
 
 def reset_adapter(layer: FusedLoraLinear, name: str, init_lora_weights: bool | str = True) -> None:
-    """Restarts an adapter, by PEFT's names (docs/initialisation.md).
+    """Restarts an adapter, by PEFT's names (docs/details/initialisation.md).
 
     True, A ~ U(±1/√in) (Kaiming, a = √5) and B = 0; "gaussian", A ~ N(0, 1/r²) and B = 0 (the paper's);
     "orthogonal", both random with B A = 0, r even; False, B like A, so that the adapter changes the output at once

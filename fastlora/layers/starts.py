@@ -2,7 +2,7 @@
 set from outside (LoRA-GA).
 
 PiSSA and OLoRA move a part of W0 into the adapter: s·B₀A₀ is the leading part of W0, by singular values (PiSSA) or by
-the first r columns (OLoRA), and W0 − s·B₀A₀ stays behind, frozen. docs/initialisation.md has the details.
+the first r columns (OLoRA), and W0 − s·B₀A₀ stays behind, frozen. docs/details/initialisation.md has the details.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 What a parameter is, is read from the name of the dictionary that holds it, `lora_A`, `lora_B` and so on, which are the
 same in our layers and in PEFT's. Its shape, and the name of the adapter or of a layer further up, say nothing about it.
-Nothing of PEFT is imported. docs/lora_plus.md compares the groups with PEFT's, which are those of the paper's code.
+Nothing of PEFT is imported. docs/answers.md compares the groups with PEFT's, which are those of the paper's code.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def lora_plus_param_groups(
         ValueError: nothing is trainable, or no LoRA parameter is; `ratio` is not positive; a rate or the weight decay
             is negative; one of them is not finite.
 
-    Examples:
+    Example:
         ```python
         fastlora.patch(model, r=16)
         groups = fastlora.optim.lora_plus_param_groups(model, lr=1e-4, ratio=16)

@@ -56,9 +56,10 @@ class RankAllocator:
     """Deals AdaLoRA's ranks out among a model's layers, and masks the λ of the others, step by step.
 
     Either call `step()` once a step, between `optimizer.step()` and `zero_grad()`; or `follow(optimizer)` once, and
-    nothing more. docs/adalora.md says how they differ. Masked are λ only: P and Q go on learning, and a triplet comes
-    back where its score is among the best again. After step `total_steps - t_final` the pattern stays, and each further
-    step keeps the masked λ at zero: without the allocator they train like any others. `shrink_to_ranks` cuts them off.
+    nothing more. docs/details/adalora.md says how they differ. Masked are λ only: P and Q go on learning, and a triplet
+    comes back where its score is among the best again. After step `total_steps - t_final` the pattern stays, and each
+    further step keeps the masked λ at zero: without the allocator they train like any others. `shrink_to_ranks` cuts
+    them off.
 
     Args:
         model: patched with `use_adalora=True`, or with PEFT's AdaLoRA layers, patched or not. Under
@@ -78,7 +79,7 @@ class RankAllocator:
         ValueError: no such adapter; a value out of range, a target_r above the average rank; parameters sharded over
             processes (FSDP, ZeRO-3).
 
-    Examples:
+    Example:
         >>> allocator = fastlora.variants.RankAllocator(model, target_r=8, total_steps=1000, t_init=100, t_final=200)
         >>> for batch in batches:
         ...     (model(**batch).loss + fastlora.variants.orthogonality_penalty(model)).backward()

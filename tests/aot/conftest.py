@@ -16,7 +16,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--full", action="store_true", help="compile every kind of launch, not one or two of each configuration"
     )
-    group.addoption("--write", action="store_true", help="write docs/kernels/compiled.md from what was compiled")
+    group.addoption("--write", action="store_true", help="write docs/kernels/compiled.txt from what was compiled")
 
 
 def pytest_configure(config):

@@ -213,7 +213,7 @@ def test_the_page_names_what_is_shipped(request):
     for arch in ARCHS:
         expected = [(kind.kernel, kind.describe()) for kind in sweep.chosen(arch)]
         assert sorted(named.get(arch, [])) == sorted(expected), (
-            "docs/kernels/compiled.md is out of date: run `pytest tests/aot --write`"
+            "docs/kernels/compiled.txt is out of date: run `pytest tests/aot --write`"
         )
 
 

@@ -1,4 +1,4 @@
-"""docs/variants.md says what the committed results say: its tables are written from them again."""
+"""The pages of the comparison say what the committed results say: their tables are written from them again."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,8 @@ from study.tasks.docstrings import DocstringsTask
 from study.tasks.gpt import GptTask
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")
+SUMMARY = (ROOT / "docs" / "variants.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "details" / "variants.md").read_text(encoding="utf-8")
 RESULTS = {path.stem.removeprefix("compare_"): path for path in (ROOT / "bench/results/cpu").glob("compare_*.json")}
 SPREADS = {"final_loss", "validation_loss", "test", "beside_baseline"}
 METRICS = {"docstrings": DocstringsTask.metric, "gpt": GptTask.metric, "digits": DigitsTask.metric}
@@ -48,3 +49,17 @@ def test_the_tables_are_those_of_the_results(name):
         wanted += [comparison_report.cost_table(best, results["costs"]), alignment.table(results["alignment"])]
     for text in wanted:
         assert text in PAGE
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("name, column", [("docstrings", 1), ("gpt", 2), ("digits", 3)])
+def test_the_summary_has_the_best_rates(name, column):
+    best = rows_of(json.loads(RESULTS[name].read_text(encoding="utf-8"))["best rates"])
+    summary = {cells(line)[0]: cells(line) for line in SUMMARY.splitlines() if line.startswith("| ")}
+    for line in comparison_report.table(best, METRICS[name]).splitlines()[2:]:
+        method, test, beside = (cells(line)[number] for number in (0, 5, 6))
+        spread = beside[beside.index("(") :] if beside else ""
+        assert summary[method][column].endswith(f"{test.split(' (')[0]} {spread}".strip())

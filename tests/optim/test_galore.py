@@ -32,7 +32,7 @@ MODES = ("plain", "hook", "factored")
 
 
 def turned_over(moment: Tensor, old: Tensor, new: Tensor, squared: bool) -> Tensor:
-    """The moment (r, ·) of rows that are oldᵀ times something, for newᵀ; written out from docs/galore.md."""
+    """The moment (r, ·) of rows that are oldᵀ times something, for newᵀ; written out from docs/details/galore.md."""
     c = new.T @ old
     if not squared:
         return c @ moment

@@ -225,7 +225,7 @@ def test_same_rates_as_peft(decay):
 
 
 def test_where_peft_differs():
-    """PEFT trains every 1-D parameter at B's rate, and lets DoRA's magnitudes decay. As docs/lora_plus.md says."""
+    """PEFT trains every 1-D parameter at B's rate, and lets DoRA's magnitudes decay. As docs/answers.md says."""
     model = peft_model("bert-classifier", target_modules=["query"], modules_to_save=["classifier"], use_dora=True)
     theirs = rates(peft_optimizer(model, loraplus_weight_decay=0.1))
     ours = rates(torch.optim.AdamW(lora_plus_param_groups(model, LR, RATIO, weight_decay=0.1)))

@@ -6,7 +6,7 @@ found in is its class. Only the docstring itself is the input: no name, no signa
 
 What is left out: test suites and installed packages; docstrings of fewer than three words; repeats, compared without
 case and white space, so that no text is both trained and tested on; and a text found in two modules, which has no right
-answer. A docstring that names its own module stays (docs/finetuning.md says how many do).
+answer. A docstring that names its own module stays (docs/details/finetuning.md says how many do).
 
 The split is decided by a hash of each text alone, so it is the same on every machine, and a Python release that adds a
 docstring moves no other.

@@ -5,7 +5,7 @@ is remembered between calls: every forward reads PEFT's own attributes and takes
 PEFT's forward and counts the reason. A class swap, unlike a bound `forward`, survives deepcopy and pickle, and keeps
 identity, hooks and references.
 
-Merging is in merge.py. docs/peft.md lists what is fused, what is not, and the reasons' wording.
+Merging is in merge.py. docs/details/peft.md lists what is fused, what is not, and the reasons' wording.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _fused_class(layer: nn.Module) -> Any:
 
 
 def unsupported(layer: nn.Module) -> str | None:
-    """None where `adopt` takes this layer, or why it is left to PEFT as it is (docs/peft.md, docs/qlora.md)."""
+    """None where `adopt` takes this layer, or why it is left to PEFT as it is: docs/details/peft.md, qlora.md."""
     fused = _fused_class(layer)
     if fused is None:
         only = "only peft.tuners.lora.layer's Linear and ParamWrapper and AdaLoRA's SVDLinear are fused"

@@ -2,7 +2,7 @@
 
 LoRA's and AdaLoRA's layers on plain weights (`ExactMerge`) accumulate deltas in fp32 and round once. Every other layer
 merges as PEFT does, which puts new tensors in the place of the base layer's own: those are kept (`Kept`), a quantised
-weight in its packed form. docs/peft.md says where this holds, and what is PEFT's subtraction.
+weight in its packed form. docs/details/peft.md says where this holds, and what is PEFT's subtraction.
 
 What a base layer must be for our own merge, and for the fused path of lora.py, is the same thing, and is here.
 """

@@ -6,7 +6,7 @@ measured, `cublas`, which needs no better GEMM than cuBLAS's own to win over eag
 call, or has failed its self-check on the device, is passed over: triton, cublas, torch.
 
 `backend=` and `FASTLORA_BACKEND` ask for one by name. `FASTLORA_MEASURE` and `measuring(...)` say whether a first call
-may measure; docs/dispatch.md says when it does.
+may measure; docs/performance.md says when it does.
 
 A choice is remembered for the process: the next call of its kind is a look-up.
 """

@@ -1,4 +1,4 @@
-"""The table of what was compiled: printed by the tests, kept in docs/kernels/compiled.md."""
+"""The table of what was compiled: printed by the tests, kept in docs/kernels/compiled.txt."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import triton
 from aot.pretend import Census
 from aot.sweep import Kind
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "kernels" / "compiled.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "kernels" / "compiled.txt"
 MARKER = "<!-- written by `pytest tests/aot --write`; do not edit -->"
 
 COLUMNS = (
@@ -67,7 +67,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def page(compiled: dict[int, list[Row]]) -> str:
-    """The whole of docs/kernels/compiled.md."""
+    """The whole of docs/kernels/compiled.txt."""
     parts = [
         "# What was compiled",
         MARKER,
