@@ -25,7 +25,11 @@ MINIMUM = (3, 10)
 OLDEST_TRITON, NEWEST_TRITON = "3.6.0", "3.9.0"  # next to the one that constraints.txt pins
 # What the other two Tritons are asked in the interpreter: every kernel in every dtype, every op's values, every mask.
 HEADLINES = "dtypes or every_gradient or three_steps or mask or bf16_repair or compiled or wide"
-NEEDED_BYTES = 4 << 30  # with a CPU build of torch 2.3 GB, and 1.3 GB for the two other Tritons; more with CUDA
+# What TRL's and torchao's tests need. Apart from the environment: where torchao is, peft and transformers import it in
+# every process, which takes seconds.
+EXTRAS = ("trl", "datasets", "dill", "multiprocess", "pandas", "pyarrow", "torchao", "xxhash")
+EXTRAS_STEP = "TRL and torchao"  # where a skipped test is a failure
+NEEDED_BYTES = 4 << 30  # with a CPU build of torch 2.3 GB, and 1.6 GB for the overlays; more with CUDA
 MARKER = "fastlora-environment"  # inside an environment of ours: what was installed, written last
 ON_LINUX = sys.platform.startswith("linux")
 
@@ -60,14 +64,19 @@ class Environment:
         with open(self.marker, "w") as file:
             file.write("\n".join([recipe, *sorted({extra, *(installed or [])})]))
 
-    def overlay(self, triton):
-        """A folder that, first on PYTHONPATH, replaces the environment's Triton by another."""
-        folder = os.path.join(self.folder, f"triton-{triton}")
+    def overlay(self, packages):
+        """A folder that, first on PYTHONPATH, has these packages alone: of a version that is named (another Triton), or
+        of the pinned one, and then together with the environment all that they require."""
+        pinned = "==" not in packages[0]
+        folder = os.path.join(self.folder, packages[0].replace("==", "-"))
         if not os.path.isdir(folder):
-            say(f"Installing Triton {triton} next to the pinned one")
+            say(f"Installing {', '.join(packages)} next to the environment's packages")
             partial = folder + ".partial"
             shutil.rmtree(partial, ignore_errors=True)
-            self._pip("--no-deps", "--target", partial, f"triton=={triton}", constrained=False)
+            self._pip("--no-deps", "--target", partial, *packages, constrained=pinned)
+            check = [self.python, "-m", "pip", "check"]
+            if pinned and subprocess.run(check, env={**os.environ, "PYTHONPATH": partial}, check=False).returncode:
+                raise Problem("dev.py's EXTRAS and constraints.txt do not fit together; pip's own message is above")
             os.rename(partial, folder)
         return folder
 
@@ -141,7 +150,7 @@ def documentation(environment):
 
 
 def steps(environment, quick):
-    """(name, command, Triton overlay or None, extra variables), in the order in which they run."""
+    """(name, command, packages of an overlay or None, extra variables), in the order in which they run."""
     python = environment.python
     plain = [python, "-m", "pytest", "-q", "-p", "no:benchmark"]
     # A process per core: the tests and the interpreter are one Python thread each. tests/aot has a pool of its own.
@@ -155,28 +164,33 @@ def steps(environment, quick):
     if quick:
         return
     yield "wheel", [*pytest, "tests/packaging"], None, {}
+    quantised = ["tests/ops/test_quant.py", "tests/peft_layers/test_peft_quantised.py", "tests/adapters/test_merge.py"]
+    chosen = ["tests/training/test_trl.py", *quantised, "-k", "test_trl or torchao"]
+    yield EXTRAS_STEP, [*pytest, *chosen], EXTRAS, {}
     if ON_LINUX:  # Triton's wheels are for Linux
         for triton in (None, OLDEST_TRITON, NEWEST_TRITON):
             name = f"interpreter, Triton {triton or 'pinned'}"
             headlines = ["-k", HEADLINES] if triton else []
-            yield name, [*pytest, "tests/interpreter", *headlines], triton, {"TRITON_INTERPRET": "1"}
+            packages = triton and (f"triton=={triton}",)
+            yield name, [*pytest, "tests/interpreter", *headlines], packages, {"TRITON_INTERPRET": "1"}
         for triton in (None, OLDEST_TRITON, NEWEST_TRITON):
             # Every configuration with the pinned one alone, whose "all" holds what "usual" has; with the others
             # tests/aot compiles the headlines.
             which = ["-m", "not slow"] if triton else ["-k", "not usual"]
-            yield f"aot, Triton {triton or 'pinned'}", [*plain, "tests/aot", *which], triton, {}
+            packages = triton and (f"triton=={triton}",)
+            yield f"aot, Triton {triton or 'pinned'}", [*plain, "tests/aot", *which], packages, {}
     yield "slow tests", [*pytest, "-m", "slow"], None, {}
 
 
-def run_step(environment, command, triton, variables):
+def run_step(environment, command, packages, variables):
     """Run a command, showing its output as it comes; (exit status, the output's last 4,000 characters)."""
     # The hash seed, because pytest-xdist's processes must collect the same names, and sets are printed in hash order.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **variables}
     env.pop("PYTHONPATH", None)
     if "TRITON_INTERPRET" not in variables:
         env.pop("TRITON_INTERPRET", None)
-    if triton is not None:
-        env["PYTHONPATH"] = environment.overlay(triton)
+    if packages is not None:
+        env["PYTHONPATH"] = environment.overlay(packages)
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
     tail = b""
@@ -211,11 +225,13 @@ def test(environment, quick, only):
         raise Problem(f"--only {' '.join(only)}: no such step; there are {names}")
     environment.ensure("dev")
     rows, totals, began = [], {}, time.monotonic()
-    for number, (name, command, triton, variables) in enumerate(chosen, 1):
+    for number, (name, command, packages, variables) in enumerate(chosen, 1):
         say(f"[{number}/{len(chosen)}] {name}")
         start = time.monotonic()
-        status, output = run_step(environment, command, triton, variables)
+        status, output = run_step(environment, command, packages, variables)
         counts = closing_counts(output)
+        if name == EXTRAS_STEP and counts.get("skipped"):
+            status = status or 1
         if status != 0 and not (counts.get("failed") or counts.get("error")):
             counts["error"] = 1
         for word, count in counts.items():

@@ -55,7 +55,7 @@ def add_weighted_adapter(
             adapters, whose delta is no product; adapters merged, parameters sharded, or a weight that one of the
             adapters has shifted ("pissa", "olora", base="offset"); PEFT's layers. The model is then as it was.
 
-    Example:
+    Examples:
         >>> fastlora.add_weighted_adapter(model, {"french": 0.5, "polite": 0.5}, "french-polite", r=16)
         >>> fastlora.set_adapter(model, "french-polite")
     """

@@ -65,7 +65,7 @@ def explain(layer: nn.Module, x: Tensor, *, measure: bool = False) -> Explanatio
     Raises:
         ValueError: x is no floating-point tensor with the layer's in_features as its last dimension.
 
-    Example:
+    Examples:
         >>> layer = FusedLoraLinear(64, 128)
         >>> explain(layer, torch.randn(4, 64)).forward
         'torch'
@@ -103,7 +103,7 @@ def fallbacks(model: nn.Module) -> dict[str, str]:
     Raises:
         ValueError: a model without LoRA layers.
 
-    Example:
+    Examples:
         >>> loss.backward()
         >>> fastlora.fallbacks(model)
         {}

@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +45,6 @@ _UNSUPPORTED = (
     "layer_replication",
     "alora_invocation_tokens",
     "trainable_token_indices",
-    "target_parameters",
     "megatron_config",
     "use_qalora",
     "use_bdlora",
@@ -63,7 +62,7 @@ _KNOWN = {
     *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
     *("layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core"),
     *("modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision"),
-    *("runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
+    *("runtime_config", "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora"),
     *("beta1", "beta2", "deltaT", "init_r", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"),
 }
 
@@ -206,6 +205,18 @@ def changes_base(config: dict[str, Any]) -> bool:
     return not any(init is plain or (isinstance(plain, str) and init == plain) for plain in _PLAIN_INITS)
 
 
+def places_of_experts(weights: Sequence[tuple[str, Any, str]]) -> dict[str, str]:
+    """By the names of experts' weights, given with their modules and keys there, what PEFT's files call the modules of
+    their adapters: it puts a wrapper around the module for each weight, the first one's innermost."""
+    places = {}
+    for name, module, key in weights:
+        keys = {other for _, owner, other in weights if owner is module}
+        ordered = [other for other in module._parameters if other in keys]
+        place = name.removesuffix(key).removesuffix(".")
+        places[name] = ".".join([place, *["base_layer"] * (len(ordered) - 1 - ordered.index(key))])
+    return places
+
+
 # Reading.
 def read(root: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The configuration (of a LoRA or AdaLoRA adapter) and the tensors, in full."""
@@ -242,15 +253,18 @@ def read(root: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def parse(root: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> AdapterFile:
+def parse(
+    root: Path, config: dict[str, Any], tensors: dict[str, Tensor], experts: Mapping[str, tuple[str, int]]
+) -> AdapterFile:
     """Checks the files against each other: settings and keys of LoRA, DoRA or AdaLoRA, each module's tensors together,
-    and of the right rank."""
+    and of the right rank. `experts`: by the module's name in the file the weight's, and how many experts it has."""
     _check_config(root / CONFIG_NAME, config)
     where = root / WEIGHTS_NAME
     factors, pattern = FACTORS[config["peft_type"]], _KEYS[config["peft_type"]]
     wanted = [factor for factor in factors if factor != "lora_magnitude_vector" or config.get("use_dora")]
     modules: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
     unexpected = []
     for key, tensor in tensors.items():
         match = pattern.fullmatch(key)
@@ -261,7 +275,8 @@ def parse(root: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Ada
         elif match is None or not fits:
             unexpected.append(f"{key} {tuple(tensor.shape)} {tensor.dtype}")
         else:
-            modules.setdefault(match["name"] or "", {})[factor] = tensor
+            name, count = experts.get(match["name"] or "", (match["name"] or "", 1))
+            modules.setdefault(name, {})[factor], counts[name] = tensor, count
     if unexpected:
         keys = ", ".join(f".{factor}{factors[factor][0]}" for factor in wanted)
         raise ValueError(
@@ -278,10 +293,11 @@ def parse(root: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Ada
     file = AdapterFile(config, modules, whole)
     for name, found in modules.items():
         ranks = {factor: tensor.shape[RANK_DIMS[factor]] for factor, tensor in found.items() if factor in RANK_DIMS}
-        if set(ranks.values()) != {file.spec(name).r}:
+        if set(ranks.values()) != {file.spec(name).r * counts[name]}:
+            of_each = f" for each of {counts[name]} experts" if counts[name] > 1 else ""
             raise ValueError(
                 f"load_adapter: {where}: {name!r}: {' and '.join(ranks)} have rank "
-                f"{' and '.join(map(str, ranks.values()))}, {CONFIG_NAME} says {file.spec(name).r}"
+                f"{' and '.join(map(str, ranks.values()))}, {CONFIG_NAME} says {file.spec(name).r}{of_each}"
             )
     return file
 
@@ -322,7 +338,7 @@ def _check_config(where: Path, config: dict[str, Any]) -> None:
         raise ValueError(f"load_adapter: {where}{error}") from error
     names = {key: config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")}
     for key, value in names.items():
-        optional = value is None and key != "target_modules"
+        optional = value is None and (key != "target_modules" or config.get("target_parameters"))
         if not (optional or isinstance(value, str) or _is_list_of(str, value)):
             raise ValueError(f"load_adapter: {where}: {key}: got {value!r}, want a list of names or a string")
     indices = config.get("layers_to_transform")

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,9 @@ from ..introspect import targets as introspect_targets
 from ..introspect.fused import FusedPeftLayer
 from ..layers import starts
 from ..layers.checks import check_adapter_arguments, scale_of
+from ..layers.experts import LORA, ExpertWeight
 from ..layers.linear import FusedLoraLinear
+from ..layers.state import AdapterState
 from ..runtime import progress
 from ..runtime.messages import some
 from . import format, patch
@@ -52,7 +54,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             do not fit the model; an adapter of that name with other shapes, or merged; a new one for a wrapped model.
             The model is then as it was.
 
-    Example:
+    Examples:
         >>> fastlora.load_adapter(model, "runs/my-adapter")
     """
     model, outermost = introspect_targets.unwrap(model, "load_adapter"), model
@@ -81,10 +83,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
         with introspect_names.peeled(model):
             _load_into_peft(model, root, adapter_name, format.changes_base(config))
         return
-    file = format.parse(root, config, tensors)
-    layers = dict(modules_outside_adapters(model))
+    experts = _experts(model, config)
+    places = format.places_of_experts([(name, layer.experts, layer.key) for name, layer in experts.items()])
+    in_file = {place: (name, experts[name].num_experts) for name, place in places.items()}
+    file = format.parse(root, config, tensors, in_file)
+    layers = dict(modules_outside_adapters(model)) | experts
     whole = _check_whole(model, file)
-    _check_against_model(model, layers, file, adapter_name)
+    _check_against_model(model, layers, experts, file, adapter_name)
     new = [name for name in file.filled if not _has_adapter(layers[name], adapter_name)]
     _check_wrapped(wrapped, adapter_name, bool(new))
     if sharding.has_shards(model):
@@ -95,7 +100,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             layer = layers[name]
             if not _has_adapter(layer, adapter_name):  # of rank 0
                 continue
-            assert isinstance(layer, FusedLoraLinear)
+            assert isinstance(layer, AdapterState)
             layer.forget_initial_factors(adapter_name)
             r = layer.r[adapter_name]
             _set_scale(layer, adapter_name, file.spec(name, r))
@@ -114,8 +119,22 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             parameter.copy_(sharding.spread(file.whole[name], parameter))
 
 
+def _experts(model: nn.Module, config: dict[str, Any]) -> dict[str, ExpertWeight]:
+    """By name the layers of the experts' weights that the configuration targets, those that there are and new ones that
+    are not in the model yet. Raises ValueError for one that cannot be adapted."""
+    found: Any = {}
+    for name, module, key in introspect_targets.target_parameters(
+        model, config.get("target_parameters"), "load_adapter"
+    ):
+        if (why_not := introspect_targets.why_not_experts(module, key)) is not None:
+            raise ValueError(f"load_adapter: {name!r} cannot carry an adapter: {why_not}")
+        there = module._modules.get(f"{LORA}{key}")
+        found[name] = ExpertWeight(module, key) if there is None else there
+    return found
+
+
 def _has_adapter(module: nn.Module, adapter_name: str) -> bool:
-    return isinstance(module, FusedLoraLinear) and adapter_name in module.lora_A
+    return isinstance(module, AdapterState) and adapter_name in module.lora_A
 
 
 # Reading, and checking before the model is touched.
@@ -128,7 +147,7 @@ def _check_wrapped(wrapped: str | None, adapter_name: str, new: bool) -> None:
 
 
 def _check_starts_at_zero(file: AdapterFile, layers: dict[str, nn.Module], adapter_name: str) -> None:
-    started = any(adapter_name in cast(FusedLoraLinear, layers[name]).lora_A0 for name in file.modules)
+    started = any(adapter_name in cast(AdapterState, layers[name]).lora_A0 for name in file.modules)
     if file.shift is not None or started:
         raise ValueError(
             f"load_adapter: adapter_name: {adapter_name!r} {'in the file' if file.shift else 'in the model'} did not "
@@ -136,7 +155,9 @@ def _check_starts_at_zero(file: AdapterFile, layers: dict[str, nn.Module], adapt
         )
 
 
-def _check_against_model(model: nn.Module, layers: dict[str, nn.Module], file: AdapterFile, adapter_name: str) -> None:
+def _check_against_model(
+    model: nn.Module, layers: dict[str, nn.Module], experts: Container[str], file: AdapterFile, adapter_name: str
+) -> None:
     """Raises ValueError where the file does not fit the model, naming the module, what it has and what is wanted."""
     check_adapter_arguments(adapter_name, 1, 1, 0.0, caller="load_adapter")
     given = set(file.modules)
@@ -146,9 +167,17 @@ def _check_against_model(model: nn.Module, layers: dict[str, nn.Module], file: A
             f"load_adapter: the adapter has weights for {some(given - set(layers))}, which this {type(model).__name__} "
             f"has not; its linear layers are {some(linear)}"
         )
-    targets = file.config["target_modules"]
+    targets = file.config.get("target_modules")
     all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
-    selected = given if all_linear else {name for name in layers if introspect_names.selects(file.config, name)}
+    selected = (
+        given
+        if all_linear
+        else {
+            name
+            for name, layer in layers.items()
+            if (name in experts if isinstance(layer, ExpertWeight) else introspect_names.selects(file.config, name))
+        }
+    )
     existing = {name for name, layer in layers.items() if _has_adapter(layer, adapter_name)}
     if selected - given:
         raise ValueError(
@@ -165,7 +194,7 @@ def _check_against_model(model: nn.Module, layers: dict[str, nn.Module], file: A
             "weights"
         )
     for name, layer in layers.items():
-        if not isinstance(layer, FusedLoraLinear):
+        if not isinstance(layer, AdapterState):
             continue
         if layer.holds(adapter_name):
             raise ValueError(
@@ -195,11 +224,9 @@ def _check_shapes(name: str, layer: nn.Module, file: AdapterFile, adapter_name: 
     why_not = introspect_targets.why_not_patchable(layer)
     if why_not is not None:
         raise ValueError(f"load_adapter: {name!r} cannot carry an adapter: {why_not}")
-    weight_shape = tuple(layer.weight.shape)  # type: ignore[arg-type]
-    n, k = weight_shape[::-1] if _is_stored_in_out(layer) else weight_shape
     spec = file.spec(name)
     r = spec.r
-    if isinstance(layer, FusedLoraLinear) and adapter_name in layer.r:
+    if isinstance(layer, AdapterState) and adapter_name in layer.r:
         r = layer.r[adapter_name]
         for kind in ("use_dora", "use_adalora"):
             if (there := getattr(layer, kind)[adapter_name]) != getattr(spec, kind):
@@ -207,7 +234,11 @@ def _check_shapes(name: str, layer: nn.Module, file: AdapterFile, adapter_name: 
                     f"load_adapter: adapter_name: {adapter_name!r} of {name!r} has {kind}={there}, the file "
                     f"{kind}={not there}; want another name"
                 )
-    shapes = {"lora_A": (r, k), "lora_B": (n, r), "lora_E": (r, 1), "lora_magnitude_vector": (n,)}
+    if isinstance(layer, ExpertWeight):
+        shapes = layer.factor_shapes(r)
+    else:
+        n, k = introspect_targets.layer_sizes(layer)
+        shapes = {"lora_A": (r, k), "lora_B": (n, r), "lora_E": (r, 1), "lora_magnitude_vector": (n,)}
     for factor, tensor in file.tensors(name, r).items():
         if tuple(tensor.shape) != shapes[factor]:
             raise ValueError(
@@ -310,7 +341,8 @@ def _added(
         yield
         return
     was_patched = patch.is_patched(model)
-    fused = [layer for layer in layers.values() if isinstance(layer, FusedLoraLinear)]
+    fused: list[Any] = [layer for _, layer in introspect_targets.lora_layers(model)]
+    linear = [name for name in names if not isinstance(layers[name], ExpertWeight)]
     common = most_common(file.spec(name) for name in names)
     others: dict[int, list[str]] = {}  # by rank; the other settings are set with the weights
     for name in names:
@@ -320,15 +352,17 @@ def _added(
         model,
         **common._asdict(),
         rank_pattern={f"^(?:{'|'.join(alike)})": r for r, alike in others.items()},
-        target_modules="|".join(re.escape(name) for name in names),
+        target_modules="|".join(re.escape(name) for name in linear) if linear else [],
+        target_parameters=[name for name in names if name not in linear] or None,
         adapter_name=adapter_name,
         backend=fused[0].backend if fused else "auto",
         strict=True,
     )
+    layers.update({name: layer for name, layer in introspect_targets.lora_layers(model) if name in names})
     try:
         for name in names:
             layer = layers[name]
-            assert isinstance(layer, FusedLoraLinear)
+            assert isinstance(layer, AdapterState)
             if was_patched and layer not in fused:
                 layer.set_adapter([])  # the model's active adapters stay the same
         yield
@@ -336,15 +370,15 @@ def _added(
         if not was_patched:
             patch.unpatch(model)
         for layer in (layers[name] for name in names):
-            if isinstance(layer, FusedLoraLinear) and layer not in fused:
+            if isinstance(layer, AdapterState) and layer not in fused:
                 layer.forget_initial_factors(adapter_name)
                 patch.restore_layer(layer)
-            elif isinstance(layer, FusedLoraLinear) and adapter_name in layer.lora_A:
+            elif isinstance(layer, AdapterState) and adapter_name in layer.lora_A:
                 layer.delete_adapter(adapter_name)
         raise
 
 
-def _set_scale(layer: FusedLoraLinear, adapter_name: str, spec: Spec) -> None:
+def _set_scale(layer: AdapterState, adapter_name: str, spec: Spec) -> None:
     layer.lora_alpha[adapter_name] = spec.lora_alpha
     layer.lora_dropout[adapter_name] = spec.lora_dropout
     layer.use_rslora[adapter_name] = spec.use_rslora

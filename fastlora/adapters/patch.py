@@ -124,7 +124,7 @@ def patch(
             settings than an earlier `patch` for the same adapter; an initialisation that needs data, or that a layer's
             weight cannot give; with `strict`, a target that cannot be patched. The model is then as it was.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
         >>> fastlora.patch(model, r=4).patched
         ['0', '2']
@@ -181,10 +181,7 @@ def patch(
         report.modules.append(ModuleReport(name, _original_kind(module), True, reason))
     experts, left = patch_experts.find(model, target_parameters, selection, backend)
     for name, layer in experts.items():
-        patterns = {"rank_pattern": (rank_pattern, name), "alpha_pattern": (alpha_pattern, name)}
-        own = patch_experts.settings_of(
-            name, layer, settings, rank_per_token, lambda key, default, of=patterns: from_pattern(*of[key], default)
-        )
+        own = patch_experts.settings_of(name, layer, settings, rank_per_token, rank_pattern, alpha_pattern)
         settings_of[name] = own
         status = _adapter_status(name, layer, adapter_name, own)
         if not status:

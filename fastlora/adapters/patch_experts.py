@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
+from ..introspect.names import from_pattern
 from ..introspect.targets import Selection, target_parameters, why_not_experts
 from ..layers.experts import LORA, ExpertWeight
 from ..layers.starts import shifts_weight
@@ -49,11 +50,11 @@ def find(
 
 
 def settings_of(
-    name: str, layer: ExpertWeight, settings: dict, rank_per_token: bool, pattern: Callable[[str, Any], Any]
+    name: str, layer: ExpertWeight, settings: dict, rank_per_token: bool, ranks: Any, alphas: Any
 ) -> dict[str, Any]:
     """An expert weight's settings: with `rank_per_token` r ÷ top-k at the same scale, where no pattern names it.
     Raises ValueError for a rank above a side."""
-    r, alpha = pattern("rank_pattern", None), pattern("alpha_pattern", settings["lora_alpha"])
+    r, alpha = from_pattern(ranks, name, None), from_pattern(alphas, name, settings["lora_alpha"])
     if r is None:
         r = settings["r"]
         if rank_per_token:

@@ -24,8 +24,9 @@ from ..introspect import sharding, targets
 from ..introspect.fused import PATCHED, OwnLayer
 from ..introspect.targets import lora_layers
 from ..layers.checks import scale_of
-from ..layers.linear import FusedLoraLinear
+from ..layers.experts import ExpertWeight
 from ..layers.schedule import Allocation, RankSchedule, with_nonzero
+from ..layers.state import AdapterState
 from ..runtime.messages import some
 from . import format
 
@@ -36,7 +37,14 @@ ORTH_REG_WEIGHT = 0.5
 def contents(model: nn.Module, adapter_name: str, as_lora: bool = False) -> dict[str, bytes]:
     """The two files' contents. `as_lora`: AdaLoRA's adapters as plain ones."""
     modules = dict(modules_outside_adapters(model))
-    layers = {name: m for name, m in modules.items() if isinstance(m, FusedLoraLinear) and adapter_name in m.lora_A}
+    layers: dict[str, AdapterState] = {
+        name: layer
+        for name, layer in lora_layers(model)
+        if isinstance(layer, AdapterState) and adapter_name in layer.lora_A
+    }
+    places = format.places_of_experts(
+        [(name, layer.experts, layer.key) for name, layer in layers.items() if isinstance(layer, ExpertWeight)]
+    )
     kind = _kind_of(layers, adapter_name)
     kind = "use_lora" if as_lora and kind == "use_adalora" else kind
     peft_type = "ADALORA" if kind == "use_adalora" else "LORA"
@@ -47,8 +55,8 @@ def contents(model: nn.Module, adapter_name: str, as_lora: bool = False) -> dict
         found = {name: plan.pruned(name, factors) for name, factors in found.items()}
         config |= plan.config()
     tensors = {
-        f"{format.PREFIX}{name}{'.' if name else ''}{factor}{format.FACTORS[peft_type][factor][0]}": tensor
-        for name, factors in found.items()
+        f"{format.PREFIX}{place}{'.' if place else ''}{factor}{format.FACTORS[peft_type][factor][0]}": tensor
+        for place, factors in ((places.get(name, name), factors) for name, factors in found.items())
         for factor, tensor in factors.items()
     }
     return {
@@ -61,17 +69,15 @@ def contents(model: nn.Module, adapter_name: str, as_lora: bool = False) -> dict
     }
 
 
-def _whole_factors(name: str, layer: FusedLoraLinear, adapter_name: str, kind: str) -> dict[str, Tensor]:
+def _whole_factors(name: str, layer: AdapterState, adapter_name: str, kind: str) -> dict[str, Tensor]:
     """A layer's tensors on the host. Raises ValueError for one that is not whole."""
     if kind == "use_adalora":
         r = layer.r[adapter_name]
         lora_A, lora_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     else:
         lora_A, lora_B, r, _ = layer.as_plain_adapter(adapter_name)
-    found: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "lora_A": (lora_A, (r, layer.in_features)),
-        "lora_B": (lora_B, (layer.out_features, r)),
-    }
+    shapes = layer.factor_shapes(r)
+    found = {"lora_A": (lora_A, shapes["lora_A"]), "lora_B": (lora_B, shapes["lora_B"])}
     if kind == "use_dora":
         found["lora_magnitude_vector"] = layer.lora_magnitude_vector[adapter_name], (layer.out_features,)
     if kind == "use_adalora":
@@ -88,7 +94,7 @@ def _whole_factors(name: str, layer: FusedLoraLinear, adapter_name: str, kind: s
     return whole
 
 
-def _kind_of(layers: dict[str, FusedLoraLinear], adapter_name: str) -> str:
+def _kind_of(layers: dict[str, AdapterState], adapter_name: str) -> str:
     """ "use_dora", "use_adalora" or "use_lora"; ValueError where layers differ in it."""
     kinds = {
         next((k for k in ("use_dora", "use_adalora") if getattr(layer, k)[adapter_name]), "use_lora")
@@ -106,7 +112,7 @@ class _AdaLoraPlan:
     """What PEFT's AdaLoRA format makes of our adapters: one rank that all began with, one alpha, and in `rank_pattern`
     which of the ranks are left. `values`: each layer's λ (r, 1). One that is not zero is never left out."""
 
-    def __init__(self, layers: dict[str, FusedLoraLinear], adapter_name: str, values: dict[str, Tensor]) -> None:
+    def __init__(self, layers: dict[str, AdapterState], adapter_name: str, values: dict[str, Tensor]) -> None:
         self.allocations = {name: layer.allocation.get(adapter_name, Allocation()) for name, layer in layers.items()}
         self.kept = {}
         for name, layer in layers.items():
@@ -166,7 +172,7 @@ def most_common(values: Iterable[Any]) -> Any:
 
 
 def _config(
-    model: nn.Module, modules: dict[str, nn.Module], layers: dict[str, FusedLoraLinear], adapter_name: str, kind: str
+    model: nn.Module, modules: dict[str, nn.Module], layers: dict[str, AdapterState], adapter_name: str, kind: str
 ) -> dict[str, Any]:
     use_rslora = most_common(layer.use_rslora[adapter_name] for layer in layers.values())
     plain = {name: layer.as_plain_adapter(adapter_name) for name, layer in layers.items()}
@@ -187,6 +193,17 @@ def _config(
             UserWarning,
             stacklevel=4,
         )
+    experts = {name for name, layer in layers.items() if isinstance(layer, ExpertWeight)}
+    linear = layers.keys() - experts
+    if experts and dropout:
+        warnings.warn(
+            f"fastlora.save_adapter: adapter {adapter_name!r} has lora_dropout {dropout}, and PEFT reads no file with "
+            "target_parameters and dropout: 0 is saved. What it computes is the same; training on from the file drops "
+            "nothing",
+            UserWarning,
+            stacklevel=4,
+        )
+        dropout = 0.0
     r, alpha = most_common(ranks.values()), most_common(alphas.values())
     return {
         "peft_type": "ADALORA" if kind == "use_adalora" else "LORA",
@@ -198,11 +215,13 @@ def _config(
         "r": r,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
-        "target_modules": introspect_names.target_modules(set(layers), set(modules)),
+        "target_modules": introspect_names.target_modules(
+            set(linear), {name for name, module in modules.items() if not isinstance(module, ExpertWeight)}
+        ),
         "exclude_modules": None,
         "rank_pattern": {introspect_names.pattern(name): rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {introspect_names.pattern(name): value for name, value in alphas.items() if value != alpha},
-        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
+        "fan_in_fan_out": bool(linear) and all(layers[name].fan_in_fan_out for name in linear),
         "bias": "none",
         "use_rslora": use_rslora,
         "modules_to_save": None,
@@ -211,6 +230,11 @@ def _config(
         "layers_pattern": None,
         "use_dora": kind == "use_dora",
         "lora_bias": False,
+        "target_parameters": introspect_names.target_parameters(
+            experts, {name for name, *_ in targets.parameters_outside_adapters(model)}
+        )
+        if experts
+        else None,
     }
 
 
@@ -239,7 +263,7 @@ def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]
         inside.update(id(module) for module in layer.modules() if module is not layer)
     for name, module in introspect_names.named_modules(model):
         if id(module) not in inside:
-            yield name, module
+            yield module.called(name) if isinstance(module, OwnLayer) else name, module
 
 
 def save_adapter(
@@ -275,7 +299,7 @@ def save_adapter(
             a PeftModel, which saves itself.
         OSError: the directory cannot be written (PermissionError, no space left, ...); nothing in it was changed.
 
-    Example:
+    Examples:
         >>> fastlora.save_adapter(model, "runs/my-adapter")
     """
     model, outermost = targets.unwrap(model, "save_adapter"), model
@@ -429,7 +453,7 @@ def adapters_of(model: nn.Module) -> list[str]:
         return list(model.peft_config)  # type: ignore[arg-type]
     names: dict[str, None] = {}
     for name, layer in lora_layers(model):
-        if not isinstance(layer, FusedLoraLinear):
+        if not isinstance(layer, AdapterState):
             raise ValueError(
                 f"save_adapter: model: {name!r} is PEFT's layer in a {type(model).__name__}, want the PeftModel around "
                 "it (or save with the library that put PEFT's layers there)"

@@ -208,7 +208,7 @@ def adapter_names(model: nn.Module, names: Sequence[str], num_beams: int = 1) ->
             (`patch`'s report says why: pass PEFT's own `adapter_names=` instead), or its `modules_to_save` or trained
             tokens (likewise); at a layer's call, an input of another number of sequences, or merged adapters.
 
-    Example:
+    Examples:
         >>> with fastlora.adapter_names(model, ["french", "__base__", "german"]):
         ...     model(**batch_of_three)
     """

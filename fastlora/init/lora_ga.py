@@ -97,7 +97,7 @@ def init_lora_ga(
             modules use; DoRA and PEFT's other variants of LoRA, and its layers other than linear ones. The model is
             then as it was, as after any other error.
 
-    Example:
+    Examples:
         >>> with fastlora.GradientSketch(model, r=8) as sketch:
         ...     model(**batch).loss.backward()
         >>> fastlora.init_lora_ga(model, sketch)

@@ -90,7 +90,7 @@ class AlignmentMonitor:
     Raises:
         ValueError: no LoRA layers, AdaLoRA's adapters, every < 1, probes < 1, an unknown norm.
 
-    Example:
+    Examples:
         >>> with fastlora.AlignmentMonitor(model, every=50) as monitor:
         ...     for batch in batches:
         ...         model(**batch).loss.backward()

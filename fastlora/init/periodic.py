@@ -49,7 +49,7 @@ class PeriodicReinit:
         ValueError: neither `every` nor a monitor with a threshold; an argument out of range; and what `reinit_lora_ga`
             raises.
 
-    Example:
+    Examples:
         >>> monitor = fastlora.AlignmentMonitor(model, every=50)
         >>> with fastlora.PeriodicReinit(model, optimizer, monitor=monitor, threshold=0.5) as reinit:
         ...     for batch in batches:

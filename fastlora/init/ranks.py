@@ -44,7 +44,7 @@ def allocate_ranks(
     Raises:
         ValueError: both budgets, one that is below min_rank in every layer, ranks out of range, an unknown `by`.
 
-    Example:
+    Examples:
         >>> ranks = fastlora.allocate_ranks(sketch, total_rank=8 * len(sketch.names), max_rank=32)
         >>> fastlora.init_lora_ga(model, sketch, ranks=ranks)
     """

@@ -108,7 +108,7 @@ def reinit_lora_ga(
             go with the sketch; PEFT's layers; an optimiser that trains none of the factors. On this and on any other
             exception model and optimiser are as they were.
 
-    Example:
+    Examples:
         >>> with fastlora.GradientSketch(model, r=8) as sketch:
         ...     model(**batch).loss.backward()
         >>> fastlora.reinit_lora_ga(model, sketch, optimizer)

@@ -277,7 +277,7 @@ def sign_factors(
         ValueError: as `GradientSketch`; an unknown method or split; numbers out of range; single_pass with a layer that
             is called twice, or in several processes; a layer with fewer than 2r singular triplets.
 
-    Example:
+    Examples:
         >>> def passes():
         ...     for batch in batches:
         ...         model(**batch).loss.backward()

@@ -74,7 +74,7 @@ class GradientSketch:
         ValueError: nothing to sketch, r < 1, width < 2r, an unknown weighting, a discount that is not positive, a
             DistributedDataParallel wrapper.
 
-    Example:
+    Examples:
         >>> with fastlora.GradientSketch(model, r=8) as sketch:
         ...     for batch in batches:
         ...         model(**batch).loss.backward()
@@ -256,7 +256,7 @@ class GradientSketch:
         Raises:
             ValueError: no sketches, others' layers, weights that are not positive, an unknown normalize.
 
-        Example:
+        Examples:
             >>> joint = fastlora.GradientSketch.combine([code, prose], weights=[2, 1])
             >>> fastlora.init_lora_ga(model, joint)
         """

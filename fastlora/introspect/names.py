@@ -78,7 +78,8 @@ def _ends_with_one_of(name: str, targets: Iterable[str]) -> bool:
 
 def selects(config: dict[str, Any], name: str) -> bool:
     """Whether the configuration targets a module, by PEFT's rules."""
-    exclude, targets = config.get("exclude_modules"), config["target_modules"]
+    exclude, targets = config.get("exclude_modules"), config.get("target_modules")
+    targets = () if targets is None else targets  # where only parameters are targeted
     if exclude and (re.fullmatch(exclude, name) if isinstance(exclude, str) else _ends_with_one_of(name, exclude)):
         return False
     if isinstance(targets, str):
@@ -110,6 +111,12 @@ def from_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> 
 def pattern(name: str) -> str:
     """A key of rank_pattern or alpha_pattern for this module and no other: PEFT reads it as a regular expression."""
     return f"^{re.escape(name)}"
+
+
+def target_parameters(targets: set[str], parameters: set[str]) -> list[str]:
+    """The parameters' last two names where those select exactly these, else full names."""
+    short = {".".join(name.split(".")[-2:]) for name in targets}
+    return sorted(short if {name for name in parameters if _ends_with_one_of(name, short)} == targets else targets)
 
 
 def target_modules(targets: set[str], modules: set[str]) -> list[str] | str:

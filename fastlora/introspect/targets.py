@@ -135,7 +135,7 @@ def candidates(model: nn.Module, selection: Selection) -> Iterator[tuple[str, nn
 def expert_weights(model: nn.Module, selection: Selection) -> Iterator[tuple[str, str, bool]]:
     """(name, why it is left alone, whether it was asked for as a module) of every 3-D parameter that is no
     convolution's kernel: the weights of several linear layers, as transformers has experts."""
-    for name, module, key, parameter in _parameters(model):
+    for name, module, key, parameter in parameters_outside_adapters(model):
         if parameter.dim() != 3 or min(parameter.shape) < 2 or isinstance(module, nn.modules.conv._ConvNd):
             continue
         if selection.excludes(name):
@@ -147,8 +147,8 @@ def expert_weights(model: nn.Module, selection: Selection) -> Iterator[tuple[str
         yield name, why, not selection.all_linear and selection.names(name)
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """(name, module, key, parameter) of the model's parameters but for adapters'."""
+def parameters_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """(name, module, key, parameter) of every parameter but for adapters'."""
     inside: set[int] = set()
     for name, module in named_modules(model):
         if isinstance(module, OwnLayer):
@@ -172,13 +172,13 @@ def target_parameters(
     if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
         raise ValueError(f"{caller}: target_parameters: got {targets!r}, want a list of parameters' names")
     found, unused = [], set(targets)
-    for name, module, key, _ in _parameters(model):
+    for name, module, key, _ in parameters_outside_adapters(model):
         matches = {target for target in targets if name == target or name.endswith(f".{target}")}
         unused -= matches
         if matches:
             found.append((name, module, key))
     if unused:
-        experts = [name for name, *_, parameter in _parameters(model) if parameter.dim() == 3]
+        experts = [name for name, *_, parameter in parameters_outside_adapters(model) if parameter.dim() == 3]
         known = sorted({".".join(name.split(".")[-3:]) for name in experts})
         raise ValueError(
             f"{caller}: target_parameters: no parameter is called {', '.join(map(repr, sorted(unused)))} in this "

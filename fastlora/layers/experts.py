@@ -121,6 +121,8 @@ class ExpertWeight(AdapterState):
     def as_plain_adapter(self, name: str) -> tuple[Tensor, Tensor, int, float]:
         """(A, B, r, alpha) of an ordinary adapter: the adapter's own, or [A; A₀] and [B, −B₀] of each expert."""
         self._check_names([name], "as_plain_adapter")
+        if name not in self.lora_A0:
+            return self.lora_A[name], self.lora_B[name], self.r[name], self.lora_alpha[name]
         (term,) = self._terms([name])
         r, a, b = term.lora_A.shape[1], term.lora_A, term.lora_B
         return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1), r, self.alpha_at(name, r)

@@ -326,7 +326,7 @@ def watching(model: nn.Module) -> Iterator[list[tuple[str, ...]]]:
     """Within it the model's patched layers run alone and are watched; afterwards those that were fed the same tensor,
     one after another, are a group, and the list that it gives names them. Run one forward pass in it.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4))
         >>> _ = fastlora.patch(model, r=4)
         >>> with fastlora.watching(model) as groups, torch.no_grad():

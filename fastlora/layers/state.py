@@ -27,6 +27,7 @@ class AdapterState(OwnLayer, FusedLayer, nn.Module):
     out_features: int
     weight: Tensor
     reset_adapter: Callable[..., None]
+    as_plain_adapter: Callable[..., tuple[Tensor, Tensor, int, float]]
 
     def _init_adapter_state(self, fan_in_fan_out: bool, backend: str) -> None:
         self.r: dict[str, int] = {}

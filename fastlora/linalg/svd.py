@@ -65,7 +65,7 @@ def truncated_svd(
         ValueError: a rank, oversampling, iterations or seed that are no integers or out of range; an unknown method;
             entries that are not finite; empty and sparse tensors, and dtypes other than those four.
 
-    Example:
+    Examples:
         >>> U, S, Vh, error = truncated_svd(torch.randn(300, 200), rank=8)
         >>> U.shape, S.shape, Vh.shape
         (torch.Size([300, 8]), torch.Size([8]), torch.Size([8, 200]))

@@ -22,7 +22,7 @@ def dropout_keep_mask(seed: torch.Tensor, M: int, K: int, p: float) -> torch.Ten
         ValueError: p is not in [0, 1].
         RuntimeError: seed, M or K is not as above, or ``csrc/`` cannot be compiled here (the message says why).
 
-    Example:
+    Examples:
         >>> from fastlora import ops
         >>> keep = ops.dropout_keep_mask(torch.tensor([1234]), 4, 64, p=0.1)
         >>> dropped = torch.where(keep, x / 0.9, 0)

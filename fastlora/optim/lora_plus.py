@@ -59,7 +59,7 @@ def lora_plus_param_groups(
         ValueError: nothing is trainable, or no LoRA parameter is; `ratio` is not positive; a rate or the weight decay
             is negative; one of them is not finite.
 
-    Example:
+    Examples:
         ```python
         fastlora.patch(model, r=16)
         groups = fastlora.optim.lora_plus_param_groups(model, lr=1e-4, ratio=16)

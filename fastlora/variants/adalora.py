@@ -79,7 +79,7 @@ class RankAllocator:
         ValueError: no such adapter; a value out of range, a target_r above the average rank; parameters sharded over
             processes (FSDP, ZeRO-3).
 
-    Example:
+    Examples:
         >>> allocator = fastlora.variants.RankAllocator(model, target_r=8, total_steps=1000, t_init=100, t_final=200)
         >>> for batch in batches:
         ...     (model(**batch).loss + fastlora.variants.orthogonality_penalty(model)).backward()

@@ -29,7 +29,7 @@ def kept_norms(model: nn.Module) -> Iterator[nn.Module]:
     Raises:
         ValueError: what is no module.
 
-    Example:
+    Examples:
         >>> with fastlora.variants.kept_norms(model), torch.no_grad():
         ...     model.generate(**prompt)
     """

@@ -30,7 +30,7 @@ def orthogonality_penalty(model: nn.Module, gamma: float = 0.1, adapter_name: st
     Raises:
         ValueError: no such adapter; γ negative or not finite; parameters sharded over processes.
 
-    Example:
+    Examples:
         >>> loss = model(**batch).loss + fastlora.variants.orthogonality_penalty(model)
         >>> loss.backward()
 

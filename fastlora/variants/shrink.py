@@ -49,7 +49,7 @@ def shrink_to_ranks(
             merged adapters; parameters sharded over processes; an optimiser that trains none of them. Nothing is
             changed then.
 
-    Example:
+    Examples:
         >>> if allocator.is_final:
         ...     fastlora.variants.shrink_to_ranks(model, allocator, optimizer)
     """

@@ -397,7 +397,6 @@ def test_configurations_that_are_no_lora(saved):
         {"layer_replication": [[0, 2]]},
         {"alora_invocation_tokens": [1]},
         {"trainable_token_indices": [3]},
-        {"target_parameters": ["x"]},
         {"init_lora_weights": "pissa_niter_4"},
         {"init_lora_weights": "corda"},
         {"init_lora_weights": "loftq"},

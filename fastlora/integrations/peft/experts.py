@@ -71,7 +71,7 @@ class FusedParamWrapper(PeftFusedLayer, ParamWrapper):
             for wrapper in _chain(self):
                 if isinstance(wrapper, FusedParamWrapper):
                     wrapper.calls.fused += 1
-        return fused.run(self.get_base_layer(), x, *args, plan, self.backend)
+        return fused.run(self.get_base_layer(), x, args[0], args[1], plan, self.backend)
 
     # Merging.
 
@@ -83,7 +83,7 @@ class FusedParamWrapper(PeftFusedLayer, ParamWrapper):
         terms = _read(self, names)
         if isinstance(terms, str):
             raise ValueError(f"merge: {self.parameter_name}: {terms}")
-        transposed = self.get_base_layer().is_transposed
+        transposed = bool(self.get_base_layer().is_transposed)
         caller = (
             f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"  # PEFT's words
         )

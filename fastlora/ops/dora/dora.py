@@ -235,7 +235,7 @@ def dora_linear(
     Raises:
         ValueError: as `lora_linear`; a magnitude that is not (N,) or lies on another device.
 
-    Example:
+    Examples:
         >>> x, weight = torch.randn(4, 32, 64), torch.randn(128, 64)
         >>> lora_A, lora_B = torch.randn(8, 64), torch.zeros(128, 8)
         >>> dora_linear(x, weight, lora_A, lora_B, weight.norm(dim=1), scaling=2.0).shape

@@ -50,7 +50,7 @@ def lora_embedding(
     Raises:
         ValueError: ids of another dtype or, on a CPU, out of range; shapes, dtypes, devices that do not fit together.
 
-    Example:
+    Examples:
         >>> ids, weight = torch.tensor([[1, 4], [4, 0]]), torch.randn(6, 16)
         >>> lora_embedding(ids, weight, torch.zeros(2, 6), torch.randn(16, 2), scaling=2.0).shape
         torch.Size([2, 2, 16])

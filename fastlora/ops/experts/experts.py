@@ -75,7 +75,7 @@ def lora_grouped_linear(
         ValueError: shapes, dtypes or devices that do not fit together, a routing of another size, a probability
             outside [0, 1], `materialise` with dropout.
 
-    Example:
+    Examples:
         >>> routing = Routing(torch.randint(8, (32, 2)), num_experts=8)
         >>> x, weight, A, B = torch.randn(32, 64), torch.randn(8, 96, 64), torch.randn(8, 4, 64), torch.zeros(8, 96, 4)
         >>> lora_grouped_linear(x, weight, routing, [A], [B], [2.0], gathered=True).shape

@@ -26,7 +26,7 @@ class Routing:
     Raises:
         ValueError: an index that is no 2-D tensor of integers, or fewer experts than one.
 
-    Example:
+    Examples:
         >>> routing = Routing(torch.tensor([[1, 0], [1, 2]]), num_experts=3)
         >>> routing.rows.tolist(), routing.offsets.tolist()
         ([0, 0, 1, 1], [1, 3, 4])

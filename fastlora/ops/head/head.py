@@ -84,7 +84,7 @@ def lora_linear_cross_entropy(
         ValueError: shapes, dtypes or devices that do not fit together, labels that are no word, A without B, an
             unknown reduction, an option out of range.
 
-    Example:
+    Examples:
         >>> h, weight, labels = torch.randn(4, 32, 64), torch.randn(1000, 64), torch.randint(1000, (4, 32))
         >>> lora_linear_cross_entropy(h, weight, None, None, labels, 1.0).shape
         torch.Size([])

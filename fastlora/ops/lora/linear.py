@@ -46,7 +46,7 @@ def lora_linear(
         ValueError: shapes, dtypes or devices that do not fit together, a probability outside [0, 1], an unknown
             backend.
 
-    Example:
+    Examples:
         >>> x, weight = torch.randn(4, 32, 64), torch.randn(128, 64)
         >>> lora_A, lora_B = torch.randn(8, 64), torch.zeros(128, 8)
         >>> lora_linear(x, weight, lora_A, lora_B, scaling=2.0).shape

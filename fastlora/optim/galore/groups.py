@@ -67,7 +67,7 @@ def galore_param_groups(
         ValueError: a value out of range; a name that no module has; nothing is trainable, or nothing is left to
             project; LoRA layers, sharded parameters.
 
-    Example:
+    Examples:
         ```python
         groups = fastlora.optim.galore_param_groups(model, rank=128, scale=0.25)
         optimizer = fastlora.optim.GaLoreAdamW(groups, lr=1e-3)

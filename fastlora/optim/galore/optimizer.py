@@ -66,7 +66,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         ValueError: a value out of range, in the arguments or a group; a group with a rank that holds something else
             than matrices with sides of at least that; 8 bits without bitsandbytes; settings that exclude each other.
 
-    Example:
+    Examples:
         ```python
         groups = fastlora.optim.galore_param_groups(model, rank=128)
         optimizer = fastlora.optim.GaLoreAdamW(groups, lr=1e-3, gradients="factored", model=model, max_grad_norm=1.0)
@@ -229,7 +229,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
         """Stops training these, and forgets their gradients of this step. `requires_grad_(False)` alone says nothing in
         the mode "factored", where the weights are frozen for autograd while they train.
 
-        Example:
+        Examples:
             ```python
             optimizer.freeze(model.layers[0].parameters())
             ```
@@ -388,7 +388,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
             ValueError: torch.distributed is not initialised; the model is wrapped already; a refresh that needs a
                 gradient as a whole, or a basis in the middle of a backward pass.
 
-        Example:
+        Examples:
             ```python
             optimizer = fastlora.optim.GaLoreAdamW(groups, lr=1e-3, gradients="hook")
             optimizer.reduce_across_ranks(model)
