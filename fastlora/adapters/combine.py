@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..introspect import sharding
 from ..layers.checks import check_adapter_arguments
-from ..layers.linear import FusedLoraLinear
+from ..layers.state import AdapterState
 from ..linalg.lowrank import balanced
 from ..runtime import progress
 from ..runtime.checks import is_number
@@ -63,7 +63,7 @@ def add_weighted_adapter(
     layers = require_layers(model, caller)
     _check(model, layers, weights, adapter_name, r)
     done: dict[str, Combined] = {}
-    added: list[FusedLoraLinear] = []
+    added: list[AdapterState] = []
     try:
         for name, layer in progress.bar(layers, "combine adapters", len(layers)):
             mine = {adapter: weight for adapter, weight in weights.items() if adapter in layer.r}
@@ -96,7 +96,7 @@ def truncated(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
     return new_a, new_b, float(energy[:r].sum() / energy.sum()) if bool(energy.any()) else 1.0
 
 
-def _stacked(layer: FusedLoraLinear, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+def _stacked(layer: AdapterState, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
     """(Â (R, in), B̂ (out, R)) of the sum, in the adapters' own precision or float32."""
     downs, ups = [], []
     for name, weight in weights.items():
@@ -125,7 +125,7 @@ def _check(
     if sharding.has_shards(model):
         raise ValueError(f"{where}: model: its parameters are sharded over processes, want this {sharding.BEFORE}")
     for name, layer in layers:
-        if not isinstance(layer, FusedLoraLinear):
+        if not isinstance(layer, AdapterState):
             raise ValueError(
                 f"{where}: model: {name!r} is PEFT's layer, want a model patched without PEFT; the PeftModel has "
                 "add_weighted_adapter itself"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.peft.family import why_not_fused
+from ..layers.embedding import FusedLoraEmbedding
 from ..layers.fused import FusedLayer, Terms
 from ..ops import call as ops_call
 from ..ops.dora import aten as dora_aten
@@ -77,6 +78,10 @@ def explain(layer: nn.Module, x: Tensor, *, measure: bool = False) -> Explanatio
             _check_input(size, x)
         return Explanation(name, "eager", "eager", reason, needed=needed)
     own: Any = layer
+    if isinstance(layer, FusedLoraEmbedding):
+        if own.disable_adapters or own.merged_adapters or not own.active_adapters:
+            return _base(name, "its adapters are disabled, merged or not active")
+        return Explanation(name, "torch", "torch", "an embedding: looked up and multiplied by ATen, on every device")
     _check_input(own.in_features, x)
     if own.disable_adapters or own.merged_adapters:
         return _base(name, f"its adapters are {'disabled' if own.disable_adapters else 'merged'}")

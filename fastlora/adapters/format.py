@@ -94,6 +94,9 @@ _KEYS = {
 }
 
 
+_EMBEDDING = re.compile(r"(?P<module>.+\.)?lora_embedding_(?P<factor>[AB])")
+
+
 _WHOLE = re.compile(r"(?:base_model\.model\.)?(?P<module>.+?)(?:\.base_layer|\.modules_to_save)?\.(?P<parameter>[^.]+)")
 
 
@@ -126,11 +129,12 @@ class Spec(NamedTuple):
 class AdapterFile(NamedTuple):
     """What a directory holds: the configuration, and by module name lora_A (r, in), lora_B (out, r) and, of DoRA,
     lora_magnitude_vector (out,), of AdaLoRA lora_E (r, 1), whose r may be 0; by parameter name what PEFT saved whole
-    (embeddings, modules_to_save)."""
+    (embeddings, modules_to_save); which of the modules are embeddings."""
 
     config: dict[str, Any]
     modules: dict[str, dict[str, Tensor]]
     whole: dict[str, Tensor]
+    embeddings: frozenset[str] = frozenset()
 
     @property
     def is_adalora(self) -> bool:
@@ -182,6 +186,12 @@ class AdapterFile(NamedTuple):
         alpha = from_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
         use_rslora, use_dora = bool(config.get("use_rslora", False)), bool(config.get("use_dora", False))
         return Spec(rank, alpha, dropout, use_rslora, use_dora)
+
+
+def key(module: str, factor: str, peft_type: str, embedding: bool) -> str:
+    """What PEFT calls a module's tensor in its files."""
+    named = factor.replace("lora_", "lora_embedding_") if embedding else factor + FACTORS[peft_type][factor][0]
+    return f"{PREFIX}{module}{'.' if module else ''}{named}"
 
 
 def _repeatable(init: Any) -> str | None:
@@ -265,9 +275,11 @@ def parse(
     modules: dict[str, dict[str, Tensor]] = {}
     whole: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    unexpected = []
+    unexpected, embeddings = [], set()
     for key, tensor in tensors.items():
-        match = pattern.fullmatch(key)
+        embedding = _EMBEDDING.fullmatch(key)
+        plain = key if embedding is None else f"{embedding['module'] or ''}lora_{embedding['factor']}.weight"
+        match = pattern.fullmatch(plain)
         factor = "" if match is None else next(factor for factor in factors if match[factor])
         fits = factor in wanted and tensor.is_floating_point() and tensor.dim() == factors[factor][1]
         if match is None and "lora_" not in key and (name := _WHOLE.fullmatch(key)) is not None:
@@ -277,6 +289,7 @@ def parse(
         else:
             name, count = experts.get(match["name"] or "", (match["name"] or "", 1))
             modules.setdefault(name, {})[factor], counts[name] = tensor, count
+            embeddings.update([name] if embedding is not None else ())
     if unexpected:
         keys = ", ".join(f".{factor}{factors[factor][0]}" for factor in wanted)
         raise ValueError(
@@ -290,7 +303,7 @@ def parse(
             if alone
             else f"load_adapter: {where}: holds no tensors"
         )
-    file = AdapterFile(config, modules, whole)
+    file = AdapterFile(config, modules, whole, frozenset(embeddings))
     for name, found in modules.items():
         ranks = {factor: tensor.shape[RANK_DIMS[factor]] for factor, tensor in found.items() if factor in RANK_DIMS}
         if set(ranks.values()) != {file.spec(name).r * counts[name]}:

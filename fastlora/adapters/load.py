@@ -25,7 +25,6 @@ from ..introspect.fused import FusedPeftLayer
 from ..layers import starts
 from ..layers.checks import check_adapter_arguments, scale_of
 from ..layers.experts import LORA, ExpertWeight
-from ..layers.linear import FusedLoraLinear
 from ..layers.state import AdapterState
 from ..runtime import progress
 from ..runtime.messages import some
@@ -94,7 +93,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     _check_wrapped(wrapped, adapter_name, bool(new))
     if sharding.has_shards(model):
         _check_starts_at_zero(file, layers, adapter_name)
-    shifts = _shifts(model, {name: layers[name] for name in file.modules}, file, adapter_name)
+    linear = {name: layers[name] for name in file.modules if name not in file.embeddings}
+    shifts = _shifts(model, linear, file, adapter_name)
     with _added(model, layers, file, adapter_name, new), torch.no_grad():
         for name in file.modules:
             layer = layers[name]
@@ -112,7 +112,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
                 parameter = getattr(layer, factor)[adapter_name]
                 parameter.copy_(sharding.spread(values, parameter))
         for name in _cut_to_nothing(layers, file, adapter_name):
-            layer = cast(FusedLoraLinear, layers[name])
+            layer = cast(AdapterState, layers[name])
             layer.lora_E[adapter_name].zero_()
             layer.allocation[adapter_name] = file.cut_to_nothing(layer.r[adapter_name])
         for name, parameter in whole.items():
@@ -216,7 +216,7 @@ def _cut_to_nothing(layers: dict[str, nn.Module], file: AdapterFile, adapter_nam
     return [
         name
         for name, layer in layers.items()
-        if name not in file.modules and isinstance(layer, FusedLoraLinear) and adapter_name in layer.lora_E
+        if name not in file.modules and isinstance(layer, AdapterState) and adapter_name in layer.lora_E
     ]
 
 
@@ -224,6 +224,10 @@ def _check_shapes(name: str, layer: nn.Module, file: AdapterFile, adapter_name: 
     why_not = introspect_targets.why_not_patchable(layer)
     if why_not is not None:
         raise ValueError(f"load_adapter: {name!r} cannot carry an adapter: {why_not}")
+    if (name in file.embeddings) != isinstance(layer, nn.Embedding):
+        kinds = ("an embedding", "a linear layer")
+        wanted, got = kinds if name in file.embeddings else reversed(kinds)
+        raise ValueError(f"load_adapter: {name!r}: the file has it as {wanted}, and it is {got} in this model")
     spec = file.spec(name)
     r = spec.r
     if isinstance(layer, AdapterState) and adapter_name in layer.r:
@@ -248,7 +252,7 @@ def _check_shapes(name: str, layer: nn.Module, file: AdapterFile, adapter_name: 
 
 def _is_stored_in_out(layer: nn.Module) -> bool:
     """True where the weight is (in, out): a Conv1D, patched or not."""
-    return layer.fan_in_fan_out if isinstance(layer, FusedLoraLinear) else not isinstance(layer, nn.Linear)
+    return layer.fan_in_fan_out if isinstance(layer, AdapterState) else not isinstance(layer, nn.Linear)
 
 
 def _shifts(
@@ -271,7 +275,7 @@ def _shifts(
                 f"{caller}: {name!r} is a Conv1D, of whose weight PEFT decomposes the transpose, so that the adapter "
                 "does not fit it; load it with PEFT"
             )
-        if isinstance(layer, FusedLoraLinear):
+        if isinstance(layer, AdapterState):
             layer.check_initial_factors(adapter_name, exact=False)
             weight = layer.unshifted_weight(adapter_name)
         else:

@@ -33,8 +33,9 @@ from ..layers import group as grouping
 from ..layers import head as heads
 from ..layers import mlp as mlps
 from ..layers.checks import check_adapter_arguments, check_backend
+from ..layers.embedding import FusedLoraEmbedding
 from ..layers.experts import ExpertWeight
-from ..layers.kinds import FROZEN, TRAINED, check_kinds
+from ..layers.kinds import FROZEN, check_kinds
 from ..layers.linear import FusedLoraLinear
 from ..layers.starts import check_init, check_not_shared, shifts_weight
 from ..layers.state import AdapterState
@@ -76,7 +77,8 @@ def patch(
     """Swaps fused LoRA layers into a model, in place.
 
     A plain model: every target (`nn.Linear`, and transformers' `Conv1D`) becomes a `FusedLoraLinear` with a new
-    adapter, sharing its weight, and all other parameters are frozen. A model with PEFT LoRA layers: those run fused
+    adapter, sharing its weight, and all other parameters are frozen; an `nn.Embedding` that is named becomes a
+    `FusedLoraEmbedding` (docs/head.md). A model with PEFT LoRA layers: those run fused
     from now on, nothing is added, and PEFT goes on managing them. Patching again with the same settings does nothing;
     with another `adapter_name` it adds an adapter (inactive until `set_adapter`). Models with other adapters of PEFT's
     (prompts, IA3, LoKr, ...) are refused.
@@ -167,6 +169,8 @@ def patch(
         targeted = why_not is None
         if targeted:
             why_not = why_not_patchable(module) or read.get(id(module))
+            if isinstance(module, nn.Embedding) and why_not is None and (use_dora or use_adalora):
+                why_not = f"an embedding has plain LoRA only, not {'use_dora' if use_dora else 'use_adalora'}"
         if why_not is not None:
             report.modules.append(ModuleReport(name, _original_kind(module), False, why_not, targeted))
             continue
@@ -178,6 +182,8 @@ def patch(
         if not status:
             plan[name] = module
         reason = status or f"adapter {adapter_name!r}, r={own['r']}"
+        if isinstance(module, nn.Embedding) and not status and isinstance(init_lora_weights, str):
+            reason += ", started as with init_lora_weights=True, as in PEFT"
         report.modules.append(ModuleReport(name, _original_kind(module), True, reason))
     experts, left = patch_experts.find(model, target_parameters, selection, backend)
     for name, layer in experts.items():
@@ -195,7 +201,8 @@ def patch(
             report.modules.append(ModuleReport(name, "Parameter", False, why_not, asked))
     _check_something_matched(model, report, selection, strict)
     if shifts_weight(init_lora_weights):
-        weights = {name: cast(Tensor, module.weight) for name, module in plan.items()}
+        shifted = {name: module for name, module in plan.items() if not isinstance(module, nn.Embedding)}
+        weights = {name: cast(Tensor, module.weight) for name, module in shifted.items()}
         check_not_shared(model, weights, f"patch: init_lora_weights={init_lora_weights!r}")
     _check_patterns_used(settings_of, {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, strict)
     _apply(model, plan, adapter_name, settings_of, init_lora_weights, backend)
@@ -244,7 +251,7 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"unpatch: model: got {type(model).__name__}, want a torch.nn.Module")
     for name, module in model.named_modules():
-        if _ORIGINAL_CLASS in module.__dict__ and type(module) is not FusedLoraLinear:
+        if _ORIGINAL_CLASS in module.__dict__ and type(module) not in (FusedLoraLinear, FusedLoraEmbedding):
             raise ValueError(
                 f"unpatch: {name!r} has become a {type(module).__name__} since it was patched, want a FusedLoraLinear: "
                 "undo that first (a parametrisation, sharding)"
@@ -424,7 +431,7 @@ def _apply(
             done.append(module)
             if isinstance(module, ExpertWeight):
                 module.attach()
-            elif not isinstance(module, FusedLoraLinear):
+            elif not isinstance(module, AdapterState):
                 _swap_class(module, backend)
             assert isinstance(module, AdapterState)
             try:
@@ -458,7 +465,7 @@ def _flags_to_record(model: nn.Module, plan: Iterable[nn.Module]) -> list[tuple[
     planned = {id(module) for module in plan}
     seen_whole = _FROZEN in model.__dict__
     layers = [module for module in model.modules() if isinstance(module, AdapterState)]
-    adapters = {id(layer._modules[key]) for layer in layers for key in (*TRAINED, *FROZEN)}
+    adapters = {id(layer._modules[key]) for layer in layers for key in (*layer.TRAINED, *FROZEN)}
     recorded: dict[int, bool] = {}
     for module in model.modules():
         flags = module.__dict__.get(_FROZEN, {})
@@ -473,11 +480,12 @@ def _flags_to_record(model: nn.Module, plan: Iterable[nn.Module]) -> list[tuple[
 def _swap_class(module: nn.Module, backend: str) -> None:
     original = type(module)
     module.__dict__[_ORIGINAL_CLASS] = original
-    if original is not nn.Linear:  # a Conv1D does not say its sizes in these words
+    fused = FusedLoraEmbedding if isinstance(module, nn.Embedding) else FusedLoraLinear
+    if not isinstance(module, (nn.Linear, nn.Embedding)):  # a Conv1D does not say its sizes in these words
         module.in_features, module.out_features = module.weight.shape  # type: ignore[misc]
-    rebind_forward(module, FusedLoraLinear)
-    module.__class__ = FusedLoraLinear
-    assert isinstance(module, FusedLoraLinear)
+    rebind_forward(module, fused)
+    cast(nn.Module, module).__class__ = fused
+    assert isinstance(module, AdapterState)
     module._init_adapter_state(fan_in_fan_out=original is not nn.Linear, backend=backend)
 
 
@@ -485,15 +493,14 @@ def restore_layer(layer: AdapterState) -> None:
     if isinstance(layer, ExpertWeight):
         layer.detach()
         return
-    assert isinstance(layer, FusedLoraLinear)
-    for attribute in FusedLoraLinear.STATE:
+    for attribute in layer.STATE:
         if attribute in layer._modules:
             del layer._modules[attribute]
         else:
             layer.__dict__.pop(attribute, None)
     original = layer.__dict__.pop(_ORIGINAL_CLASS)
-    if original is not nn.Linear:
-        del layer.in_features, layer.out_features
+    for size in ("in_features", "out_features") if not issubclass(original, nn.Linear) else ():
+        layer.__dict__.pop(size, None)
     rebind_forward(layer, original)
     cast(nn.Module, layer).__class__ = original
 

@@ -55,8 +55,8 @@ def contents(model: nn.Module, adapter_name: str, as_lora: bool = False) -> dict
         found = {name: plan.pruned(name, factors) for name, factors in found.items()}
         config |= plan.config()
     tensors = {
-        f"{format.PREFIX}{place}{'.' if place else ''}{factor}{format.FACTORS[peft_type][factor][0]}": tensor
-        for place, factors in ((places.get(name, name), factors) for name, factors in found.items())
+        format.key(places.get(name, name), factor, peft_type, isinstance(layers[name], nn.Embedding)): tensor
+        for name, factors in found.items()
         for factor, tensor in factors.items()
     }
     return {
@@ -88,7 +88,8 @@ def _whole_factors(name: str, layer: AdapterState, adapter_name: str, kind: str)
         if tuple(tensor.shape) != wanted or tensor.is_meta:
             raise ValueError(
                 f"save_adapter: model: {factor} of {name!r} is a {tuple(tensor.shape)} tensor on "
-                f"{tensor.device}, want {wanted}: gather sharded parameters before saving"
+                f"{tensor.device}, want {wanted}: gather sharded parameters before saving, and "
+                "resize a vocabulary before patch"
             )
         whole[factor] = tensor.cpu()
     return whole
@@ -195,6 +196,7 @@ def _config(
         )
     experts = {name for name, layer in layers.items() if isinstance(layer, ExpertWeight)}
     linear = layers.keys() - experts
+    in_out = [layers[name].fan_in_fan_out for name in linear if not isinstance(layers[name], nn.Embedding)]
     if experts and dropout:
         warnings.warn(
             f"fastlora.save_adapter: adapter {adapter_name!r} has lora_dropout {dropout}, and PEFT reads no file with "
@@ -221,7 +223,7 @@ def _config(
         "exclude_modules": None,
         "rank_pattern": {introspect_names.pattern(name): rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {introspect_names.pattern(name): value for name, value in alphas.items() if value != alpha},
-        "fan_in_fan_out": bool(linear) and all(layers[name].fan_in_fan_out for name in linear),
+        "fan_in_fan_out": bool(in_out) and all(in_out),
         "bias": "none",
         "use_rslora": use_rslora,
         "modules_to_save": None,
@@ -426,6 +428,9 @@ def _warn_of_unmoved(made: dict[str, bytes], adapter_name: str) -> None:
     for key, b in tensors.items():
         name, found, suffix = key.rpartition(".lora_B")
         a, values = tensors.get(f"{name}.lora_A{suffix}"), tensors.get(f"{name}.lora_E")
+        if key.endswith(".lora_embedding_A"):  # its A starts at zero, and B does not
+            name, found = key.rpartition(".")[0], key
+            a, b = tensors[f"{name}.lora_embedding_B"].t(), b.t()
         if not found or a is None or not b.numel():
             continue
         known += 1

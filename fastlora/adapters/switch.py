@@ -15,6 +15,7 @@ from ..integrations.peft.wrappers import Beside
 from ..introspect import sharding
 from ..introspect.targets import lora_layers
 from ..layers import batch
+from ..layers.embedding import FusedLoraEmbedding
 from ..layers.fused import Adapted
 from ..runtime.checks import check_integer, check_module
 
@@ -215,7 +216,7 @@ def adapter_names(model: nn.Module, names: Sequence[str], num_beams: int = 1) ->
     layers = require_layers(model, "adapter_names")
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"adapter_names: names: got {names!r}, want a list with a name for each sequence")
-    known = sorted({name for _, layer in layers for name in layer.lora_A})
+    known = sorted({name for _, layer in layers for name in layer.r})
     unknown = sorted(set(names) - {*known, batch.BASE_NAME})
     if unknown:
         raise ValueError(f"adapter_names: names: got {unknown}, want some of {known} or {batch.BASE_NAME!r}")
@@ -225,7 +226,10 @@ def adapter_names(model: nn.Module, names: Sequence[str], num_beams: int = 1) ->
             f"adapter_names: model: {wrapped[0]!r} is another module in each adapter (modules_to_save, "
             "trainable_token_indices), one for the whole batch; pass PEFT's adapter_names= to the model's call instead"
         )
-    foreign = [name for name, layer in layers if not getattr(layer, "shares_input", False)]
+    mixing = [
+        name for name, one in layers if getattr(one, "shares_input", False) or isinstance(one, FusedLoraEmbedding)
+    ]
+    foreign = [name for name, _ in layers if name not in mixing]
     if foreign:
         raise ValueError(
             f"adapter_names: model: {foreign[0]!r} and {len(foreign) - 1} other LoRA layers are PEFT's own: call "

@@ -124,7 +124,7 @@ def candidates(model: nn.Module, selection: Selection) -> Iterator[tuple[str, nn
     inside: set[int] = set()
     for name, module in named_modules(model):
         if isinstance(module, OwnLayer):
-            inside.update(id(child) for child in module.modules())
+            inside.update(id(child) for child in module.modules() if child is not module)
         linear = isinstance(module, nn.Linear) or is_conv1d(module)
         # A regular expression that ends in ".*" means layers, not what they are in.
         meant = not isinstance(selection.targets, str) or not any(True for _ in module.children())
@@ -232,8 +232,8 @@ def sketchable(
 
 
 def layer_sizes(layer: Any) -> tuple[int, int]:
-    """(out_features, in_features) of a linear layer of any kind."""
-    if is_conv1d(layer):
+    """(out_features, in_features) of a linear layer of any kind, or of an embedding."""
+    if is_conv1d(layer) or isinstance(layer, nn.Embedding):
         return layer.weight.shape[1], layer.weight.shape[0]
     return layer.out_features, layer.in_features
 
@@ -249,7 +249,12 @@ def why_not_patchable(module: nn.Module) -> str | None:
     if isinstance(module, OwnLayer):
         return None
     kind = type(module).__name__
-    if type(module) is not nn.Linear and not is_conv1d(module):
+    if isinstance(module, nn.Embedding):
+        if type(module) is not nn.Embedding and not _only_scales(module):
+            return f"{kind} is a subclass of nn.Embedding with behaviour of its own"
+        if module.max_norm is not None:
+            return f"{kind} has max_norm, which rewrites rows of its weight at every call"
+    elif type(module) is not nn.Linear and not is_conv1d(module):
         if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
             return "nn.MultiheadAttention reads this layer's weight itself and never calls its forward"
         if type(module).__module__.startswith("bitsandbytes.") and isinstance(module, nn.Linear):
@@ -274,6 +279,13 @@ def why_not_patchable(module: nn.Module) -> str | None:
     if weight.numel() == 0:
         return "its weight is empty (partitioned by ZeRO-3?): patch before partitioning"
     return None
+
+
+def _only_scales(module: nn.Embedding) -> bool:
+    """Whether it is one of transformers' embeddings that multiply their rows by `embed_scale`."""
+    kind = type(module)
+    named = re.fullmatch(r"\w*ScaledWordEmbedding", kind.__name__) is not None
+    return named and kind.__module__.startswith("transformers.") and getattr(module, "embed_scale", None) is not None
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

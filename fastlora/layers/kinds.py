@@ -56,7 +56,7 @@ def use_adalora(layer: AdapterState) -> dict[str, bool]:
 
 def trained_parameters(layer: AdapterState, name: str) -> list[nn.Parameter]:
     """What an adapter trains: A, B and, where it has them, its singular values or magnitudes."""
-    return [factors[name] for key in TRAINED if name in (factors := layer._modules[key])]  # type: ignore[index, operator]
+    return [factors[name] for key in layer.TRAINED if name in (factors := layer._modules[key])]  # type: ignore[index, operator]
 
 
 def reset_adapter(layer: FusedLoraLinear, name: str, init_lora_weights: bool | str = True) -> None:

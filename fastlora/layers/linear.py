@@ -150,45 +150,6 @@ class FusedLoraLinear(AdapterState, nn.Linear):
     unshifted_weight = starts.unshifted_weight
     as_plain_adapter = starts.as_plain_adapter
 
-    # Merging.
-
-    def merge(self, untie: bool = False) -> None:
-        """Adds the active adapters to the weight: summed in float32, rounded once to the weight's dtype.
-
-        The weight's former bits are kept (in host memory), so that `unmerge` restores them exactly. With `untie` the
-        layer gets a new weight and the old Parameter is set aside: for a weight that other modules use too.
-
-        Raises ValueError, with nothing changed, where the merged weight would not be finite, or adapters are merged
-        already.
-        """
-        if self.merged_adapters:
-            raise ValueError(
-                f"FusedLoraLinear.merge: adapters {self.merged_adapters} are merged already; "
-                "call fastlora.unmerge(model) first"
-            )
-        if not self.active_adapters:
-            return
-        with torch.no_grad():
-            dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-            merged = self.weight.to(dtype, copy=True)
-            for name in self.active_adapters:
-                merged += self.get_delta_weight(name)
-            merged = merged.to(self.weight.dtype)
-            if not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"FusedLoraLinear.merge: merging {self.active_adapters} into a {self.weight.dtype} weight "
-                    "would give non-finite values; nothing was changed. Check the adapter for NaN, or merge in a wider "
-                    "dtype (model.float())"
-                )
-            if untie:
-                self._base_weight = (self.weight,)
-                with torch.inference_mode(False):  # a parameter made in inference mode could never be trained through
-                    self.weight = nn.Parameter(merged.clone(), requires_grad=False)
-            else:
-                self._base_weight = (self.weight.detach().to("cpu", copy=True),)
-                self.weight.copy_(merged)  # not through .data: a backward pass that has saved the weight must notice
-        self.merged_adapters = list(self.active_adapters)
-
     # Running.
 
     def running_adapters(self) -> list[call.Adapter]:
@@ -240,14 +201,3 @@ class FusedLoraLinear(AdapterState, nn.Linear):
             self.calls.fused += 1
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         return mixed_op.run_segments(input, weight, kinds.adapters_of(self, names), segments, self.bias, self.backend)
-
-    def extra_repr(self) -> str:
-        adapters = ", ".join(
-            f"{name}{'' if name in self.active_adapters else ' (inactive)'}: r={self.r[name]}, "
-            f"scaling={self.scaling[name]:g}"
-            + (f", dropout={self.lora_dropout[name]:g}" if self.lora_dropout[name] else "")
-            + (", DoRA" if name in self.lora_magnitude_vector else ", AdaLoRA" if name in self.lora_E else "")
-            for name in self.r
-        )
-        merged = f", merged={self.merged_adapters}" if self.merged_adapters else ""
-        return f"{super().extra_repr()}, {adapters}{merged}"

@@ -26,8 +26,15 @@ class AdapterState(OwnLayer, FusedLayer, nn.Module):
     in_features: int
     out_features: int
     weight: Tensor
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
     reset_adapter: Callable[..., None]
+    get_delta_weight: Callable[..., Tensor]
+    unshifted_weight: Callable[..., Tensor]
     as_plain_adapter: Callable[..., tuple[Tensor, Tensor, int, float]]
+
+    TRAINED = TRAINED  # every `nn.ParameterDict` of what is trained, A's and B's first
+    STATE: tuple[str, ...]
 
     def _init_adapter_state(self, fan_in_fan_out: bool, backend: str) -> None:
         self.r: dict[str, int] = {}
@@ -35,8 +42,8 @@ class AdapterState(OwnLayer, FusedLayer, nn.Module):
         self.lora_dropout: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
         self.scaling: dict[str, float] = {}
-        self.lora_A = nn.ParameterDict()
-        self.lora_B = nn.ParameterDict()
+        for key in self.TRAINED[:2]:
+            self.add_module(key, nn.ParameterDict())
         self.lora_E = nn.ParameterDict()  # AdaLoRA's singular values
         self.lora_magnitude_vector = Magnitudes()  # DoRA's
         # Frozen: where an adapter did not start at zero, what takes its start away again (see `set_initial_factors`).
@@ -118,7 +125,7 @@ class AdapterState(OwnLayer, FusedLayer, nn.Module):
                     # A magnitude in half precision would not be the norm that it is divided by.
                     kind = torch.promote_types(dtype, torch.float32) if len(shape) == 1 else dtype
                     values = torch.empty(shape, device=self.weight.device, dtype=kind)
-                    self._modules[key][name] = nn.Parameter(values, requires_grad=active)  # type: ignore[index]
+                    getattr(self, key)[name] = nn.Parameter(values, requires_grad=active)
             self.reset_adapter(name, init_lora_weights)
         except BaseException:
             self._forget_adapter(name)
@@ -140,7 +147,7 @@ class AdapterState(OwnLayer, FusedLayer, nn.Module):
         """Removes what there is of an adapter: an interrupted `add_adapter` leaves a part of one."""
         self.forget_initial_factors(name)
         settings = (self.r, self.lora_alpha, self.lora_dropout, self.use_rslora, self.scaling)
-        for state in (*settings, self.allocation, *(self._modules[key] for key in TRAINED)):
+        for state in (*settings, self.allocation, *(self._modules[key] for key in self.TRAINED)):
             if name in state:  # type: ignore[operator]
                 del state[name]  # type: ignore[index, attr-defined]
         self.active_adapters = [active for active in self.active_adapters if active != name]
@@ -167,7 +174,7 @@ class AdapterState(OwnLayer, FusedLayer, nn.Module):
         if not trainable:
             return
         modules = self._modules
-        for key in TRAINED:
+        for key in self.TRAINED:
             parameters: Any = modules[key]._parameters  # type: ignore[union-attr]
             for name, parameter in parameters.items():
                 if parameter.requires_grad:
@@ -221,7 +228,41 @@ class AdapterState(OwnLayer, FusedLayer, nn.Module):
         self.merge(untie)
 
     def merge(self, untie: bool = False) -> None:
-        raise NotImplementedError
+        """Adds the active adapters to the weight: summed in float32, rounded once to the weight's dtype.
+
+        The weight's former bits are kept (in host memory), so that `unmerge` restores them exactly. With `untie` the
+        layer gets a new weight and the old Parameter is set aside: for a weight that other modules use too.
+
+        Raises ValueError, with nothing changed, where the merged weight would not be finite, or adapters are merged
+        already.
+        """
+        if self.merged_adapters:
+            raise ValueError(
+                f"{type(self).__name__}.merge: adapters {self.merged_adapters} are merged already; "
+                "call fastlora.unmerge(model) first"
+            )
+        if not self.active_adapters:
+            return
+        with torch.no_grad():
+            dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+            merged = self.weight.to(dtype, copy=True)
+            for name in self.active_adapters:
+                merged += self.get_delta_weight(name)
+            merged = merged.to(self.weight.dtype)
+            if not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"{type(self).__name__}.merge: merging {self.active_adapters} into a {self.weight.dtype} weight "
+                    "would give non-finite values; nothing was changed. Check the adapter for NaN, or merge in a wider "
+                    "dtype (model.float())"
+                )
+            if untie:
+                self._base_weight = (self.weight,)
+                with torch.inference_mode(False):  # a parameter made in inference mode could never be trained through
+                    self._set_weight(nn.Parameter(merged.clone(), requires_grad=False))
+            else:
+                self._base_weight = (self.weight.detach().to("cpu", copy=True),)
+                self.weight.copy_(merged)  # not through .data: a backward pass that has saved the weight must notice
+        self.merged_adapters = list(self.active_adapters)
 
     def unmerge(self) -> None:
         """Puts the weight's former bits back; nothing happens where nothing is merged."""
@@ -236,3 +277,14 @@ class AdapterState(OwnLayer, FusedLayer, nn.Module):
                 self.weight.copy_(base)
         self._base_weight = None
         self.merged_adapters = []
+
+    def extra_repr(self) -> str:
+        adapters = ", ".join(
+            f"{name}{'' if name in self.active_adapters else ' (inactive)'}: r={self.r[name]}, "
+            f"scaling={self.scaling[name]:g}"
+            + (f", dropout={self.lora_dropout[name]:g}" if self.lora_dropout[name] else "")
+            + (", DoRA" if name in self.lora_magnitude_vector else ", AdaLoRA" if name in self.lora_E else "")
+            for name in self.r
+        )
+        merged = f", merged={self.merged_adapters}" if self.merged_adapters else ""
+        return f"{super().extra_repr()}, {adapters}{merged}"

@@ -39,14 +39,14 @@ def warned(model: nn.Module, **settings) -> tuple[fastlora.PatchReport, list[str
     return report, [str(one.message) for one in caught if "fastlora" in str(one.message)]
 
 
-def test_an_embedding_that_was_asked_for_is_named():
-    report, messages = warned(tiny_model("llama"), target_modules=["q_proj", "embed_tokens", "lm_head"])
-    assert len(report.patched) == 3
+def test_a_norm_that_was_asked_for_is_named():
+    report, messages = warned(tiny_model("llama"), target_modules=["q_proj", "model.norm", "lm_head", "embed_tokens"])
+    assert len(report.patched) == 4
     assert len(messages) == 1
     assert "1 of the targets were left" in messages[0]
-    assert messages[0].endswith("\n  model.embed_tokens: Embedding is not a linear layer")
-    with pytest.raises(ValueError, match=r"strict=True, and 'model.embed_tokens' cannot be patched: Embedding is not"):
-        fastlora.patch(tiny_model("llama"), target_modules=["q_proj", "embed_tokens"], strict=True)
+    assert messages[0].endswith("\n  model.norm: LlamaRMSNorm is not a linear layer")
+    with pytest.raises(ValueError, match=r"strict=True, and 'model.norm' cannot be patched: LlamaRMSNorm is not"):
+        fastlora.patch(tiny_model("llama"), target_modules=["q_proj", "model.norm"], strict=True)
 
 
 def test_a_module_that_holds_layers_is_named_as_what_it_is():

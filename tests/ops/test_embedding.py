@@ -110,6 +110,13 @@ def test_the_op_keeps_torchs_contract():
     y = F.embedding(ids.flatten(), weight.detach()).requires_grad_()
     arguments = (y, ids.flatten(), a, b, SCALING, 5, True, torch.float64)
     torch.library.opcheck(torch.ops.fastlora.lora_embedding.default, arguments)
+    for needs in ([True, True], [False, True], [True, False]):
+        rows = (y.detach(), ids.flatten(), a.detach(), b.detach(), torch.randn(R, ids.numel()).double().t())
+        torch.library.opcheck(
+            torch.ops.fastlora.lora_embedding_backward.default,
+            (*rows, SCALING, 5, True, needs),
+            test_utils="test_faketensor",
+        )
 
 
 def test_it_keeps_no_tensor_of_ys_size():

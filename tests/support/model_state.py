@@ -47,7 +47,8 @@ class ModelState:
         assert [name for name, _ in tensors] == [name for name, _ in self.tensors]
         for (name, tensor), bits in zip(tensors, self.bits, strict=True):
             assert tensor.dtype == bits.dtype and tensor.shape == bits.shape, name
-            assert torch.equal(tensor.detach().view(torch.uint8), bits.view(torch.uint8)), f"{name}: other bits"
+            now, then = (one.detach().flatten().view(torch.uint8) for one in (tensor, bits))
+            assert torch.equal(now, then), f"{name}: other bits"
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
