@@ -33,15 +33,9 @@ def keep_mask(seed, row_start, column_start, threshold, ROWS: tl.constexpr, COLU
 
     seed: the int64 scalar loaded from the seed tensor; column_start and COLUMNS: multiples of 8.
     """
-    return keep_mask_of_rows(seed, row_start + tl.arange(0, ROWS), column_start, threshold, ROWS, COLUMNS)
-
-
-@triton.jit
-def keep_mask_of_rows(seed, rows, column_start, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The same for any rows (ROWS,) of int32."""
     CALLS: tl.constexpr = COLUMNS // 8  # 128 random bits are eight times 16
     zero = tl.zeros((ROWS, CALLS), dtype=tl.int32)
-    rows = zero + rows[:, None]
+    rows = zero + (row_start + tl.arange(0, ROWS))[:, None]
     calls = zero + (column_start // 8 + tl.arange(0, CALLS))[None, :]
     w0, w1, w2, w3 = tl.philox(seed, rows, calls, zero, zero, PHILOX_ROUNDS)
     # tl.join adds an innermost axis of two: the first join is the outermost bit of column % 8, the last the innermost.

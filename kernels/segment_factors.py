@@ -29,6 +29,30 @@ class Factors(NamedTuple):
     any_dropout: bool
 
 
+def expert_factors(lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float) -> Factors:
+    """The factors of a mixture's adapter, lora_A (E, r, K) and lora_B (E, N, r) of one dtype and contiguous, for the
+    segments of `segment_plan.Routed`: the last has rank 0. Nothing is sent to the device: it counts for itself."""
+    experts, rank, _ = lora_A.shape
+    steps = [factor[0].numel() * factor.element_size() for factor in (lora_A, lora_B)]
+    threshold, scale = threshold_and_scale(dropout_p)
+    number = torch.arange(experts + 1, device=lora_A.device)
+    numbers = torch.ones(experts + 1, device=lora_A.device)
+    bases = [factor.data_ptr() for factor in (lora_A, lora_B)]
+    return Factors(
+        *(number * step + base for step, base in zip(steps, bases, strict=True)),
+        ranks=(number < experts) * rank,
+        rank_starts=number * rank,
+        thresholds=torch.full_like(number, threshold),
+        scalings=numbers * scaling,
+        dropout_scales=numbers * scale,
+        like=lora_A,
+        max_rank=rank,
+        total_rank=experts * rank,
+        aligned=rank % 8 == 0 and all(number % 16 == 0 for number in (*bases, *steps)),
+        any_dropout=dropout_p > 0.0,
+    )
+
+
 _MOST_KEPT = 8192  # sets of adapters, under two places each; a 7B model has 224 layers
 _kept: dict[tuple[object, ...], Factors] = {}
 

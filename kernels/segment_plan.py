@@ -4,12 +4,14 @@ A batch of sequences comes as x (sequences · tokens, K), with an adapter's numb
 number the adapted rows segment by segment (the sort is stable); S and dS lie in that order, so nothing of x or dY is
 ever copied into it: the kernels read `rows[position]` of them.
 
-Everything is worked out on the host from a Python list and sent to the device without waiting for it. Pure torch: ATen
-works from the same plan where there is no Triton.
+`Segments` is worked out on the host from a Python list and sent to the device without waiting for it. Pure torch: ATen
+works from the same plan where there is no Triton. `Routed` is the plan of a mixture's routed tokens, whose sizes only
+the device knows.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -150,3 +152,46 @@ class Segments:
             if not is_capturing(places):
                 self._chunks.update({(place, length): chunks for place in places})
         return chunks
+
+
+class Routed:
+    """P rows sorted by expert on the device: as `Segments` to the kernels, one segment an expert and one more, of rank
+    0, for the rows after the last expert's. Tables have a length that no routing exceeds; what is too long is empty.
+
+    offsets (E,): where each expert's rows end. tokens (P,): the row of x at each position; without, x is sorted too.
+    """
+
+    def __init__(self, offsets: Tensor, num_positions: int, tokens: Tensor | None = None) -> None:
+        self.num_positions, self.experts = num_positions, offsets.shape[0]
+        self._tokens = tokens
+        self._starts = torch.cat((offsets.new_zeros(1), offsets))
+        self._ends = torch.cat((offsets, offsets.new_full((1,), num_positions)))
+        # Tiles of 16 rows where an expert has no more on average.
+        self.longest = 16 if num_positions <= 16 * self.experts else num_positions
+        self._chunks: dict[int, Chunks] = {}
+
+    def gathering(self, tokens: Tensor) -> Routed:
+        """The same plan, which shares its tables, for an x of which row `tokens[position]` is meant."""
+        other = copy.copy(self)
+        other._tokens = tokens
+        return other
+
+    def rows(self, device: torch.device) -> Tensor:
+        """(num_positions,) int32: the row of x at each position."""
+        if self._tokens is None:
+            self._tokens = torch.arange(self.num_positions, dtype=torch.int32, device=device)
+        return self._tokens
+
+    def chunks(self, length: int, device: torch.device) -> Chunks:
+        """Every segment cut into parts of at most `length` positions."""
+        if length not in self._chunks:
+            parts = (self._ends - self._starts + (length - 1)) // length
+            first = torch.cat((parts.new_zeros(1), parts.cumsum(0, dtype=torch.int32)))
+            count = -(-self.num_positions // length) + min(self.experts, self.num_positions)
+            number = torch.arange(count, dtype=torch.int32, device=device)
+            segment = torch.searchsorted(first[1:], number, right=True, out_int32=True).clamp_(max=self.experts)
+            start, end = self._starts[segment], self._ends[segment]
+            start = torch.minimum(start + (number - first[segment]) * length, end)
+            table = torch.stack((segment, start, torch.minimum(start + length, end)), 1)
+            self._chunks[length] = Chunks(table, count, first)
+        return self._chunks[length]

@@ -5,7 +5,8 @@
 
 Rows are sorted by adapter into segments (segment_plan.py), and no program's rows lie in two of them. x, dY and what is
 written of y and dX stay in their own order and are reached through `rows`; S and dS (positions, largest rank) lie in
-the sorted one, zero beyond an adapter's rank. A's and B's are where they are: the kernels get their addresses.
+the sorted one, zero beyond an adapter's rank. A's and B's are where they are: the kernels get their addresses. Dropout
+counts positions. A segment of rank 0 is written as zeros: routed tokens that no expert takes.
 The gradients of A and B: segment_grads.py.
 """
 
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .dropout import keep_mask_of_rows
+from .dropout import keep_mask
 from .launch import launch
 from .segment_factors import Factors
 from .segment_plan import Segments
@@ -95,6 +96,8 @@ def _segment_shrink_kernel(
     segment = tl.load(tile)
     start = tl.load(tile + 1)
     end = tl.load(tile + 2)
+    if start == end:  # a table whose sizes the host does not know is as long as it may have to be
+        return
     a_ptr, rank = load_address(addresses_ptr, ranks_ptr, segment, like_ptr, ALIGNED)
     rows, inside = rows_of_chunk(rows_ptr, start, end, BLOCK_M)
     if DROPOUT:
@@ -109,7 +112,7 @@ def _segment_shrink_kernel(
         x = tl.load(tile_pointers(x_ptr, rows, k, stride_xm, stride_xk, BLOCK_K), mask=mask, other=0.0)
         a = _load_factor(a_ptr, r, k, rank, K, BLOCK_R, BLOCK_K, TRANSPOSED)
         if DROPOUT:
-            x = tl.where(keep_mask_of_rows(seed, rows, k, threshold, BLOCK_M, BLOCK_K), x, tl.zeros_like(x))
+            x = tl.where(keep_mask(seed, start, k, threshold, BLOCK_M, BLOCK_K), x, tl.zeros_like(x))
         acc = dot(x, tl.trans(a), acc, WIDE, INPUT_PRECISION)
     acc *= tl.load(scales_ptr + segment)
     out_ptr += split.to(tl.int64) * P * R_MAX
@@ -127,11 +130,12 @@ def _segment_expand_kernel(
     thresholds_ptr,  # (segments,) int64, read only with DROPOUT
     seed_ptr,  # (1,) int64, read only with DROPOUT
     like_ptr,  # of W's dtype, not read
-    bias_ptr,  # (N,), read only with HAS_BIAS
+    bias_ptr,  # (N,), or with a stride a (N,) for each segment; read only with HAS_BIAS
     out_ptr,  # (rows, N)
     N,
     R_MAX,
-    stride_bias,
+    stride_bs,
+    stride_bn,
     stride_om,
     stride_on,
     BLOCK_M: tl.constexpr,
@@ -151,6 +155,8 @@ def _segment_expand_kernel(
     segment = tl.load(tile)
     start = tl.load(tile + 1)
     end = tl.load(tile + 2)
+    if start == end:  # a table whose sizes the host does not know is as long as it may have to be
+        return
     w_ptr, rank = load_address(addresses_ptr, ranks_ptr, segment, like_ptr, ALIGNED)
     rows, inside = rows_of_chunk(rows_ptr, start, end, BLOCK_M)
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -161,15 +167,16 @@ def _segment_expand_kernel(
     acc *= tl.load(scales_ptr + segment)
     if DROPOUT:
         threshold = tl.load(thresholds_ptr + segment).to(tl.int32)
-        acc = tl.where(keep_mask_of_rows(tl.load(seed_ptr), rows, column, threshold, BLOCK_M, BLOCK_N), acc, 0.0)
+        acc = tl.where(keep_mask(tl.load(seed_ptr), start, column, threshold, BLOCK_M, BLOCK_N), acc, 0.0)
     if HAS_BIAS:
         columns = column + tl.arange(0, BLOCK_N)
-        bias = tl.load(bias_ptr + columns.to(tl.int64) * stride_bias, mask=columns < N, other=0.0)
+        bias_ptr += segment.to(tl.int64) * stride_bs
+        bias = tl.load(bias_ptr + columns.to(tl.int64) * stride_bn, mask=(columns < N) & (rank > 0), other=0.0)
         acc += bias.to(tl.float32)[None, :]
     pointers = tile_pointers(out_ptr, rows, column, stride_om, stride_on, BLOCK_N)
     mask = tile_mask(inside, column, N, BLOCK_N)
     if ACCUMULATE:
-        acc += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(pointers, mask=mask & (rank > 0), other=0.0).to(tl.float32)
     tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -275,7 +282,8 @@ def segment_expand(
     accumulate: bool = True,
     seed: torch.Tensor | None = None,
 ) -> None:
-    """out (rows, N) [+]= s·S Bᵀ + bias in the adapted rows; or drop′(dS A) for S = dS with `by_a`.
+    """out (rows, N) [+]= s·S Bᵀ + bias in the adapted rows; or drop′(dS A) for S = dS with `by_a`. The bias is (N,), or
+    (segments, N).
 
     s (positions, largest rank) is contiguous and selects the arithmetic, as in `expand`; out has any strides. Rows
     without an adapter are not touched. Needs no workspace.
@@ -300,7 +308,7 @@ def segment_expand(
         out,
         N,
         R,
-        0 if bias is None else bias.stride(0),
+        *((0, 0, 0) if bias is None else (0, *bias.stride()))[-2:],
         *out.stride(),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

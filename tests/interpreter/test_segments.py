@@ -2,6 +2,8 @@
 
 """The kernels for several adapters in one batch, against fp64 adapter by adapter."""
 
+from typing import ClassVar
+
 import contracts
 import pytest
 import torch
@@ -59,7 +61,7 @@ class Batch:
         span = slice(self.segments.starts[i], self.segments.starts[i + 1])
         if self.ps[i] == 0.0:
             return torch.ones(span.stop - span.start, columns, dtype=torch.float64)
-        keep = reference_keep_mask(SEED, self.rows, columns, self.ps[i])[self.positions[span]]
+        keep = reference_keep_mask(SEED, span.stop, columns, self.ps[i])[span]
         return keep.double() * threshold_and_scale(self.ps[i])[1]
 
 
@@ -217,6 +219,15 @@ def test_a_row_does_not_depend_on_the_others():
         segments.segment_shrink(batch.x, batch.segments, batch.factors, out, workspace(size))
         outs.append(out[:7, :5])
     assert torch.equal(*outs)
+
+
+class TestExperts(contracts.Interpreted, contracts.Experts):
+    shapes = ((0,), (11,))
+    sizes: ClassVar = {
+        "gathered": {"tokens": 5, "top_k": 2, "n": 18, "k": 17, "ranks": (3,)},
+        "two": {"tokens": 7, "top_k": 1, "n": 16, "k": 8, "ranks": (2, 3), "gathered": False, "transposed": True},
+        "long": {"tokens": 30, "top_k": 1, "n": 5, "k": 6, "ranks": (17,), "strided": True},
+    }
 
 
 class TestMixedBatch(contracts.Interpreted, contracts.MixedBatch):

@@ -42,7 +42,6 @@ from fastlora.kernels.importance_plan import Averages, Factors, Layout
 from fastlora.kernels.segment_plan import BASE, Segments
 from fastlora.ops import reference
 from fastlora.ops.dora import dora as dora_op
-from fastlora.ops.experts import aten as experts_aten
 from fastlora.ops.experts import experts as experts_op
 from fastlora.ops.group import group as group_op
 from fastlora.ops.importance import aten as importance_aten
@@ -465,8 +464,7 @@ class MixedBatch(Contract):
     def masks(self, case, place):
         """ATen draws one for each segment, in its order; the kernels have one seed for all rows of the batch."""
         segments, x = Segments(case.size["ids"], case.size["tokens"]), case.tensors["x"]
-        rows, k = segments.rows(torch.device(place.device)).long(), x.shape[-1]
-        state, keeps = None, []
+        k, state, keeps = x.shape[-1], None, []
         for i, start, end in zip(segments.adapters, segments.starts, segments.starts[1:], strict=False):
             p = case.ps[i]
             if not p:
@@ -476,7 +474,7 @@ class MixedBatch(Contract):
             else:
                 dropout = importlib.import_module("fastlora.kernels.dropout")
                 state = dropout.new_seed(x.device) if state is None else state
-                keeps.append(dropout.reference_keep_mask(state, x.numel() // k, k, p)[rows[start:end]])
+                keeps.append(dropout.reference_keep_mask(state, end, k, p)[start:])
         return keeps
 
     def self_check(self, module, device, dtypes, dropout):
@@ -539,16 +537,10 @@ class Experts(Contract):
         return [reference.grouped_lora_linear(rows, weight, routing.ends, *factors, of["bias"], case.ps, keeps)]
 
     def masks(self, case, place):
-        x, keeps = case.tensors["x"], []
+        x, size = case.tensors["x"], (case.size["index"].numel(), case.tensors["x"].shape[1])
         seed = torch.randint(2**62, (1,), device=x.device) if any(case.ps) else None
-        for i, p in enumerate(case.ps):
-            size = case.size["index"].numel(), x.shape[1]
-            if p and place.backend != "torch":
-                dropout = importlib.import_module("fastlora.kernels.dropout")
-                keeps.append(dropout.reference_keep_mask(seed + i, *size, p))
-            else:
-                keeps.append(experts_aten.keep_mask(seed, i, *size, p))
-        return keeps
+        module = self.implementation(place)
+        return [module.keep_mask(seed, i, *size, p) for i, p in enumerate(case.ps)]
 
     def self_check(self, module, device, dtypes, dropout):
         return experts_op.self_check(module, device, *dtypes, dropout)

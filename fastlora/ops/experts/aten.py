@@ -30,6 +30,9 @@ class Options(NamedTuple):
     materialise: bool  # y and dX by W + ΔW
     ends: tuple[int, ...] | None = None  # `Routing.ends` where it is known
 
+    def without_adapters(self) -> Options:
+        return self._replace(scalings=(), dropout_ps=())
+
 
 class Needs(NamedTuple):
     """Which gradients are wanted."""
@@ -59,7 +62,7 @@ def forward(
     s = [x.new_empty(num_rows, a.shape[1], dtype=t) for a, t in zip(lora_As, adapters.dtypes, strict=True)]
     end = 0
     for e, span in _experts(offsets, options):
-        rows, w, end = _rows(x, order, span, options), _weight(weight, e, x, options), span.stop
+        rows, w, end = rows_of(x, order, options, span), _weight(weight, e, x, options), span.stop
         if options.materialise:
             w = adapters.add_to(w, e)
         if bias is None:
@@ -104,7 +107,7 @@ def backward(
     end = 0
     for e, span in _experts(offsets, options):
         d, w, end = dy[span], _weight(weight, e, dy, options), span.stop
-        rows = None if x is None else _rows(x, order, span, options)
+        rows = None if x is None else rows_of(x, order, options, span)
         own = None
         if options.materialise and needs.x:
             own = d.mm(adapters.add_to(w, e))
@@ -190,7 +193,8 @@ def _experts(offsets: Tensor, options: Options) -> Iterator[tuple[int, slice]]:
         start = end
 
 
-def _rows(x: Tensor, order: Tensor, span: slice, options: Options) -> Tensor:
+def rows_of(x: Tensor, order: Tensor, options: Options, span: slice = slice(None)) -> Tensor:
+    """The sorted rows of x, or some of them."""
     return x.index_select(0, order[span] // options.top_k) if options.gathered else x[span]
 
 

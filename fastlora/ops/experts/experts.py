@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...runtime import env
-from ...runtime.trust import first_difference, seeded
+from ...runtime.trust import Trusted, first_difference, module_or_reason, seeded
 from .. import call, reference
 from ..call import backward_pass, check_probability, takes_fused_path
 from . import aten
@@ -26,6 +26,7 @@ from .aten import Needs, Options
 from .routing import Routing
 
 WHERE = "lora_grouped_linear"
+_trusted = Trusted("the backend for experts", "ATen runs instead")
 
 
 def lora_grouped_linear(
@@ -92,23 +93,14 @@ def lora_grouped_linear(
         rows = x.index_select(0, routing.rows) if gathered else x
         frozen = weight.transpose(1, 2) if is_transposed else weight
         return reference.grouped_lora_linear(rows, frozen, routing.ends, lora_As, lora_Bs, scalings, bias, ps)
-    seeds = None
-    if any(ps):
-        seeds = _seed(seed, x.device)
-    if materialise is None:
-        materialise = is_cheaper_materialised(x, routing.num_rows, lora_As, lora_Bs, weight, any(ps), narrow)
     compiling = torch.compiler.is_compiling()
-    options = Options(
-        tuple(map(float, scalings)),
-        ps,
-        routing.top_k,
-        is_transposed,
-        gathered,
-        narrow,
-        materialise,
-        None if compiling or x.is_cuda else routing.ends,
-    )
-    module = None if compiling else select(x, backend)
+    ends = None if compiling or x.is_cuda else routing.ends
+    scales, top_k = tuple(map(float, scalings)), routing.top_k
+    options = Options(scales, ps, top_k, is_transposed, gathered, narrow, bool(materialise), ends)
+    module = None if compiling else select(x, lora_As, lora_Bs, options, backend)
+    if materialise is None and (compiling or module is aten):
+        options = options._replace(materialise=is_cheaper_materialised(x, weight, lora_As, lora_Bs, routing, options))
+    seeds = _seed(seed, x.device) if any(ps) else None
     arguments = (x, weight, bias, routing.order, routing.offsets, seeds)
     if module is not None and not torch.is_grad_enabled():
         return module.forward(x, weight, bias, lora_As, lora_Bs, *arguments[3:], options)[0]
@@ -116,30 +108,36 @@ def lora_grouped_linear(
 
 
 def is_cheaper_materialised(
-    x: Tensor,
-    num_rows: int,
-    lora_As: Sequence[Tensor],
-    lora_Bs: Sequence[Tensor],
-    weight: Tensor,
-    dropout: bool,
-    narrow: bool,
+    x: Tensor, weight: Tensor, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], routing: Routing, options: Options
 ) -> bool:
-    """The default rule: forming W + ΔW takes 2·N·K·r products an expert (in the forward pass and again in the
-    backward), and spares r·(N + K) a row. Only where nothing of ΔW is lost: half precision would round away what is
-    below W's last digit; and where ATen runs, since the kernels need less than either."""
-    if not lora_As or dropout or narrow or x.is_cuda or x.dtype not in (torch.float32, torch.float64):
+    """The default rule where ATen runs: forming W + ΔW takes 2·N·K·r products an expert (in the forward pass and again
+    in the backward) and spares r·(N + K) a row. Only in full precision on a CPU: half precision would round away what
+    is below W's last digit, and the kernels of a GPU need less than either."""
+    if not lora_As or any(options.dropout_ps) or options.narrow or x.is_cuda or x.dtype.itemsize < 4:
         return False
     if any(factor.dtype != x.dtype for factor in (*lora_As, *lora_Bs)):
         return False
     experts, n, k = weight.shape
-    return num_rows * (n + k) > 2 * experts * n * k
+    return routing.num_rows * (n + k) > 2 * experts * n * k
 
 
-def select(x: Tensor, backend: str) -> ModuleType:
-    """The implementation for x: ATen on a CPU."""
+def select(
+    x: Tensor, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], options: Options, backend: str
+) -> ModuleType:
+    """ATen on a CPU; on a GPU the kernels, unless they cannot take the call or are wrong on this device."""
     if backend not in env.BACKENDS:
         raise ValueError(f"{WHERE}: backend: got {backend!r}, want one of {', '.join(env.BACKENDS)}")
-    return aten
+    asked = env.backend_text() if backend == "auto" else backend
+    if asked == "torch" or (not x.is_cuda and asked in ("", "auto")):
+        return aten
+    module = module_or_reason("fastlora.ops.experts.triton")
+    if isinstance(module, str) or module.unsupported(x, lora_As, lora_Bs, options) is not None:
+        return aten
+    adapter_dtype = call.low_rank_dtype(x, lora_As[0], lora_Bs[0], False) if lora_As else x.dtype
+    key = (x.device, x.dtype, adapter_dtype, any(options.dropout_ps), options.narrow)
+    if x.is_cuda and _trusted.why_not(key, lambda: self_check(module, *key)) is not None:
+        return aten
+    return module
 
 
 def self_check(
@@ -151,10 +149,10 @@ def self_check(
     narrow: bool = False,
 ) -> str | None:
     """Compares y and every gradient with fp64 on a small problem: two adapters, an expert without rows and rows without
-    an expert; None where they agree, else what differs. With dropout the masks are read off the implementation: with
-    A = I, S is drop(x). The generators' states are left as they were."""
+    an expert; None where they agree, else what differs. The generators' states are left as they were."""
     with seeded(device), torch.no_grad():
-        experts, n, k, tokens, ranks, scalings = 5, 136, 72, 97, (72, 72) if dropout else (10, 24), (1.5, 0.5)
+        n, k, tokens = (392, 264, 301) if device.type == "cuda" else (40, 24, 11)  # more than a tile where it is fast
+        experts, ranks, scalings = 5, (10, 24), (1.5, 0.5)
         ps = (0.25, 0.25) if dropout else (0.0, 0.0)
 
         def draw(*shape: int, scale: float = 1.0, of: torch.dtype = dtype) -> Tensor:
@@ -164,8 +162,6 @@ def self_check(
         routing = Routing(index, experts)
         x, weight, bias, dy = draw(tokens, k), draw(experts, n, k, scale=k**-0.5), draw(experts, n), draw(2 * tokens, n)
         lora_As = [draw(experts, r, k, scale=k**-0.5, of=adapter_dtype) for r in ranks]
-        if dropout:
-            lora_As = [torch.eye(k, device=device, dtype=adapter_dtype).expand(experts, k, k) for _ in ranks]
         lora_Bs = [draw(experts, n, r, scale=r**-0.5, of=adapter_dtype) for r in ranks]
         options = Options(scalings, ps, 2, False, True, narrow, False)
         seed = torch.randint(2**62, (1,), device=device) if dropout else None
@@ -173,7 +169,7 @@ def self_check(
         y, s = module.forward(x, weight, bias, *of)
         needs = Needs(True, False, False, (True, True), (True, True))
         dx, _, _, grad_as, grad_bs = module.backward(dy, x, weight, s, *of, needs)
-        keeps = [part != 0 if dropout else None for part in s]
+        keeps = [module.keep_mask(seed, i, 2 * tokens, k, p) for i, p in enumerate(ps)]
         leaves = [t.double().requires_grad_() for t in (x, *lora_As, *lora_Bs)]
     with torch.inference_mode(False), torch.enable_grad():
         rows, frozen = leaves[0].index_select(0, routing.rows), (weight.double(), routing.ends)
@@ -253,9 +249,9 @@ def _flat(options: Options) -> tuple:
 
 
 def _op_forward(x, weight, bias, lora_As, lora_Bs, order, offsets, seed, *options_and_backend):
-    *options, backend = options_and_backend
-    module = select(x, backend)
-    y, s = module.forward(x, weight, bias, lora_As, lora_Bs, order, offsets, seed, Options(*options))
+    options = Options(*options_and_backend[:-1])
+    module = select(x, lora_As, lora_Bs, options, options_and_backend[-1])
+    y, s = module.forward(x, weight, bias, lora_As, lora_Bs, order, offsets, seed, options)
     return [y, *s]
 
 
@@ -271,10 +267,11 @@ def _op_forward_fake(x, weight, bias, lora_As, lora_Bs, order, offsets, seed, *o
 
 def _op_backward(dy, x, weight, s, lora_As, lora_Bs, order, offsets, seed, *rest):
     *options, needs, backend = rest
-    count = len(lora_As)
+    options, count = Options(*options), len(lora_As)
     wanted = Needs(*needs[:3], tuple(needs[3 : 3 + count]), tuple(needs[3 + count :]))
-    module, given = select(dy, backend), (dy, x, weight, s, lora_As, lora_Bs, order, offsets, seed)
-    dx, dw, db, grad_as, grad_bs = module.backward(*given, Options(*options), wanted)
+    module = select(dy, lora_As, lora_Bs, options, backend)
+    of = (dy, x, weight, s, lora_As, lora_Bs, order, offsets, seed, options)
+    dx, dw, db, grad_as, grad_bs = module.backward(*of, wanted)
     # An op's outputs are not optional, and have the strides that the fake ones promise.
     return [dy.new_empty(0) if grad is None else grad.contiguous() for grad in (dx, dw, db, *grad_as, *grad_bs)]
 

@@ -1,5 +1,5 @@
-"""The kernels of DoRA, groups, importance, MLPs, NF4 and mixed batches, launched as training steps launch them, at the
-problems that hold most in registers for each configuration that the rules have; the headline is first."""
+"""The kernels of DoRA, experts, groups, importance, MLPs, NF4 and mixed batches, launched as training steps launch
+them, at the problems that hold most in registers for each configuration that the rules have; the headline is first."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from aot.sweep import BF16, FP32
 from fastlora.kernels import dora, group, importance, mlp, segment_grads, segments
 from fastlora.kernels.importance_plan import Layout
 from fastlora.kernels.nf4 import dequantise_4bit
-from fastlora.kernels.segment_factors import factors_of
-from fastlora.kernels.segment_plan import Segments
+from fastlora.kernels.segment_factors import expert_factors, factors_of
+from fastlora.kernels.segment_plan import Routed, Segments
 
 M = 8192
 
@@ -87,16 +87,35 @@ def launch_segments(tokens, ranks, dtype=BF16, adapter_dtype=BF16, n=4096, k=409
     lora_Bs = [empty(n, r, dtype=adapter_dtype) for r in ranks]
     factors = factors_of(lora_As, lora_Bs, [2.0, 1.0], [0.1, 0.0])
     x, dy = empty(8 * tokens, k, dtype=dtype), empty(8 * tokens, n, dtype=dtype)
-    s = empty(plan.num_positions, factors.max_rank, dtype=adapter_dtype)
-    db, da = (empty(factors.total_rank * size, dtype=adapter_dtype) for size in (n, k))
-    size = segments.segment_shrink_workspace(x, plan, factors)
-    segments.segment_shrink(x, plan, factors, s, empty(size), seed=seed())
-    segments.segment_expand(s, plan, factors, dy, bias=empty(n, dtype=dtype), accumulate=False)
-    segments.segment_expand(s, plan, factors, x, by_a=True, seed=seed())
+    segments.segment_expand(s_of(plan, factors), plan, factors, dy, bias=empty(n, dtype=dtype), accumulate=False)
+    launch_passes(x, dy, plan, plan, factors)
+
+
+def launch_experts(r, dtype=BF16, adapter_dtype=BF16, n=1536, k=2048, tokens=M, top_k=8, experts=128):
+    """The gate and up projections of Qwen3-30B-A3B."""
+    plan = Routed(empty(experts, dtype=torch.int32), tokens * top_k)
+    gathering = plan.gathering(empty(plan.num_positions, dtype=torch.int32))
+    a, b = empty(experts, r, k, dtype=adapter_dtype), empty(experts, n, r, dtype=adapter_dtype)
+    factors = expert_factors(a, b, 2.0, 0.1)
+    x, dy = empty(tokens, k, dtype=dtype), empty(plan.num_positions, n, dtype=dtype)
+    segments.segment_expand(s_of(plan, factors), plan, factors, dy, bias=empty(experts, n, dtype=dtype))
+    launch_passes(x, dy, gathering, plan, factors)
+
+
+def s_of(plan, factors):
+    return empty(plan.num_positions, factors.max_rank, dtype=factors.like.dtype)
+
+
+def launch_passes(x, dy, plan_of_x, plan, factors):
+    s, ds, dx = s_of(plan, factors), s_of(plan, factors), empty(plan.num_positions, x.shape[1], dtype=x.dtype)
+    db, da = (empty(factors.total_rank * t.shape[1], dtype=s.dtype) for t in (dy, x))
+    size = segments.segment_shrink_workspace(x, plan_of_x, factors)
+    segments.segment_shrink(x, plan_of_x, factors, s, empty(size), seed=seed())
+    segments.segment_expand(ds, plan, factors, dx, by_a=True, seed=seed())
     size = segment_grads.segment_ds_db_workspace(dy, plan, factors)
-    segment_grads.segment_ds_db(dy, plan, factors, s, torch.empty_like(s), db, empty(size))
-    size = segment_grads.segment_weight_grad_workspace(x, plan, factors)
-    segment_grads.segment_weight_grad(x, plan, factors, s, da, empty(size), seed=seed())
+    segment_grads.segment_ds_db(dy, plan, factors, s, ds, db, empty(size))
+    size = segment_grads.segment_weight_grad_workspace(x, plan_of_x, factors)
+    segment_grads.segment_weight_grad(x, plan_of_x, factors, ds, da, empty(size), seed=seed())
 
 
 @dataclass(frozen=True)
@@ -108,6 +127,17 @@ class Family:
 
 
 FAMILIES = {
+    "experts": Family(  # the kernels of "segments"; other ranks and dtypes are there
+        launch_experts,
+        "_segment",
+        [
+            (16,),
+            (16, BF16, FP32),
+            (8, BF16, BF16, 2880, 2880, 64, 4, 32),  # gpt-oss: few rows an expert
+            (16, FP32, FP32),
+            (16, BF16, BF16, 1001, 1003),
+        ],
+    ),
     "dora": Family(
         launch_dora,
         "_dora _root _scale",

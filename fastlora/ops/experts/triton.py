@@ -1,0 +1,173 @@
+"""The experts' linear layer with the segment kernels: each low-rank pass of all experts in one launch, the frozen
+product by `torch.nn.functional.grouped_mm`. Nothing waits for the device, which makes the tables of rows itself
+(`segment_plan.Routed`).
+
+The frozen product comes first and the term is added onto it: grouped_mm adds onto nothing. Rows are gathered for the
+frozen product alone; the kernels read x[row] where x lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels.dropout import reference_keep_mask
+from ...kernels.launch import DTYPES, INTERPRETED, MAX_RANK, device_of, new_workspace
+from ...kernels.segment_factors import Factors, expert_factors
+from ...kernels.segment_grads import (
+    segment_ds_db,
+    segment_ds_db_workspace,
+    segment_weight_grad,
+    segment_weight_grad_workspace,
+)
+from ...kernels.segment_plan import Routed
+from ...kernels.segments import segment_expand, segment_shrink, segment_shrink_workspace
+from ..call import low_rank_dtype
+from . import aten
+from .aten import Needs, Options, Tensors
+
+
+def unsupported(x: Tensor, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], options: Options) -> str | None:
+    """None, or why the kernels cannot take a call."""
+    if x.device.type != "cuda" and not (INTERPRETED and x.device.type == "cpu"):
+        return f"needs tensors on a CUDA device, got {x.device}"
+    dtypes = {x.dtype, *(factor.dtype for factor in (*lora_As, *lora_Bs))}
+    if not dtypes <= set(DTYPES):
+        return f"needs bfloat16, float16 or float32, got {', '.join(sorted(map(str, dtypes)))}"
+    if any(a.shape[1] > MAX_RANK for a in lora_As):
+        return f"needs ranks up to {MAX_RANK}, got {max(a.shape[1] for a in lora_As)}"
+    if options.materialise or 0 in x.shape:
+        return "W + ΔW and empty inputs are left to ATen"
+    return None
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    order: Tensor,
+    offsets: Tensor,
+    seed: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, list[Tensor]]:
+    """(y (P, N), each adapter's S (P, r)), as `aten.forward`."""
+    with device_of(x):
+        y = _frozen(aten.rows_of(x, order, options), weight, order, offsets, options, options.is_transposed)
+        plan, sorted_plan = _plans(x, order, offsets, options)
+        s = []
+        for i, (a, b) in enumerate(zip(lora_As, lora_Bs, strict=True)):
+            factors, own_seed, _kept = _factors(a, b, seed, i, options)
+            s.append(x.new_empty(order.shape[0], a.shape[1], dtype=low_rank_dtype(x, a, b, options.narrow)))
+            workspace = new_workspace(x, segment_shrink_workspace(x, plan, factors))
+            segment_shrink(x, plan, factors, s[i], workspace, seed=own_seed)
+            segment_expand(s[i], sorted_plan, factors, y, bias=bias if i == 0 else None)
+        return y if s else _finished(y, bias, offsets), s
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    s: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    order: Tensor,
+    offsets: Tensor,
+    seed: Tensor | None,
+    options: Options,
+    needs: Needs,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensors, Tensors]:
+    """(dX, dW, db, dAs, dBs), as `aten.backward`, which makes the dense dW and db."""
+    dw = db = None
+    if needs.weight or needs.bias:
+        dense = options.without_adapters(), Needs(False, needs.weight, needs.bias, (), ())
+        _, dw, db, _, _ = aten.backward(dy, x, weight, [], [], [], order, offsets, None, *dense)
+    grad_as: Tensors = [None] * len(lora_As)
+    grad_bs: Tensors = [None] * len(lora_Bs)
+    with device_of(dy):
+        plan, sorted_plan = _plans(x, order, offsets, options)
+        dx = _frozen(dy, weight, order, offsets, options, not options.is_transposed) if needs.x else None
+        for i, (a, b) in enumerate(zip(lora_As, lora_Bs, strict=True)):
+            if not (needs.x or needs.lora_As[i] or needs.lora_Bs[i]):
+                continue
+            factors, own_seed, _kept = _factors(a, b, seed, i, options)
+            ds = dy.new_empty(order.shape[0], a.shape[1], dtype=low_rank_dtype(dy, a, b, options.narrow))
+            if needs.lora_Bs[i]:
+                grad = factors.like.new_empty(b.shape)
+                workspace = dy.new_empty(segment_ds_db_workspace(dy, sorted_plan, factors), dtype=torch.float32)
+                segment_ds_db(dy, sorted_plan, factors, s[i], ds, grad.view(-1), workspace)
+                grad_bs[i] = grad.to(b.dtype)
+            else:
+                workspace = new_workspace(dy, segment_shrink_workspace(dy, sorted_plan, factors))
+                segment_shrink(dy, sorted_plan, factors, ds, workspace, by_b=True)
+            if dx is not None:
+                segment_expand(ds, sorted_plan, factors, dx, by_a=True, seed=own_seed)
+            if needs.lora_As[i]:
+                assert x is not None
+                grad = factors.like.new_empty(a.shape)
+                workspace = x.new_empty(segment_weight_grad_workspace(x, plan, factors), dtype=torch.float32)
+                segment_weight_grad(x, plan, factors, ds, grad.view(-1), workspace, seed=own_seed)
+                grad_as[i] = grad.to(a.dtype)
+        if dx is not None and not lora_As:
+            _finished(dx, None, offsets)
+        if dx is not None and options.gathered:
+            back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+            dx = dx.index_select(0, back).view(-1, options.top_k, dx.shape[1]).sum(1)
+    return dx, dw, db, grad_as, grad_bs
+
+
+def keep_mask(seed: Tensor | None, adapter: int, num_rows: int, columns: int, p: float) -> Tensor | None:
+    """What the kernels keep of the sorted rows for one of the adapters (P, K), as `aten.keep_mask`."""
+    return None if p == 0.0 or seed is None else reference_keep_mask(seed + adapter, num_rows, columns, p)
+
+
+def _frozen(
+    rows: Tensor, weight: Tensor, order: Tensor, offsets: Tensor, options: Options, is_transposed: bool
+) -> Tensor:
+    """rows (P, K) times each expert's weight; rows that no expert takes hold anything. By ATen an expert at a time what
+    grouped_mm refuses: rows of no multiple of 16 bytes."""
+    rows = rows.contiguous()
+    w = weight.to(rows.dtype)
+    w = w if is_transposed else w.transpose(1, 2)
+    if all(_fits(t) for t in (rows, w)) and w.shape[2] * w.element_size() % 16 == 0:
+        return F.grouped_mm(rows, w, offs=offsets)
+    plain = options.without_adapters()._replace(is_transposed=is_transposed, gathered=False)
+    return aten.forward(rows, weight, None, [], [], order, offsets, None, plain)[0]
+
+
+def _fits(t: Tensor) -> bool:
+    """One of the last two strides is 1 and the others are multiples of 16 bytes."""
+    strides = sorted(t.stride()[-2:])
+    others = (*strides[1:], *t.stride()[:-2])
+    return strides[0] == 1 and t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in others)
+
+
+def _plans(x: Tensor | None, order: Tensor, offsets: Tensor, options: Options) -> tuple[Routed, Routed]:
+    """(for x, for what is sorted)."""
+    sorted_plan = Routed(offsets, order.shape[0])
+    if not options.gathered or x is None:
+        return sorted_plan, sorted_plan
+    return sorted_plan.gathering((order // options.top_k).int()), sorted_plan
+
+
+def _finished(y: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
+    """What `segment_expand` does next to adding the term: the bias, and zeros in rows that no expert takes."""
+    expert = torch.searchsorted(offsets, torch.arange(y.shape[0], device=y.device), right=True)
+    none = expert == offsets.shape[0]
+    if bias is not None:
+        y.add_(bias[expert.masked_fill(none, 0)])
+    return y.masked_fill_(none[:, None], 0.0)
+
+
+def _factors(a: Tensor, b: Tensor, seed: Tensor | None, i: int, options: Options) -> tuple[Factors, Tensor | None, Any]:
+    """(the adapter's factors in one dtype, what its mask is made from, what must live until the kernels are launched:
+    the factors hold addresses, and PEFT's lora_B, expert fastest, is copied)."""
+    wide, p = torch.promote_types(a.dtype, b.dtype), options.dropout_ps[i]
+    a, b = a.to(wide).contiguous(), b.to(wide).contiguous()
+    return expert_factors(a, b, options.scalings[i], p), None if seed is None or not p else seed + i, (a, b)
