@@ -40,7 +40,6 @@ def test_the_tables_are_those_of_the_results(name):
     assert metric.name == results["metric"]
     best = rows_of(results["best rates"])
     wanted = [
-        comparison_report.table(rows_of(results["one rate"]), metric),
         comparison_report.table(best, metric),
         *(commit.removesuffix("-dirty") for commit in results["commits"]),
         results["machine"]["device"],
