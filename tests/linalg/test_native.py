@@ -185,19 +185,6 @@ class TestOrthonormal:
         a[7, 2] = value
         assert int(loaded.orthonormal(a)[1]) == 2
 
-    @pytest.mark.parametrize(
-        "matrix, what",
-        [
-            (torch.zeros(300, 129), "129 columns"),
-            (torch.zeros(3, 4), "at least as many rows"),
-            (torch.zeros(4, 3, dtype=torch.float64), "contiguous float32"),
-            (torch.zeros(3, 4).t(), "contiguous float32"),
-        ],
-    )
-    def test_bad_arguments(self, loaded, matrix, what):
-        with pytest.raises(RuntimeError, match=what):
-            loaded.orthonormal(matrix)
-
 
 DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
 
@@ -265,30 +252,6 @@ class TestSketchUpdate:
         assert not native.sketch_update_by_torch(q, z, None, x, dy, 1.0)
         assert torch.equal(q, before[0]) and torch.equal(z, before[1])
 
-    def test_opcheck(self, loaded):
-        arguments = (orthonormal(normal(30, 4)).contiguous(), normal(20, 4), None, normal(9, 20), normal(9, 30), 0.5)
-        torch.library.opcheck(loaded.sketch_update.default, arguments)
-        torch.library.opcheck(loaded.orthonormal.default, (normal(20, 4),))
-        torch.library.opcheck(loaded.factored_product.default, (normal(9, 20), normal(9, 30), normal(20, 4), 0.5))
-
-    @pytest.mark.parametrize(
-        "change, what",
-        [
-            ({"q": torch.zeros(31, 4)}, "q is 31 x 4"),
-            ({"z": torch.zeros(20, 5)}, "z 20 x 5"),
-            ({"x": torch.zeros(8, 20)}, "one T"),
-            ({"x": torch.zeros(0, 20), "dy": torch.zeros(0, 30)}, "at least one token"),
-            ({"dy": torch.zeros(9, 30, dtype=torch.float64)}, "float32, float16 or bfloat16"),
-            ({"start": torch.zeros(19, 4)}, "start is 19 x 4"),
-            ({"q": torch.zeros(30, 25), "z": torch.zeros(20, 25)}, "min\\(n, m\\) = 20"),
-        ],
-    )
-    def test_bad_arguments(self, loaded, change, what):
-        arguments = {"q": torch.zeros(30, 4), "z": torch.zeros(20, 4), "start": None, "x": torch.zeros(9, 20)}
-        arguments = {**arguments, "dy": torch.zeros(9, 30), "weight": 1.0, **change}
-        with pytest.raises(RuntimeError, match=what):
-            loaded.sketch_update(**arguments)
-
 
 class TestJacobiSvd:
     def check(self, a: Tensor, u: Tensor, s: Tensor, v: Tensor) -> None:
@@ -329,6 +292,7 @@ class TestJacobiSvd:
     def test_every_matrix_of_a_batch_as_alone_and_a_bad_one_is_told(self, loaded):
         a = torch.stack([normal(20, 9), tall("zero", 20, 9), normal(20, 9, seed=8), tall("deficient", 20, 9)])
         a[2, 3, 3] = float("inf")
+        assert loaded.jacobi_svd(a[:0])[0].shape == (0, 20, 9)
         u, s, v, info = loaded.jacobi_svd(a)
         assert (info == torch.tensor([info[0], 1, -1, info[3]])).all() and info[0] > 1
         assert s[2].isnan().all() and u[2].isnan().all() and v[2].isnan().all()
@@ -336,23 +300,6 @@ class TestJacobiSvd:
             alone = loaded.jacobi_svd(a[index : index + 1])
             assert all(torch.equal(x[index], y[0]) for x, y in zip((u, s, v), alone))
             self.check(a[index], u[index], s[index], v[index])
-
-    def test_opcheck_and_an_empty_batch(self, loaded):
-        torch.library.opcheck(loaded.jacobi_svd.default, (normal(2, 7, 5),))
-        assert loaded.jacobi_svd(torch.zeros(0, 7, 5))[0].shape == (0, 7, 5)
-
-    @pytest.mark.parametrize(
-        "a, what",
-        [
-            (torch.zeros(1, 4, 5), "4 x 5"),
-            (torch.zeros(1, 200, 129), "200 x 129"),
-            (torch.zeros(4, 4), "batch, rows, columns"),
-            (torch.zeros(1, 4, 4, dtype=torch.float16), "float32 or float64"),
-        ],
-    )
-    def test_bad_arguments(self, loaded, a, what):
-        with pytest.raises(RuntimeError, match=what):
-            loaded.jacobi_svd(a)
 
     @pytest.mark.parametrize("native_ops", [False, True])
     @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (3, 40, 7), (2, 2, 7, 40), (150, 140), (0, 5, 4)], ids=str)
@@ -442,35 +389,56 @@ class TestLanczos:
         with pytest.raises(ValueError, match="NaN or infinite"):
             truncated_svd((x, dy), 4, method)
 
-    def test_opcheck(self, loaded):
-        us, zs, vs, v = torch.zeros(30, 12), torch.zeros(20, 12), torch.zeros(20, 12), orthonormal(normal(20, 4))
-        v = v.contiguous()
-        torch.library.opcheck(loaded.lanczos_step.default, (normal(9, 20), normal(9, 30), us, zs, vs, v, 0))
-        torch.library.opcheck(loaded.lanczos_step.default, (None, normal(30, 20), us, zs, vs, v, 0))
 
-    @pytest.mark.parametrize(
-        "change, what",
-        [
-            ({"y": torch.zeros(9, 31)}, "us: wanted a contiguous float32 matrix of 31 rows"),
-            ({"x": torch.zeros(8, 20)}, "one T"),
-            ({"x": None}, "v is 20 x 4; wanted 30 rows"),
-            ({"x": None, "y": torch.zeros(30, 20, dtype=torch.float64)}, "float32, float16 or bfloat16"),
-            ({"zs": torch.zeros(20, 13)}, "zs: wanted"),
-            ({"step": 3}, "step 3 of 4 columns does not fit in us's 12"),
-            ({"v": torch.zeros(20, 21)}, "at most 20 columns"),
-        ],
-    )
-    def test_bad_arguments(self, loaded, change, what):
-        arguments = {"x": torch.zeros(9, 20), "y": torch.zeros(9, 30), "us": torch.zeros(30, 12)}
-        arguments |= {
-            "zs": torch.zeros(20, 12),
-            "vs": torch.zeros(20, 12),
-            "v": torch.zeros(20, 4),
-            "step": 0,
-            **change,
-        }
-        with pytest.raises(RuntimeError, match=what):
-            loaded.lanczos_step(**arguments)
+ZEROS = torch.zeros
+ARGUMENTS = {  # ones that are right
+    "orthonormal": {"a": normal(20, 4)},
+    "factored_product": {"x": normal(9, 20), "dy": normal(9, 30), "v": normal(20, 4), "weight": 0.5},
+    "sketch_update": {"q": orthonormal(normal(30, 4)).contiguous(), "z": normal(20, 4), "start": None}
+    | {"x": normal(9, 20), "dy": normal(9, 30), "weight": 0.5},
+    "jacobi_svd": {"a": normal(2, 7, 5)},
+    "lanczos_step": {"x": normal(9, 20), "y": normal(9, 30), "us": ZEROS(30, 12), "zs": ZEROS(20, 12)}
+    | {"vs": ZEROS(20, 12), "v": orthonormal(normal(20, 4)).contiguous(), "step": 0},
+}
+
+
+@pytest.mark.parametrize(
+    "op, change", [*((op, {}) for op in ARGUMENTS), ("lanczos_step", {"x": None, "y": normal(30, 20)})]
+)
+def test_opcheck(loaded, op, change):
+    torch.library.opcheck(getattr(loaded, op).default, tuple((ARGUMENTS[op] | change).values()))
+
+
+@pytest.mark.parametrize(
+    "op, change, what",
+    [
+        ("orthonormal", {"a": ZEROS(300, 129)}, "129 columns"),
+        ("orthonormal", {"a": ZEROS(3, 4)}, "at least as many rows"),
+        ("orthonormal", {"a": ZEROS(4, 3, dtype=torch.float64)}, "contiguous float32"),
+        ("orthonormal", {"a": ZEROS(3, 4).t()}, "contiguous float32"),
+        ("sketch_update", {"q": ZEROS(31, 4)}, "q is 31 x 4"),
+        ("sketch_update", {"z": ZEROS(20, 5)}, "z 20 x 5"),
+        ("sketch_update", {"x": ZEROS(8, 20)}, "one T"),
+        ("sketch_update", {"x": ZEROS(0, 20), "dy": ZEROS(0, 30)}, "at least one token"),
+        ("sketch_update", {"dy": ZEROS(9, 30, dtype=torch.float64)}, "float32, float16 or bfloat16"),
+        ("sketch_update", {"start": ZEROS(19, 4)}, "start is 19 x 4"),
+        ("sketch_update", {"q": ZEROS(30, 25), "z": ZEROS(20, 25)}, "min\\(n, m\\) = 20"),
+        ("jacobi_svd", {"a": ZEROS(1, 4, 5)}, "4 x 5"),
+        ("jacobi_svd", {"a": ZEROS(1, 200, 129)}, "200 x 129"),
+        ("jacobi_svd", {"a": ZEROS(4, 4)}, "batch, rows, columns"),
+        ("jacobi_svd", {"a": ZEROS(1, 4, 4, dtype=torch.float16)}, "float32 or float64"),
+        ("lanczos_step", {"y": ZEROS(9, 31)}, "us: wanted a contiguous float32 matrix of 31 rows"),
+        ("lanczos_step", {"x": ZEROS(8, 20)}, "one T"),
+        ("lanczos_step", {"x": None}, "v is 20 x 4; wanted 30 rows"),
+        ("lanczos_step", {"x": None, "y": ZEROS(30, 20, dtype=torch.float64)}, "float32, float16 or bfloat16"),
+        ("lanczos_step", {"zs": ZEROS(20, 13)}, "zs: wanted"),
+        ("lanczos_step", {"step": 3}, "step 3 of 4 columns does not fit in us's 12"),
+        ("lanczos_step", {"v": ZEROS(20, 21)}, "at most 20 columns"),
+    ],
+)
+def test_bad_arguments(loaded, op, change, what):
+    with pytest.raises(RuntimeError, match=what):
+        getattr(loaded, op)(*(ARGUMENTS[op] | change).values())
 
 
 @pytest.mark.parametrize("refined", [False, True])

@@ -53,6 +53,14 @@ from fastlora.ops.quant import weights as quant_weights
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 SCALING = 1.5
+# Of x, A, B and dY: what a start near zero, a loss that is a mean over many tokens, or a large one make.
+MAGNITUDES = {
+    "usual": (1.0, 1.0, 1.0, 1.0),
+    "tiny": (1.0, 1.0, 1e-5, 1e-5),
+    "tiny everywhere": (1e-3, 1e-4, 1e-4, 1e-4),
+    "huge": (30.0, 1e3, 1e-3, 40.0),
+    "mixed": (30.0, 1e-4, 10.0, 1e-5),
+}
 Dtypes = tuple[torch.dtype, torch.dtype]  # of x and the base weights; of the adapters
 Tensors = dict[str, Tensor]
 
@@ -103,6 +111,8 @@ class Contract:
     shapes: ClassVar[Sequence[tuple[int, ...]]] = ((0,), (1,), (), (2, 3, 4), (2, 0, 5))  # of x, but for K
     self_checks: ClassVar[Sequence[tuple[Dtypes, bool]]] = ()  # (dtypes, dropout); (): those of the values
     ranks: ClassVar[Sequence[int]] = (1, 2, 7, 16, 64, 512)
+    magnitudes: ClassVar[Mapping[str, tuple[float, ...]]] = MAGNITUDES
+    ps: ClassVar[Sequence[float]] = (0.0,)  # with which these are tried
     modules: ClassVar[str]  # of the implementations aten and triton
     runs: ClassVar[str] = "forward"  # the implementation's function that shows that it ran
     checked: ClassVar[tuple[str, ...]] = ("forward", "backward")  # what the self-check runs of it
@@ -119,7 +129,8 @@ class Contract:
         for name, values in (("variant", variants), ("checked", self.self_checks or variants)):
             if name in metafunc.fixturenames:
                 metafunc.parametrize(name, values, ids=lambda v: _name(v[0]) + " dropped" * v[1])
-        for name, values in (("shape", self.shapes), ("function", self.checked), ("r", self.ranks)):
+        own = {"shape": self.shapes, "function": self.checked, "r": self.ranks}
+        for name, values in (own | {"magnitudes": self.magnitudes, "dropped": self.ps}).items():
             if name in metafunc.fixturenames:
                 metafunc.parametrize(name, values, ids=str)
 
@@ -188,7 +199,8 @@ class Contract:
 
         of, x = case.tensors, case.tensors["x"]
         exact = wanted({name: t.double() for name, t in of.items()})
-        wide = place.backend != "torch" and any(of[name].dtype.itemsize > x.dtype.itemsize for name in case.trained)
+        wider = any(of[name].dtype.itemsize > x.dtype.itemsize for name in case.trained)
+        wide = place.backend != "torch" and wider
         if wide and not self.one_product:
             of = {name: t.to(x.dtype) for name, t in of.items()}
         near = wanted(of) if by_rule else exact
@@ -197,6 +209,11 @@ class Contract:
                 assert (value.double() - exact[name]).norm() <= 1e-5 * exact[name].norm(), name
             elif by_rule:
                 assert_close_to_fp64(value, exact[name], near[name].to(value.dtype), name)
+                if wider and not wide:
+                    # Sums that cancel may round to nothing in half precision; what is beyond eager's error may not.
+                    least = (near[name].double() - exact[name]).abs().amax() if value.numel() else 0.0
+                    zeros = (value == 0) & (near[name] != 0) & (exact[name].abs() > least)
+                    assert not zeros.any(), f"{name}: {zeros.sum().item()} zeros where eager PyTorch has none"
             else:
                 assert value.shape == exact[name].shape, name
                 error, size = (value.double() - exact[name]), exact[name]
@@ -224,6 +241,13 @@ class Contract:
         got = self.check(case, place, by_rule=size != "row" or {t.dtype for t in case.tensors.values()} != {FP32})
         assert calls or place.path == "composed", "another implementation ran"
         assert all(value.dtype == case.tensors[name.replace("y.", "dy.")].dtype for name, value in got.items())
+
+    @pytest.mark.parametrize("dtype", [BF16, FP16])
+    def test_wide_adapters_of_every_magnitude(self, place, magnitudes, dtype, dropped):
+        """Nothing underflows or overflows on the low-rank path that would not in float32."""
+        case, factors = self.make(place, (dtype, FP32), dropped), dict(zip("xABd", self.magnitudes[magnitudes]))
+        scaled = {name: (t.double() * factors.get(name[0], 1.0)).to(t.dtype) for name, t in case.tensors.items()}
+        self.check(replace(case, tensors=scaled), place, by_rule=True)
 
     @pytest.mark.parametrize("kinds", ["x", "A", "B", "weight bias", "x bias", ""])
     def test_only_what_is_needed(self, place, kinds):
@@ -315,6 +339,7 @@ class Interpreted:
     shapes = ((0,), (1,), (2, 3, 4))
     self_checks = (((BF16, FP32), True),)
     ranks = (1, 33)
+    magnitudes: ClassVar = {}  # each kernel's: tests/interpreter/test_wide_adapters.py
 
     def test_the_last_product_by_triton(self, place):
         """The same kernels but for it, so once is enough."""
@@ -337,6 +362,7 @@ def _spoiled(result: Any) -> Any:
 
 class LoraLinear(Contract):
     modules = "fastlora.ops.lora"
+    ps = (0.0, 0.25)
     sizes: ClassVar = {
         "odd": {"shape": (37,), "n": 53, "k": 45, "r": 5},
         "row": {"shape": (1,), "n": 33, "k": 40, "r": 16},
@@ -548,6 +574,8 @@ class Experts(Contract):
 
 class Mlp(Contract):
     modules = "fastlora.ops.mlp"
+    # gate and up are half precision: with a large x their product overflows in eager PyTorch too
+    magnitudes: ClassVar = {name: (min(of[0], 1.0), *of[1:]) for name, of in MAGNITUDES.items()}
     runs = "activate"
     one_product = False
     dtypes_with_dropout = ((FP32, FP32),)  # rounded elsewhere than in eager PyTorch, ReLU's input may change its sign
