@@ -22,27 +22,14 @@ def groups_of_every_size():
         yield
 
 
-def make_layers(
-    k=33, sizes=(24, 7, 7), ranks=(5, 2, 8), dtype=FP32, adapter_dtypes=None, ps=(0.0, 0.0, 0.0), bias=True, seed=0
-):
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape, scale=1.0, to=dtype):
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(to)
-
-    layers = []
-    for i, (n, r, p) in enumerate(zip(sizes, ranks, ps, strict=False)):
-        adapter = (adapter_dtypes or [dtype] * 3)[i]
-        lora_A = randn(r, k, scale=k**-0.5, to=adapter).requires_grad_()
-        lora_B = randn(n, r, scale=r**-0.5, to=adapter).requires_grad_()
-        layers.append(
-            GroupLayer(randn(n, k, scale=k**-0.5), [Adapter(lora_A, lora_B, 0.5 + i, p)], randn(n) if bias else None)
-        )
-    return layers
+GROUP, CPU = contracts.Group(), contracts.ATEN[0]
 
 
-def make_x(*shape, dtype=FP32, seed=1):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def make(*shape, ps=(0.0, 0.0, 0.0)):
+    """x (*shape, 33), and layers of ranks 5, 2 and 8."""
+    case = GROUP.make(CPU, shape=shape)
+    of = {name: t.requires_grad_(name in case.trained) for name, t in case.tensors.items()}
+    return of["x"], GROUP.members(of, replace(case, ps=ps))
 
 
 def leaves_of(x, layers):
@@ -51,7 +38,7 @@ def leaves_of(x, layers):
 
 def gradients(outputs, leaves, used=None, **options):
     used = range(len(outputs)) if used is None else used
-    dys = [make_x(*outputs[i].shape, dtype=outputs[i].dtype, seed=10 + i) for i in used]
+    dys = [torch.randn(outputs[i].shape, generator=torch.Generator().manual_seed(i)).to(outputs[i].dtype) for i in used]
     return torch.autograd.grad([outputs[i] for i in used], leaves, dys, allow_unused=True, **options)
 
 
@@ -61,7 +48,7 @@ def one_by_one(x, layers):
 
 @pytest.mark.parametrize("used", [(0,), (2,), (1, 2), ()])
 def test_unused_outputs_get_none_and_cost_nothing(used):
-    layers, x = make_layers(), make_x(19, 33).requires_grad_()
+    x, layers = make(19)
     leaves = leaves_of(x, layers)
     outputs = lora_group(x, layers)
     if not used:
@@ -77,7 +64,7 @@ def test_unused_outputs_get_none_and_cost_nothing(used):
 
 
 def test_members_differentiated_apart():
-    layers, x = make_layers(), make_x(19, 33).requires_grad_()
+    x, layers = make(19)
     leaves = leaves_of(x, layers)
     for order in ((0, 1, 2), (2, 0, 1)):
         outputs, apart = lora_group(x, layers), one_by_one(x, layers)
@@ -89,7 +76,7 @@ def test_members_differentiated_apart():
 
 
 def test_outputs_can_be_written_and_x_must_not_be():
-    layers, x = make_layers(), make_x(19, 33).requires_grad_()
+    x, layers = make(19)
     changed = x * 1
     outputs = lora_group(changed, layers)
     outputs[1].relu_()
@@ -100,7 +87,7 @@ def test_outputs_can_be_written_and_x_must_not_be():
 
 
 def test_autocast():
-    layers, x = make_layers(), make_x(2, 9, 33).requires_grad_()
+    x, layers = make(2, 9)
     with torch.autocast("cpu", dtype=BF16):
         together, apart = lora_group(x, layers), one_by_one(x, layers)
         assert {y.dtype for y in together} == {BF16}
@@ -113,8 +100,8 @@ def test_autocast():
 
 def test_layers_of_every_kind_in_one_group():
     """No adapter, two that run as one, two with dropout, one: each as it would be alone."""
-    (q, k, v), x = make_layers(), make_x(19, 33).requires_grad_()
-    other = make_layers(seed=7)
+    x, (q, k, v) = make(19)
+    _, other = make(19)
     dropping = [a._replace(dropout_p=0.4) for a in (*k.adapters, *other[1].adapters)]
     layers = [
         q._replace(adapters=[]),
@@ -141,7 +128,7 @@ def test_one_mask_for_all_by_request(size):
 
 
 def test_wrong_arguments():
-    layers, x = make_layers(ps=(0.1, 0.2, 0.1)), make_x(19, 33)
+    x, layers = make(19, ps=(0.1, 0.2, 0.1))
     with pytest.raises(ValueError, match=r"lora_group: shared_mask: got dropout probabilities \[0.1, 0.2\]"):
         lora_group(x, layers, shared_mask=True)
     with pytest.raises(ValueError, match="lora_group: shapes: got x"):
@@ -152,7 +139,7 @@ def test_wrong_arguments():
 
 
 def test_under_torch_func_and_compile():
-    layers, x = make_layers(), make_x(19, 33)
+    x, layers = make(19)
     loss = lambda x, run: sum(y.square().sum() for y in run(x, layers))  # noqa: E731
     torch.testing.assert_close(torch.func.grad(loss)(x, lora_group), torch.func.grad(loss)(x, one_by_one))
     compiled = torch.compile(lora_group, fullgraph=True, backend="aot_eager")
@@ -160,7 +147,7 @@ def test_under_torch_func_and_compile():
 
 
 def test_x_is_saved_once():
-    layers, x = make_layers(), make_x(64, 33).requires_grad_()
+    x, layers = make(64)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         lora_group(x, layers)
@@ -170,7 +157,7 @@ def test_x_is_saved_once():
 
 
 def test_nothing_is_kept_alive():
-    layers, x = make_layers(), make_x(19, 33).requires_grad_()
+    x, layers = make(19)
     hidden = x * 1
     alive = weakref.ref(hidden)
     outputs = lora_group(hidden, layers)
@@ -182,7 +169,7 @@ def test_nothing_is_kept_alive():
 
 
 def test_small_x_runs_one_by_one():
-    layers, x = make_layers(), make_x(19, 33).requires_grad_()
+    x, layers = make(19)
     with path("composed"):
         for y, layer in zip(lora_group(x, layers), layers, strict=True):
             ((a, b, scaling, *_),) = layer.adapters

@@ -7,7 +7,7 @@ import pytest
 import torch
 from problems import path
 
-from fastlora.functional import Adapter, lora_mixed_batch, multi_lora_linear
+from fastlora.functional import lora_mixed_batch, multi_lora_linear
 from fastlora.kernels.segment_plan import BASE, Segments
 from fastlora.ops.mixed import aten as mixed_aten
 
@@ -21,21 +21,15 @@ def every_path(request):
         yield request.param
 
 
-def make(ids=IDS, tokens=5, k=33, n=20, ranks=(4, 7, 2, 3), dtype=FP32, adapter_dtypes=None, ps=None, seed=0):
-    """(x, weight, bias, adapters), of which those without an id take no part."""
-    generator = torch.Generator().manual_seed(seed)
+MIXED, CPU = contracts.MixedBatch(), contracts.ATEN[0]
 
-    def randn(*shape, scale=1.0, to=dtype):
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(to)
 
-    adapters = []
-    for i, r in enumerate(ranks):
-        adapter = (adapter_dtypes or [dtype] * len(ranks))[i]
-        lora_A = randn(r, k, scale=k**-0.5, to=adapter).requires_grad_()
-        lora_B = randn(n, r, scale=r**-0.5, to=adapter).requires_grad_()
-        adapters.append(Adapter(lora_A, lora_B, 0.5 + i, (ps or [0.0] * len(ranks))[i]))
-    x = randn(len(ids), tokens, k).requires_grad_()
-    return x, randn(n, k, scale=k**-0.5), randn(n), adapters
+def make(ids=IDS, tokens=5, dtype=FP32):
+    """(x, weight, bias, adapters), of which the last takes no part."""
+    size = {"ids": ids, "shape": (len(ids), tokens), "k": 33, "n": 20, "ranks": (4, 7, 2, 3)}
+    case = MIXED.make(CPU, (dtype, dtype), **size)
+    of = {name: t.requires_grad_(name in case.trained) for name, t in case.tensors.items()}
+    return of["x"], of["weight"], of["bias"], MIXED.adapters(of, case)
 
 
 def leaves_of(x, adapters):
@@ -84,7 +78,10 @@ def test_frozen_adapters_beside_trained_ones():
 
 
 def test_adapters_of_different_dtypes_get_gradients_of_their_own():
-    x, weight, bias, adapters = make(dtype=BF16, adapter_dtypes=(FP32, BF16, torch.float16, BF16))
+    x, weight, bias, adapters = make(dtype=BF16)
+    for i, of in ((0, FP32), (2, torch.float16)):
+        factors = [factor.detach().to(of).requires_grad_() for factor in adapters[i][:2]]
+        adapters[i] = adapters[i]._replace(lora_A=factors[0], lora_B=factors[1])
     y = lora_mixed_batch(x, weight, adapters, IDS, bias)
     got = gradients(y, leaves_of(x, adapters)[1:7])
     assert [g.dtype for g in got] == [FP32, FP32, BF16, BF16, torch.float16, torch.float16]
