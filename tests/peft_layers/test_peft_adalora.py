@@ -12,13 +12,22 @@ from adalora_problem import NAMES, TARGET, R, loss_of, optimizer_of, plain
 from peft.tuners.adalora.layer import RankAllocator as PeftAllocator
 from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
-from peft_problems import K, Mlp, N, assert_agree, assert_within_twice_in_bf16
+from peft_problems import (
+    K,
+    Mlp,
+    N,
+    adalora_config,
+    adalora_model,
+    assert_agree,
+    assert_within_twice_in_bf16,
+    counts,
+    fused_layers,
+    patched_copy,
+)
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import fastlora
 from fastlora.integrations.peft import adopt as peft_adopt
-from fastlora.integrations.peft.adalora import FusedSVDLinear
 from fastlora.integrations.peft.tuner import FusedAdaLoraModel
 from fastlora.ops import call
 from fastlora.variants import RankAllocator
@@ -26,90 +35,17 @@ from fastlora.variants import RankAllocator
 STEPS = 12
 
 
-def config(**settings: Any) -> peft.AdaLoraConfig:
-    base = {"init_r": R, "target_r": TARGET, "total_step": STEPS, "lora_alpha": 8, "target_modules": ["up", "down"]}
-    return peft.AdaLoraConfig(**{**base, "init_lora_weights": False, **settings})
-
-
-def peft_model(base: Any = None, seed: int = 0, **settings: Any) -> Any:
-    """A PEFT model whose adapters are not zero, nor so large that nothing else counts."""
-    torch.manual_seed(seed)
-    model = peft.get_peft_model(Mlp() if base is None else base, config(**settings))
-    return calm(model)
-
-
-def calm(model: Any) -> Any:
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            parameter.data *= 0.3
-    return model
-
-
-def fused_layers(model: Any) -> list[FusedSVDLinear]:
-    return [module for module in model.modules() if isinstance(module, FusedSVDLinear)]
-
-
-def patched_copy(model: Any, **settings: Any) -> Any:
-    model = copy.deepcopy(model)
-    assert fastlora.patch(model, **settings).patched
-    return model
-
-
-def counts(model: Any, kind: str = "fused") -> list[int]:
-    return [getattr(layer.calls, kind) for layer in fused_layers(model)]
-
-
-# The same numbers.
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("bias", [True, False])
-def test_same_outputs_and_gradients(bias, dropout):
-    model = peft_model(Mlp(bias), lora_dropout=dropout)
-    fused = patched_copy(model)
-    x = torch.randn(2, 5, K)
-    assert_agree(model, fused, x)
-    assert_agree(model.eval(), fused.eval(), x)
-    assert counts(fused) == [2, 2]
-    for layer in fused_layers(fused):
-        assert peft_adopt.prediction(layer) is None
-
-
 def test_float32_adapters_on_a_bf16_base_and_under_autocast():
     for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
-        model = peft_model(Mlp(dtype=dtype))
+        model = adalora_model(Mlp(dtype=dtype))
         fused = patched_copy(model)
         grads = assert_within_twice_in_bf16(model, fused, torch.randn(64, K, dtype=dtype), autocast)
         assert counts(fused) == [1, 1]
         assert all(grad.dtype == torch.float32 for grad in grads.values())
 
 
-def test_conv1d():
-    torch.manual_seed(0)
-    base = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0
-        )
-    )
-    model = peft_model(base, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
-    fused = patched_copy(model)
-    ids = torch.randint(0, 50, (2, 7))
-    outcomes = []
-    for each in (model, fused):
-        loss = each(input_ids=ids, labels=ids).loss  # with PEFT's penalty
-        loss.backward()
-        outcomes.append([loss.detach(), *(p.grad for p in each.parameters() if p.grad is not None)])
-    for theirs, ours in zip(*outcomes, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-    assert counts(fused) == [1, 1]
-    before = [layer.weight.clone() for layer in fused_layers(fused)]
-    want = fused(input_ids=ids).logits
-    fused.merge_adapter()
-    torch.testing.assert_close(fused(input_ids=ids).logits, want, rtol=1e-5, atol=1e-5)
-    fused.unmerge_adapter()
-    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(fused_layers(fused), before, strict=True))
-
-
 def test_disabled_merged_absent_and_changed_adapters():
-    model = peft_model()
+    model = adalora_model()
     fused = patched_copy(model)
     x = torch.randn(4, K)
     with fused.disable_adapter(), model.disable_adapter():
@@ -132,9 +68,9 @@ def test_disabled_merged_absent_and_changed_adapters():
 
 def test_later_adapters_are_picked_up(tmp_path):
     """PEFT trains one AdaLoRA adapter; others may be loaded, also into modules that had none."""
-    wide = peft_model(seed=5)
+    wide = adalora_model(seed=5)
     wide.save_pretrained(tmp_path)
-    model = peft_model(target_modules=["up"])
+    model = adalora_model(target_modules=["up"])
     fused = patched_copy(model)
     assert type(fused.base_model) is FusedAdaLoraModel and isinstance(fused.base_model, AdaLoraModel)
     for each in (model, fused):
@@ -152,8 +88,8 @@ def test_later_adapters_are_picked_up(tmp_path):
 
 def test_sequences_with_adapters_of_their_own(tmp_path):
     """PEFT's own layer has no such batches."""
-    peft_model(seed=5).save_pretrained(tmp_path)
-    fused = patched_copy(peft_model()).eval()
+    adalora_model(seed=5).save_pretrained(tmp_path)
+    fused = patched_copy(adalora_model()).eval()
     fused.load_adapter(tmp_path, "other")
     x, names = torch.randn(3, 5, K), ["default", "__base__", "other"]
     rows = []
@@ -186,7 +122,7 @@ def test_layers_that_share_an_input_are_grouped(monkeypatch):
     original = group_op.open_group
     monkeypatch.setattr(group_op, "open_group", lambda x, ms, *a: opened.append(len(ms)) or original(x, ms, *a))
     names = ["q_proj", "k_proj", "v_proj"]
-    model = peft_model(Attention(), target_modules=names)
+    model = adalora_model(Attention(), target_modules=names)
     fused = copy.deepcopy(model)
     report = fastlora.patch(fused, group="auto")
     assert report.groups == [tuple(f"base_model.model.{name}" for name in names)]
@@ -196,7 +132,7 @@ def test_layers_that_share_an_input_are_grouped(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merging_gives_the_same_bits_back(dtype):
-    fused = patched_copy(peft_model(Mlp(dtype=dtype)))
+    fused = patched_copy(adalora_model(Mlp(dtype=dtype)))
     before = {name: value.clone() for name, value in fused.state_dict().items()}
     layer = fused.base_model.model.up
     fastlora.merge(fused)
@@ -217,10 +153,10 @@ def test_merging_gives_the_same_bits_back(dtype):
 
 
 def test_explain():
-    fused = patched_copy(peft_model())
+    fused = patched_copy(adalora_model())
     x = torch.randn(5, K)
     assert fastlora.explain(fused.base_model.model.up, x).forward == "torch"
-    unpatched = fastlora.explain(peft_model().base_model.model.up, x)
+    unpatched = fastlora.explain(adalora_model().base_model.model.up, x)
     assert unpatched.forward == "eager" and unpatched.needed == ("fastlora.patch(model)",)
 
 
@@ -236,7 +172,7 @@ def test_what_is_left_to_peft_s_forward():
             "adapter dtypes",
         ),
     ):
-        model = peft_model(lora_dropout=0.1)
+        model = adalora_model(lora_dropout=0.1)
         fused = patched_copy(model)
         for each in (model, fused):
             change(each.base_model.model.up)
@@ -245,28 +181,28 @@ def test_what_is_left_to_peft_s_forward():
         if "dtypes" not in reason:  # PEFT cannot multiply them
             assert_agree(model, fused, torch.randn(4, K))
             assert reason in layer.calls.last_reason and layer.calls.fused == 0
-    layer = peft_model().base_model.model.up
+    layer = adalora_model().base_model.model.up
     layer.forward = lambda x: x
     assert "replaced on the instance" in (peft_adopt.unsupported(layer) or "")
 
 
 def test_a_model_that_is_still_being_loaded_is_patched():
     """PEFT puts new adapters on the meta device first, but for ranknum."""
-    fused: Any = peft.get_peft_model(Mlp(), config(inference_mode=True), "first", low_cpu_mem_usage=True)
+    fused: Any = peft.get_peft_model(Mlp(), adalora_config(inference_mode=True), "first", low_cpu_mem_usage=True)
     assert fused.base_model.model.up.lora_A["first"].is_meta
     report = fastlora.patch(fused)
     assert len(report.patched) == 2 and all("run fused" in line.reason for line in report.modules)
 
 
 def test_convolutions_are_left_alone():
-    model = peft_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3)), target_modules=["0", "2"])
+    model = adalora_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3)), target_modules=["0", "2"])
     report = fastlora.patch(model)
     assert report.patched == ["base_model.model.2"]
     assert "adalora.layer.SVDConv2d: only" in report.left_alone["base_model.model.0"]
 
 
 def test_ranks_of_zero_add_nothing():
-    model = peft_model()
+    model = adalora_model()
     for name in ("lora_A", "lora_B", "lora_E"):
         factors = getattr(model.base_model.model.up, name)
         factors["default"] = nn.Parameter(
@@ -294,7 +230,7 @@ def trained(model: Any, end_of_step: Any) -> list[float]:
 
 
 def test_peft_s_allocator_goes_on_working_on_fused_layers(tmp_path):
-    model = peft_model(plain(), target_modules=NAMES, tinit=2, tfinal=3, init_lora_weights=True)
+    model = adalora_model(plain(), target_modules=NAMES, tinit=2, tfinal=3, init_lora_weights=True)
     fused = patched_copy(model)
     theirs = trained(model, model.base_model.update_and_allocate)
     ours = trained(fused, fused.base_model.update_and_allocate)
@@ -311,7 +247,7 @@ def test_peft_s_allocator_goes_on_working_on_fused_layers(tmp_path):
 def test_same_scores_and_masks_as_peft_s_allocator():
     """As long as both do the same: no ties, before the last masks (PEFT's leave out the last step's gradients), called
     with t from 1 on."""
-    model = peft_model(plain(), target_modules=NAMES, init_lora_weights=True)
+    model = adalora_model(plain(), target_modules=NAMES, init_lora_weights=True)
     ours = copy.deepcopy(model)
     theirs: PeftAllocator = model.base_model.rankallocator
     allocator = RankAllocator(ours, TARGET, STEPS)
@@ -341,14 +277,14 @@ def test_same_scores_and_masks_as_peft_s_allocator():
 
 def test_where_peft_s_allocator_differs():
     """As docs/adalora.md says."""
-    model = peft_model(plain(), target_modules=NAMES, init_r=R, target_r=R)
+    model = adalora_model(plain(), target_modules=NAMES, init_r=R, target_r=R)
     loss_of(model, 0, gamma=0.0).backward()
     with pytest.raises(RuntimeError, match="kthvalue"):  # no rank is to go
         model.base_model.update_and_allocate(1)
-    model = peft_model(plain(), target_modules=NAMES)
+    model = adalora_model(plain(), target_modules=NAMES)
     with pytest.raises(TypeError):  # a parameter has no gradient
         model.base_model.update_and_allocate(1)
-    model = peft_model(plain(), target_modules=NAMES, total_step=1, target_r=1)
+    model = adalora_model(plain(), target_modules=NAMES, total_step=1, target_r=1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.grad = torch.zeros_like(parameter)
@@ -362,7 +298,7 @@ def test_where_peft_s_allocator_differs():
 
 @pytest.mark.parametrize("patched", [False, True])
 def test_our_allocator_and_penalty_on_peft_s_layers(patched):
-    model = peft_model(plain(), target_modules=NAMES, init_lora_weights=True)
+    model = adalora_model(plain(), target_modules=NAMES, init_lora_weights=True)
     if patched:
         fastlora.patch(model)
     allocator = RankAllocator(model, TARGET, STEPS, t_final=4)
@@ -380,7 +316,7 @@ def test_our_allocator_and_penalty_on_peft_s_layers(patched):
 
 def test_lora_ga_and_the_monitor_are_refused():
     for patch in (False, True):
-        model = peft_model()
+        model = adalora_model()
         if patch:
             fastlora.patch(model)
         with fastlora.GradientSketch(model, r=2) as sketch:  # looks at W0's gradient, whatever the adapter is

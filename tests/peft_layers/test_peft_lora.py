@@ -17,9 +17,12 @@ from peft_problems import (
     K,
     Mlp,
     N,
+    adalora_model,
     assert_agree,
     assert_within_twice_in_bf16,
+    calm,
     counts,
+    dora_model,
     fused_layers,
     left_alone,
     patched_copy,
@@ -33,17 +36,24 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import fastlora
 from fastlora.integrations.peft.adopt import adopt
 
+KINDS = {"lora": peft_model, "dora": dora_model, "adalora": adalora_model}
+CONFIGS = {"plain": {}, "rslora": {"use_rslora": True}, "odd": {"r": 7, "lora_alpha": 3}}
+
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"r": 7, "lora_alpha": 3}], ids=["lora", "rslora", "odd"])
-def test_same_outputs_and_gradients(config, bias, dropout):
-    model = peft_model(Mlp(bias), lora_dropout=dropout, **config)
+@pytest.mark.parametrize(
+    "kind, config", [*((kind, c) for kind in ("lora", "dora") for c in CONFIGS), ("adalora", "plain")]
+)
+def test_same_outputs_and_gradients(kind, config, bias, dropout):
+    dtype, tolerance = (torch.float64, 1e-12) if kind == "dora" else (torch.float32, 1e-6)
+    model = KINDS[kind](Mlp(bias, dtype), lora_dropout=dropout, **CONFIGS[config])
     fused = patched_copy(model)
-    x = torch.randn(2, 5, K)
-    assert_agree(model, fused, x)
-    assert_agree(model.eval(), fused.eval(), x)
+    x = torch.randn(2, 5, K, dtype=dtype)
+    assert_agree(model, fused, x, tolerance)
+    assert_agree(model.eval(), fused.eval(), x, tolerance)
     assert counts(fused) == [2, 2]
+    assert not any(predicted(layer) for layer in fused_layers(fused))
     with torch.no_grad():
         assert torch.allclose(model(x), fused(x), atol=1e-6)
 
@@ -106,32 +116,30 @@ def test_several_active_adapters(dropouts):
     assert min(counts(fused)) >= 2
 
 
-def test_conv1d():
+@pytest.mark.parametrize("kind", KINDS)
+def test_conv1d(kind):
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0
-    )
-    base = GPT2LMHeadModel(config)
-    model = peft_model(base, target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True, lora_dropout=0.1)
+    settings = {"vocab_size": 50, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    base = GPT2LMHeadModel(GPT2Config(**settings, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0))
+    chosen = {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True, "lora_dropout": 0.1}
+    model = calm(KINDS[kind](base, **chosen))
     fused = patched_copy(model)
     ids = torch.randint(0, 50, (2, 7))
-    losses = []
+    outcomes = []
     for each in (model, fused):
         torch.manual_seed(3)
-        each.zero_grad()
-        loss = each(input_ids=ids, labels=ids).loss
+        loss = each(input_ids=ids, labels=ids).loss  # AdaLoRA's with PEFT's penalty
         loss.backward()
-        losses.append((loss.item(), {n: p.grad for n, p in each.named_parameters() if p.requires_grad}))
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
-    for name, grad in losses[0][1].items():
-        assert torch.allclose(grad, losses[1][1][name], rtol=1e-4, atol=1e-6), name
+        outcomes.append([loss.detach(), *(p.grad for p in each.parameters() if p.grad is not None)])
+    for theirs, ours in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert counts(fused) == [1] * 4
     weights = [layer.weight.clone() for layer in fused_layers(fused)]
     want = fused.eval()(input_ids=ids).logits
     fused.merge_adapter()
-    assert torch.allclose(fused(input_ids=ids).logits, want, atol=1e-5)
+    torch.testing.assert_close(fused(input_ids=ids).logits, want, rtol=1e-5, atol=1e-5)
     fused.unmerge_adapter()
-    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(fused_layers(fused), weights))
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(fused_layers(fused), weights, strict=True))
 
 
 def test_disabled_merged_and_absent_adapters_run_the_base_layer():

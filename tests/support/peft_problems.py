@@ -7,11 +7,12 @@ from typing import Any
 
 import peft
 import torch
+from adalora_problem import TARGET
 from torch import nn
 
 import fastlora
 from fastlora.integrations.peft import adopt as peft_adopt
-from fastlora.integrations.peft.lora import FusedPeftLinear
+from fastlora.introspect.fused import FusedPeftLayer
 
 K, N = 24, 20
 
@@ -34,8 +35,37 @@ def peft_model(base=None, seed=0, **config) -> Any:
     return peft.get_peft_model(base, peft.LoraConfig(**config))
 
 
+def adalora_config(**config) -> peft.AdaLoraConfig:
+    settings = {"init_r": 4, "target_r": TARGET, "total_step": 12, "lora_alpha": 8, "target_modules": ["up", "down"]}
+    return peft.AdaLoraConfig(**{**settings, "init_lora_weights": False, **config})
+
+
+def adalora_model(base=None, seed=0, **config) -> Any:
+    """As `peft_model`, with adapters not so large that nothing else counts."""
+    torch.manual_seed(seed)
+    return calm(peft.get_peft_model(Mlp() if base is None else base, adalora_config(**config)))
+
+
+def calm(model: Any) -> Any:
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data *= 0.3
+    return model
+
+
+def dora_model(base=None, dtype=torch.float64, **config: Any) -> Any:
+    """Its magnitudes are not the norms any more."""
+    model = peft_model(Mlp(dtype=dtype) if base is None else base, use_dora=True, **config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_((torch.rand(len(parameter), generator=generator) + 0.5).to(parameter))
+    return model.to(dtype) if dtype == torch.float64 else model
+
+
 def fused_layers(model) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, FusedPeftLinear)]
+    return [module for module in model.modules() if isinstance(module, FusedPeftLayer)]
 
 
 def predicted(layer):
@@ -46,9 +76,9 @@ def left_alone(layer):
     return peft_adopt.unsupported(layer) or ""
 
 
-def patched_copy(model) -> Any:
+def patched_copy(model, **settings: Any) -> Any:
     model = copy.deepcopy(model)
-    fastlora.patch(model)
+    fastlora.patch(model, **settings)
     assert fastlora.is_patched(model)
     return model
 
