@@ -16,7 +16,7 @@ from . import configs
 from .dropout import keep_mask
 from .launch import launch
 from .segment_factors import Factors
-from .segment_plan import Chunks, Segments
+from .segment_plan import Chunks, Plan
 from .segments import load_address, rows_of_chunk, segment_shrink, segment_shrink_workspace, tile_mask, tile_pointers
 from .tiling import BLOCK, dot, is_wide, load_tile, reduce_partials, store_tile
 
@@ -154,11 +154,11 @@ def _segment_reduce_kernel(
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _chunk_length(segments: Segments, block_m: int, num_chunks: int) -> int:
+def _chunk_length(segments: Plan, block_m: int, num_chunks: int) -> int:
     return configs.cdiv(configs.cdiv(segments.num_positions, block_m), num_chunks) * block_m
 
 
-def _ds_db_config(dy: torch.Tensor, segments: Segments, factors: Factors) -> configs.DsDbConfig | None:
+def _ds_db_config(dy: torch.Tensor, segments: Plan, factors: Factors) -> configs.DsDbConfig | None:
     N, R, dtype = dy.shape[1], factors.max_rank, factors.like.dtype
     vectorised = configs.vectorised(dy)
     config = configs.ds_db(segments.num_positions, N, R, dy.dtype, dtype, dy.device, vectorised)
@@ -167,7 +167,7 @@ def _ds_db_config(dy: torch.Tensor, segments: Segments, factors: Factors) -> con
     return config
 
 
-def _ds_db_sizes(dy: torch.Tensor, segments: Segments, factors: Factors, config: configs.DsDbConfig) -> tuple[int, int]:
+def _ds_db_sizes(dy: torch.Tensor, segments: Plan, factors: Factors, config: configs.DsDbConfig) -> tuple[int, int]:
     """fp32 elements of dS's partials (none where the kernel writes dS itself), and of dB's."""
     strips = configs.cdiv(dy.shape[1], config.block_n)
     ds = configs.cdiv(strips * segments.num_positions * factors.max_rank, 4) * 4 if strips > 1 else 0
@@ -175,7 +175,7 @@ def _ds_db_sizes(dy: torch.Tensor, segments: Segments, factors: Factors, config:
     return ds, segments.chunks(length, dy.device).count * dy.shape[1] * factors.max_rank
 
 
-def segment_ds_db_workspace(dy: torch.Tensor, segments: Segments, factors: Factors) -> int:
+def segment_ds_db_workspace(dy: torch.Tensor, segments: Plan, factors: Factors) -> int:
     """How many fp32 elements `segment_ds_db` needs as its workspace."""
     config = _ds_db_config(dy, segments, factors)
     if config is not None:
@@ -185,7 +185,7 @@ def segment_ds_db_workspace(dy: torch.Tensor, segments: Segments, factors: Facto
 
 def segment_ds_db(
     dy: torch.Tensor,
-    segments: Segments,
+    segments: Plan,
     factors: Factors,
     s: torch.Tensor,
     ds: torch.Tensor,
@@ -242,7 +242,7 @@ def segment_ds_db(
 
 
 def _weight_grad_plan(
-    x: torch.Tensor, segments: Segments, factors: Factors, wide: bool
+    x: torch.Tensor, segments: Plan, factors: Factors, wide: bool
 ) -> tuple[configs.WeightGradConfig, Chunks]:
     config = configs.weight_grad(segments.num_positions, x.shape[1], factors.max_rank, x.dtype, x.device, wide)
     if x.dtype.itemsize == 2 and configs.capability(x.device)[0] == 10:
@@ -250,7 +250,7 @@ def _weight_grad_plan(
     return config, segments.chunks(_chunk_length(segments, config.block_m, config.num_chunks), x.device)
 
 
-def segment_weight_grad_workspace(x: torch.Tensor, segments: Segments, factors: Factors) -> int:
+def segment_weight_grad_workspace(x: torch.Tensor, segments: Plan, factors: Factors) -> int:
     """How many fp32 elements `segment_weight_grad` needs as its workspace."""
     either = [_weight_grad_plan(x, segments, factors, wide)[1].count for wide in (False, x.dtype.itemsize == 2)]
     return max(either) * x.shape[1] * factors.max_rank
@@ -258,7 +258,7 @@ def segment_weight_grad_workspace(x: torch.Tensor, segments: Segments, factors: 
 
 def segment_weight_grad(
     x: torch.Tensor,
-    segments: Segments,
+    segments: Plan,
     factors: Factors,
     g: torch.Tensor,
     out: torch.Tensor,

@@ -195,3 +195,6 @@ class Routed:
             table = torch.stack((segment, start, torch.minimum(start + length, end)), 1)
             self._chunks[length] = Chunks(table, count, first)
         return self._chunks[length]
+
+
+Plan = Segments | Routed  # what the kernels take

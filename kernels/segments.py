@@ -20,7 +20,7 @@ from . import configs
 from .dropout import keep_mask
 from .launch import launch
 from .segment_factors import Factors
-from .segment_plan import Segments
+from .segment_plan import Plan
 from .tiling import dot, is_wide, load_tile, reduce_partials, store_tile
 
 
@@ -180,7 +180,7 @@ def _segment_expand_kernel(
     tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _shrink_config(x: torch.Tensor, segments: Segments, factors: Factors) -> configs.ShrinkConfig:
+def _shrink_config(x: torch.Tensor, segments: Plan, factors: Factors) -> configs.ShrinkConfig:
     P, K = segments.num_positions, x.shape[1]
     dtype = factors.like.dtype
     config = configs.shrink(P, K, factors.max_rank, x.dtype, dtype, x.device, configs.vectorised(x))
@@ -191,12 +191,12 @@ def _shrink_config(x: torch.Tensor, segments: Segments, factors: Factors) -> con
     return replace(config, block_m=block_m, num_splits=splits)
 
 
-def _rows_per_tile(segments: Segments, block_m: int) -> int:
+def _rows_per_tile(segments: Plan, block_m: int) -> int:
     """16 where no segment is longer, as when each sequence adds one token: most of a larger tile would be empty."""
     return min(block_m, 16) if segments.longest <= 16 else block_m
 
 
-def segment_shrink_workspace(x: torch.Tensor, segments: Segments, factors: Factors) -> int:
+def segment_shrink_workspace(x: torch.Tensor, segments: Plan, factors: Factors) -> int:
     """How many fp32 elements `segment_shrink` needs as its workspace."""
     splits = _shrink_config(x, segments, factors).num_splits
     return splits * segments.num_positions * factors.max_rank if splits > 1 else 0
@@ -204,7 +204,7 @@ def segment_shrink_workspace(x: torch.Tensor, segments: Segments, factors: Facto
 
 def segment_shrink(
     x: torch.Tensor,
-    segments: Segments,
+    segments: Plan,
     factors: Factors,
     out: torch.Tensor,
     workspace: torch.Tensor | None = None,
@@ -259,7 +259,7 @@ def segment_shrink(
         reduce_partials(target, out, splits)
 
 
-def _expand_config(s: torch.Tensor, segments: Segments, factors: Factors, out: torch.Tensor) -> configs.ExpandConfig:
+def _expand_config(s: torch.Tensor, segments: Plan, factors: Factors, out: torch.Tensor) -> configs.ExpandConfig:
     R, N = factors.max_rank, out.shape[1]
     config = configs.expand(s.shape[0], N, R, s.dtype, factors.like.dtype, s.device)
     if s.dtype != torch.float32 and not configs.vectorised(out):
@@ -273,7 +273,7 @@ def _expand_config(s: torch.Tensor, segments: Segments, factors: Factors, out: t
 
 def segment_expand(
     s: torch.Tensor,
-    segments: Segments,
+    segments: Plan,
     factors: Factors,
     out: torch.Tensor,
     *,

@@ -135,7 +135,8 @@ def grouped_lora_linear(
         rows = x[start:end]
         y = F.linear(rows, weight[e].to(x.dtype), None if bias is None else bias[e].to(x.dtype))
         for i, (a, b, scaling) in enumerate(zip(lora_As, lora_Bs, scalings, strict=True)):
-            keep = None if keep_masks is None or keep_masks[i] is None else keep_masks[i][start:end]
+            keep = None if keep_masks is None else keep_masks[i]
+            keep = None if keep is None else keep[start:end]
             p = 0.0 if dropout_ps is None else dropout_ps[i]
             y = (y + low_rank_term(rows, a[e], b[e], scaling, p, keep)).to(y.dtype)
         parts.append(y)
