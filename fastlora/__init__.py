@@ -14,6 +14,7 @@ from .adapters.patch import is_patched, patch, unpatch
 from .adapters.report import ModuleReport, PatchReport
 from .adapters.save import save_adapter
 from .adapters.switch import adapter_names, delete_adapter, disable_adapter, merge, set_adapter, unmerge
+from .adapters.verify import AdapterCheck, verify_adapter
 from .init import (
     AlignmentMonitor,
     GradientSketch,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 
 __all__ = [
+    "AdapterCheck",
     "AlignmentMonitor",
     "Combined",
     "Explanation",
@@ -68,5 +70,6 @@ __all__ = [
     "unmerge",
     "unpatch",
     "variants",
+    "verify_adapter",
     "watching",
 ]

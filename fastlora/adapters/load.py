@@ -126,9 +126,9 @@ def _experts(model: nn.Module, config: dict[str, Any]) -> dict[str, ExpertWeight
     for name, module, key in introspect_targets.target_parameters(
         model, config.get("target_parameters"), "load_adapter"
     ):
-        if (why_not := introspect_targets.why_not_experts(module, key)) is not None:
-            raise ValueError(f"load_adapter: {name!r} cannot carry an adapter: {why_not}")
         there = module._modules.get(f"{LORA}{key}")
+        if there is None and (why_not := introspect_targets.why_not_experts(module, key)) is not None:
+            raise ValueError(f"load_adapter: {name!r} cannot carry an adapter: {why_not}")
         found[name] = ExpertWeight(module, key) if there is None else there
     return found
 
