@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from mixtures import mixture
 
 import fastlora
 
@@ -62,11 +63,13 @@ def tokens() -> torch.Tensor:
 def given(page: str) -> dict[str, object]:
     """What a page's code is about before its first block: a model, how it was loaded, and batches for it."""
     load, batch = docs_models.tiny_causal_lm, {"input_ids": tokens(), "labels": tokens()}
-    names = {"__name__": "__main__", "load": load, "model": load(), "batches": [batch] * 5}
+    model = mixture("qwen3_moe") if page == "experts.md" else load()
+    names = {"__name__": "__main__", "load": load, "model": model, "batches": [batch] * 5}
     return names | GIVEN.get(page, {})
 
 
 GIVEN: dict[str, dict[str, Any]] = {
+    "experts.md": {"E": 3, "e": 2, "r": 2, "scaling": 2.0, "lora_A": torch.ones(6, 4), "lora_B": torch.ones(5, 6)},
     "head.md": {"ids": tokens(), "scaling": 2.0, "labels": torch.tensor([1, 3, 0])}
     | {"h": torch.ones(3, 4), "weight": torch.ones(5, 4), "lora_A": torch.ones(2, 4), "lora_B": torch.ones(5, 2)},
 }
@@ -86,6 +89,10 @@ def test_every_block_runs(page, offline, request):
     check = CHECKS.get(page)
     if check is not None:
         check(namespace)
+
+
+def _experts(names) -> None:
+    assert sum("experts" in name for name in names["report"].patched) == 4 and names["delta"].shape == (5, 4)
 
 
 def _loop(names) -> None:
@@ -139,6 +146,7 @@ def _export(names) -> None:
 
 CHECKS = {
     "answers.md": _answers,
+    "experts.md": _experts,
     "galore.md": _galore,
     "chat.md": _chat,
     "export.md": _export,
