@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import itertools
+import struct
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,6 +45,56 @@ KNOWN = ((3, 6), (3, 7), (3, 8), (3, 9))  # Tritons whose C launcher's arguments
 
 
 MAX_PLANS = 2048  # of one function: every number of tokens is a kind of its own. A plan is a few KB
+
+
+# The numbers that torch's C++ gives dtypes, and the integers among the types of Triton's parameters.
+SCALAR_TYPES = {
+    torch.uint8: 0,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.float16: 5,
+    torch.float32: 6,
+    torch.float64: 7,
+    torch.bfloat16: 15,
+}
+CONSTANT, TENSOR_MAP = -1, -2  # in place of a register
+NO_SCRATCH = ((CONSTANT, 0), (CONSTANT, 0))  # the two last parameters of each kernel
+INTEGERS = {f"{sign}{bits}" for sign in "iu" for bits in (1, 8, 16, 32, 64)}
+
+
+class Variant(NamedTuple):
+    """Calls of a planned function with the same arguments but for the tensors."""
+
+    number: int
+    pick_places: tuple[int, ...] | None
+    pick: Callable | None  # the results among what `plan_run` returns, the tensors and None
+
+    @classmethod
+    def of(cls, places: tuple[int, ...] | None, single: bool) -> Variant:
+        if places is None:
+            return cls(next(_numbers), None, None)
+        pick = itemgetter(*places) if single or len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
+        return cls(next(_numbers), places, pick)
+
+
+_numbers = itertools.count()
+
+
+_native: Any = None  # torch.ops.fastlora, where it has csrc/plans.cpp's ops
+_run_plan: Any = None  # its plan_run, past a Python function
+
+
+def use_native(ops: Any) -> None:
+    """Lets plans run in `ops.plan_run`, a C++ op; with None, in Python."""
+    global _native, _run_plan
+    if _native is ops:
+        return
+    forget_plans()
+    _native = ops
+    if ops is not None:
+        _run_plan = ops.plan_run.default._op
+        for (_, stream), counters in _counters.items():
+            ops.plan_counters.default(counters, stream)
 
 
 class _Here(threading.local):
@@ -97,7 +150,9 @@ def counters_of(device: torch.device, stream: int) -> Tensor:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
     if (device, stream) not in _counters:
-        _counters[device, stream] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        counters = _counters[device, stream] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        if _native is not None:
+            _native.plan_counters.default(counters, stream)
     return _counters[device, stream]
 
 
@@ -118,15 +173,38 @@ class planned:
     A kind is all that Triton and the launchers' rules ask: the shape, dtype and strides of each tensor, its alignment
     to 16 bytes, which arguments are one tensor, all other arguments, the device, and how fp32 is multiplied, where the
     first tensor is fp32.
+
+    Where csrc/ is compiled, the op `plan_run` runs the plans of a function whose first parameters are annotated as
+    tensors, or whose first parameter is a tuple of them: `variants` numbers its other arguments.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         functools.update_wrapper(self, function)
         self.function = function
         self.plans: dict[tuple, Plan | None] = {}
+        kinds = [str(parameter.annotation) for parameter in inspect.signature(function).parameters.values()]
+        self.leading = next((i for i, kind in enumerate(kinds) if not kind.startswith("Tensor")), len(kinds))
+        self.variants: dict[tuple, Variant] = {}
         _planned.add(self)
 
     def __call__(self, *args: Any) -> Any:
+        if self.variants:
+            tensors, rest = self._split(args)
+            if (variant := self.variants.get(rest)) is not None and _here.tape is None and not _is_watched():
+                made = _run_plan(variant.number, tensors)
+                if made:
+                    return made if variant.pick is None else variant.pick([*made, *tensors, None])
+        return self._in_python(*args)
+
+    def _split(self, args: tuple) -> tuple[tuple, tuple]:
+        """(tensors, other arguments)"""
+        n = self.leading
+        tensors, rest = (args[:n], args[n:]) if n else (args[0], args[1:])
+        if tensors[0].dtype is torch.float32:
+            rest = (*rest, configs.input_precision(torch.float32))
+        return tensors, rest
+
+    def _in_python(self, *args: Any) -> Any:
         key: list[Any] = []
         tensors: list[Any] = []
         addresses: list[Any] = []
@@ -135,7 +213,7 @@ class planned:
         device = first.get_device()
         if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self(*args)
+                return self._in_python(*args)
         key.append(device)
         if first.dtype is torch.float32:
             key.append(configs.input_precision(torch.float32))
@@ -165,7 +243,26 @@ class planned:
             self.plans[kind] = tape.plan(result)
         except Unplannable:
             self.plans[kind] = None
+        else:
+            self._keep(tape, args, result)
         return result
+
+    def _keep(self, tape: Tape, args: tuple, result: Any) -> None:
+        """Hands a plan to `plan_run` too, where that can run it."""
+        if _native is None or VERSION not in KNOWN or not isinstance(args[0], tuple if not self.leading else Tensor):
+            return
+        tensors, rest = self._split(args)
+        if sum(tensor is not None for tensor in tensors) != len(tape.inputs):  # others are further on, or in lists
+            return
+        try:
+            pick, program = tape.program(tensors, result)
+        except Unplannable:
+            return
+        if len(self.variants) >= MAX_PLANS:
+            self.variants.clear()
+        variant = self.variants.setdefault(rest, Variant.of(pick, not isinstance(result, tuple)))
+        if variant.pick_places == pick:
+            _native.plan_keep.default(variant.number, tensors, program)
 
 
 _planned: weakref.WeakSet[planned] = weakref.WeakSet()
@@ -175,6 +272,7 @@ def forget_plans() -> None:
     """Makes every call a first one again: for tests that put something in a launcher's place."""
     for function in _planned:
         function.plans.clear()
+        function.variants.clear()
 
 
 def _describe(args: Sequence[Any], key: list[Any], tensors: list[Any], addresses: list[Any]) -> int:
@@ -195,11 +293,13 @@ def _describe(args: Sequence[Any], key: list[Any], tensors: list[Any], addresses
     return bits
 
 
+_hooks: Any = knobs.runtime
+
+
 def _is_watched() -> bool:
     """Whether hooks, a profiler's for example, want to see launches with their metadata."""
-    runtime: Any = knobs.runtime
     try:
-        return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+        return bool(_hooks.launch_enter_hook.calls or _hooks.launch_exit_hook.calls)
     except AttributeError:  # none of Triton's chains of hooks
         return True
 
@@ -272,6 +372,8 @@ class Tape:
         returned = {id(one) for one in results}
         # The interpreter's registers are tensors, so each temporary one stays a tensor of its own.
         kept = [tensor for tensor in self.allocated if INTERPRETED or id(tensor) in returned]
+        kept.sort(key=lambda tensor: [*map(id, results), id(tensor)].index(id(tensor)))
+        self.kept = kept
         allocations = [_allocation(inputs, tuple(tensor.shape), tensor.dtype) for tensor in kept]
         self.places = [(tensor, i, 0) for i, tensor in enumerate([*inputs, *kept])]
         size, buffer = 0, len(self.places)
@@ -281,6 +383,7 @@ class Tape:
                 size += -(-tensor.nbytes // 256) * 256
         if size:
             allocations.append((None, (size,), torch.uint8))
+        self.buffer = size
         self.base = len(inputs) + len(allocations)  # the first derived register
         counts_on = None
         if self.counters is not None:
@@ -318,20 +421,81 @@ class Tape:
             return self._derive(members, lambda registers: tuple([registers[member] for member in members]))
         return None
 
+    def program(self, tensors: tuple, result: Any) -> tuple[tuple[int, ...] | None, list[int]]:
+        """(where the results are among what is returned, the tensors and None; or None where they are what is
+        returned), and the plan as csrc/plans.cpp reads it; after `plan`."""
+        results, kept = result if isinstance(result, tuple) else (result,), self.kept
+        order = {id(tensor): i for i, tensor in reversed([*enumerate([*kept, *tensors, None])])}
+        pick = tuple(order[id(one)] for one in results)
+        if INTERPRETED or not kept:
+            raise Unplannable("returns nothing new")
+        shapes = [(tensor.dtype, tensor.shape) for tensor in kept] + [(torch.uint8, (self.buffer,))] * bool(self.buffer)
+        numbers = [len(kept), self.counters is not None, len(shapes)]
+        for dtype, shape in shapes:
+            numbers += [SCALAR_TYPES[dtype], len(shape), *shape]
+        numbers.append(len(self.launches))
+        for kernel, compiled, grid, args, options in self.launches:
+            metadata, run = compiled.metadata, compiled.run
+            others = (run.global_scratch_size, run.profile_scratch_size, run.launch_cooperative_grid, run.launch_pdl)
+            if any(others) or metadata.num_ctas != 1 or getattr(run, "gsan_enabled", False):
+                raise Unplannable("needs more than a plain launch")
+            values = [*args, *(options[name] for name in kernel.arg_names[len(args) :])]
+            described = iter(getattr(metadata, "tensordesc_meta", None) or ())
+            maps: list[list[int]] = []
+            params = [*self._params(values, list(compiled.src.signature.values()), described, maps), *NO_SCRATCH]
+            numbers += [compiled.function, *grid, 32 * metadata.num_warps, metadata.shared, len(params), len(maps)]
+            numbers += [number for parts in (*params, *maps) for number in parts]
+        return None if isinstance(result, tuple) and pick == tuple(range(len(kept))) else pick, numbers
+
+    def _params(self, values: Sequence[Any], types: Sequence[Any], described: Iterator[Any], maps: list[list[int]]):
+        """(register, offset), (CONSTANT, bits) or (TENSOR_MAP, which of `maps`) for each of a kernel's parameters."""
+        for value, type_ in zip(values, types, strict=True):
+            if isinstance(type_, (tuple, list)):
+                yield from self._params(value, type_, described, maps)
+            elif isinstance(value, Tensor):
+                yield self._find(value)
+            elif isinstance(value, TensorDescriptor):
+                yield TENSOR_MAP, len(maps)
+                maps.append(self._map(value, next(described, None)))
+                yield from ((CONSTANT, number) for number in (*value.shape, *value.strides))
+            elif type_ in ("fp32", "fp64"):
+                bits = struct.pack("<f" if type_ == "fp32" else "<d", value)
+                yield CONSTANT, int.from_bytes(bits, "little", signed=True)
+            elif type_ in INTEGERS:
+                yield CONSTANT, int(value)
+            elif type_ != "constexpr":
+                raise Unplannable(f"a parameter of type {type_}")
+
+    def _map(self, value: TensorDescriptor, meta: Any) -> list[int]:
+        from triton.backends.nvidia import driver as nvidia
+
+        if meta is None or meta["fp4_padded"] or getattr(value, "round_f32_to_tf32", False):
+            raise Unplannable("no plain tensor map")
+        type_, size = nvidia.TMA_DTYPE_DEVICE_TO_HOST[meta["elem_type"]], meta["elem_size"]
+        sizes = zip(value.shape, value.strides, meta["block_size"], strict=True)
+        numbers = [number for n, stride, box in reversed([*sizes]) for number in (n, stride * size, box)]
+        # The innermost stride is left out: the driver is given those of the outer dimensions first.
+        numbers[1::3] = [*numbers[4::3], 0]
+        return [*self._find(value.base), meta["swizzle"], type_, value.padding == "nan", len(value.shape), *numbers]
+
     def _address(self, tensor: Tensor) -> int:
+        register, offset = self._find(tensor)
+        if not offset:
+            return register
+        if INTERPRETED:
+            start = offset // next(one.itemsize for one, at, _ in self.places if at == register)
+            return self._derive((register, offset), lambda registers: registers[register].flatten()[start:])
+        return self._derive((register, offset), lambda registers: registers[register] + offset)
+
+    def _find(self, tensor: Tensor) -> tuple[int, int]:
+        """(register, offset) of an address."""
         address = tensor.data_ptr()
         exact = [(one, register, place) for one, register, place in self.places if one.data_ptr() == address]
         around = [at for at in self.places if at[0].data_ptr() < address < at[0].data_ptr() + at[0].nbytes]
         if not exact and len(around) != 1:
             raise Unplannable("launches with what it neither allocated nor was given")
         one, register, place = (exact or around)[0]
-        offset = place + address - one.data_ptr()
-        if not offset:
-            return register
-        if INTERPRETED:
-            start = offset // one.itemsize
-            return self._derive((register, offset), lambda registers: registers[register].flatten()[start:])
-        return self._derive((register, offset), lambda registers: registers[register] + offset)
+        return register, place + address - one.data_ptr()
 
     def _derive(self, key: Any, function: Callable) -> int:
         self.derived.setdefault(key, function)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ from torch import Tensor
 import fastlora
 from fastlora.functional import GroupLayer, lora_group, lora_linear
 from fastlora.ops.call import Adapter
+from fastlora.runtime import build
 
 from ..harness import contenders, machine
 from ..harness.counting import Problem
@@ -85,6 +87,15 @@ def stubbed() -> Iterator[Any]:
         patches.enter_context(mock.patch.object(Tensor, "addmm_", addmm_))
         patches.enter_context(mock.patch.object(Tensor, "mm", mm))
         yield stub.install(Path(folder))
+
+
+def compiled_plans(folder: Path) -> Any:
+    """csrc/plans.cpp alone, compiled and loaded: a few seconds."""
+    *compile_calls, link = build.commands(build.Toolchain("g++", None, (), "not wanted"), folder, folder / "plans.so")
+    subprocess.run(next(call for call in compile_calls if call[-1].endswith("plans.cpp.o")), check=True)
+    subprocess.run([part for part in link if not part.endswith(".o") or part.endswith("plans.cpp.o")], check=True)
+    torch.ops.load_library(folder / "plans.so")
+    return torch.ops.fastlora
 
 
 def rows() -> dict[str, Row]:
@@ -163,14 +174,29 @@ def measure(found: dict[str, Row], rounds: int) -> dict[str, dict[str, Summary]]
 def main(arguments: list[str] | None = None) -> int:
     options = command("host", __doc__, 50).parse_args(arguments)
     torch.set_num_threads(1)
-    with stubbed() as driver:
+    facts: dict[str, Any] = {}
+    with stubbed() as driver, tempfile.TemporaryDirectory() as folder:
+        from fastlora.kernels import launch
+
         found = rows()
-        launches = launches_of(driver, found)
-        seconds = measure(found, options.rounds)
-    us = {name: {part: 1e6 * summary.p20 for part, summary in parts.items()} for name, parts in seconds.items()}
+        layer = f"M={LAYER.m} {LAYER.n}x{LAYER.k} r={LAYER.r}"
+        print(f"host µs per call (20th percentile), {layer}, torch {torch.__version__}")
+        for plans in ("Python", "C++"):
+            launch.use_native(compiled_plans(Path(folder)) if plans == "C++" else None)
+            launches = launches_of(driver, found)
+            seconds = measure(found, options.rounds)
+            us = {name: {part: 1e6 * summary.p20 for part, summary in parts.items()} for name, parts in seconds.items()}
+            show(plans, us, launches)
+            facts |= {f"us_{plans}": us}
+    facts |= {"us": {name: parts["both"] for name, parts in us.items()}, "launches": launches}
+    if options.out is not None:
+        write_json(options.out, facts | {"machine": machine.describe(CPU)})
+    return 0
+
+
+def show(plans: str, us: dict[str, dict[str, float]], launches: dict[str, int]) -> None:
     floor = us["linear"]["both"]
-    print(f"host µs per call (20th percentile), M={LAYER.m} {LAYER.n}x{LAYER.k} r={LAYER.r}, torch {torch.__version__}")
-    print(f"{'':16} forward  backward     both  x linear  launches")
+    print(f"{plans + ' plans':16} forward  backward     both  x linear  launches")
     for name, parts in us.items():
         forward, both = parts["forward"], parts["both"]
         print(f"{name:16} {forward:7.1f} {both - forward:9.1f} {both:8.1f} {both / floor:9.2f} {launches[name]:9}")
@@ -180,8 +206,3 @@ def main(arguments: list[str] | None = None) -> int:
     over = us["FusedLoraLinear"]["both"] - us["cublas"]["both"]
     verdict = "met" if over <= MODULE_TARGET_US else "MISSED"
     print(f"target: FusedLoraLinear at most {MODULE_TARGET_US:.0f} µs over lora_linear: {over:.1f}, {verdict}")
-    if options.out is not None:
-        facts = {"us": {name: parts["both"] for name, parts in us.items()}, "launches": launches}
-        facts |= {"us_forward": {name: parts["forward"] for name, parts in us.items()}}
-        write_json(options.out, facts | {"machine": machine.describe(CPU)})
-    return 0

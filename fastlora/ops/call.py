@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor  # one may outlive its transform
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 SMALL = 1 << 17  # elements of x; below, on a CPU, ATen's own autograd is faster (54 against 66 µs at 8×64)
 
@@ -29,7 +30,7 @@ def backward_pass(gradients: Callable[[Any, Tensor], Any]) -> Callable[[Any, Ten
     @functools.wraps(gradients)
     def backward(ctx: Any, dy: Tensor) -> Any:
         run = once if torch.is_grad_enabled() else gradients
-        if autocast_enabled(dy):
+        if torch._C._is_any_autocast_enabled() and autocast_enabled(dy):  # asked here first: a call less
             with torch.autocast(dy.device.type, enabled=False):
                 return run(ctx, dy)
         return run(ctx, dy)
@@ -121,8 +122,16 @@ def takes_fused_path(*tensors: Tensor | None) -> bool:
     torch.jit.trace."""
     if torch.compiler.is_compiling():
         return not torch._C._are_functorch_transforms_active()
+    return are_plain(*tensors)
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """`takes_fused_path` where nothing is compiled."""
     for tensor in tensors:  # a loop: a generator costs every call half a microsecond
-        if tensor is not None and (type(tensor) not in PLAIN_TENSORS or is_functorch_wrapped_tensor(tensor)):
+        kind = type(tensor)
+        if kind is Parameter or tensor is None:  # what a transform wraps is no parameter
+            continue
+        if kind is not Tensor or is_functorch_wrapped_tensor(tensor):
             return False
     return not (torch._C._are_functorch_transforms_active() or torch._C._is_tracing())
 

@@ -27,6 +27,19 @@ def load() -> Path:
     return path
 
 
+@cache
+def load_if_built() -> bool:
+    """`load` where the object is there already: whether it is. For what has another way, and is not worth a compiler's
+    half minute."""
+    try:
+        if build.find(build.find_toolchain()) is None:
+            return False
+        load()
+    except build.Unavailable:
+        return False
+    return True
+
+
 def _dropout_keep_mask_fake(seed: torch.Tensor, M: int, K: int, threshold: int) -> torch.Tensor:
     return seed.new_empty((M, K), dtype=torch.bool)
 

@@ -24,30 +24,39 @@ def counted(tmp_path_factory) -> dict:
     return json.loads(out.read_text())
 
 
-def test_launches(counted):
-    assert {name: counted["launches"][name] for name in ("linear", "eager", "peft")} == {
-        "linear": 0,
-        "eager": 0,
-        "peft": 0,
-    }
-    assert counted["launches"]["cublas"] <= 6
-    assert counted["launches"]["triton"] <= 6
-    assert counted["launches"]["FusedLoraLinear"] == counted["launches"]["cublas"]
-    assert counted["launches"]["group of 3"] <= 18
+BY = pytest.mark.parametrize("plans", ["python", "c++"])
 
 
-def test_python_calls(counted):
-    calls = counted["calls"]  # 22 are torch.autograd.grad's; Triton 3.6 takes one more a launch
-    assert calls["cublas"] <= 82, calls
-    assert calls["triton"] <= 125, calls
-    assert calls["FusedLoraLinear"] <= calls["cublas"] + 22, calls
-    assert calls["group of 3"] <= 420, calls
+@BY
+def test_launches(counted, plans):
+    launches = counted[plans]["launches"]
+    assert {launches[name] for name in ("linear", "eager", "peft")} == {0}
+    assert launches["cublas"] <= 6
+    assert launches["triton"] <= 6
+    assert launches["FusedLoraLinear"] == launches["cublas"]
+    assert launches["group of 3"] <= 18
 
 
-def test_a_plan_launches_what_the_launchers_do(counted):
+# 22 are torch.autograd.grad's; Triton 3.6 takes one more a launch with plans in Python.
+@pytest.mark.parametrize(
+    "plans, most",
+    [
+        ("python", {"cublas": 82, "triton": 125, "FusedLoraLinear": 104, "group of 3": 420}),
+        ("c++", {"cublas": 62, "triton": 62, "FusedLoraLinear": 82, "group of 3": 390}),
+    ],
+)
+def test_python_calls(counted, plans, most):
+    calls = counted[plans]["calls"]
+    assert {name: calls[name] for name in most if calls[name] > most[name]} == {}, calls
+
+
+@BY
+def test_a_plan_launches_what_the_launchers_do(counted, plans):
     """The driver checks each launch's alignment against what its kernel was compiled for; here it is the same one."""
-    assert counted["kept"] >= 8
-    for several, without in zip(counted["by_plan"], counted["without"], strict=True):
+    found = counted[plans]
+    assert min(found["kept"]) >= 4
+    assert min(found["variants"]) >= 2 if plans == "c++" else not any(found["variants"])
+    for several, without in zip(found["by_plan"], counted["without"], strict=True):
         assert len(without) >= 5
         for launches in several:
             assert launches == without

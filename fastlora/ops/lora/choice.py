@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ...kernels import configs
 from ...runtime import cache as tuning_cache
-from ...runtime import env
+from ...runtime import compiled, env
 from ...runtime.trust import NOT_YET, Trusted, first_difference, module_or_reason, nothing_can_run, seeded, too_old
 from .. import reference
 from . import aten, measure
@@ -206,7 +206,21 @@ def load(name: str) -> ModuleType:
 def _import(name: str) -> ModuleType | str:
     if name not in _modules:
         _modules[name] = module_or_reason(f"fastlora.ops.lora.{MODULES.get(name, name)}")
+        if name != "torch" and isinstance(_modules[name], ModuleType) and compiled.load_if_built():
+            _use_compiled_plans(True)
     return _modules[name]
+
+
+def _use_compiled_plans(use: bool) -> None:
+    """Whether kernels' launch plans run in csrc/plans.cpp: where that is compiled, until it is found wrong."""
+    global _plans_were_wrong
+    from ...kernels import launch
+
+    _plans_were_wrong |= not use
+    launch.use_native(None if _plans_were_wrong else torch.ops.fastlora)
+
+
+_plans_were_wrong = False
 
 
 class Resolver:
@@ -482,7 +496,11 @@ def self_check(
     p = 0.25 if dropout else 0.0
     with seeded(device), torch.no_grad():
         for sizes in (ODD, *(ALIGNED if device.type == "cuda" else ())):
-            found = _compare_with_reference(module, device, dtype, adapter_dtype, p, narrow, sizes)
+            problem = (module, device, dtype, adapter_dtype, p, narrow, sizes)
+            found = _compare_with_reference(*problem)
+            if found is not None and compiled.load_if_built() and module is not aten:
+                _use_compiled_plans(False)  # which may be what is wrong
+                found = _compare_with_reference(*problem)
             if found is not None:
                 return found if sizes is ODD else f"at {sizes}: {found}"
     return None

@@ -54,8 +54,10 @@ def lora_linear(
 
     Source: Hu et al. 2021, LoRA, arXiv 2106.09685.
     """
-    adapter = Adapter(lora_A, lora_B, scaling, dropout_p if training else 0.0)
-    check_probability(dropout_p)
+    if not training:
+        check_probability(dropout_p)
+        dropout_p = 0.0
+    adapter = Adapter(lora_A, lora_B, scaling, dropout_p)
     return fused_linear(x, weight, adapter, bias, backend)
 
 

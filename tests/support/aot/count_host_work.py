@@ -1,20 +1,22 @@
 """What a call does on the host once its kind is known, counted: `python -m aot.count_host_work OUT`.
 
 Run by test_host.py in a process of its own, since the stub takes Triton over. Writes JSON: of each row of `python -m
-bench host` the launches and the Python-level calls of a forward and backward pass; and of each backend what it launched
-by a plan and without one, with the calls' own tensors named.
+bench host` the launches and the Python-level calls of a forward and backward pass, by plans in Python and in C++; and
+of each backend what it launched by a plan of either kind and without one, with the calls' own tensors named.
 """
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.layers import host
-from fastlora.kernels.launch import planned
+from fastlora.kernels import launch
 from fastlora.ops.lora import cublas, triton
+from fastlora.runtime import compiled
 
 M, N, K, R = 200, 96, 160, 7  # unaligned rows of S, B and dS
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -43,11 +45,17 @@ def launched(driver, backend, dtype, adapter_dtype, dropout_p, offset) -> list[l
     weight, bias, dy = (torch.empty(shape, dtype=dtype) for shape in ((N, K), (N,), (M, N)))
     a, b = torch.empty(R, K, dtype=adapter_dtype), torch.empty(N, R, dtype=adapter_dtype)
     state = torch.empty(1, dtype=torch.int64) if dropout_p else None
+    named = {"x": x, "weight": weight, "bias": bias, "dy": dy, "a": a, "b": b, "seed": state}
     driver.clear_log()
     y, s, _ = backend.forward(x, weight, bias, a, b, 1.5, dropout_p, state)
+    named |= {"y": y, "s": s}
+    found = _logged(driver, named)  # now: what forward has freed, backward may be given
+    driver.clear_log()
     grads = backend.backward(dy, x, weight, a, b, s, state, 1.5, dropout_p, (True, True, True))
-    named = {"x": x, "weight": weight, "bias": bias, "dy": dy, "a": a, "b": b, "seed": state, "y": y, "s": s}
-    named |= dict(zip(("dx", "da", "db"), grads, strict=True))
+    return found + _logged(driver, named | dict(zip(("dx", "da", "db"), grads, strict=True)))
+
+
+def _logged(driver, named: dict[str, Any]) -> list[list]:
     names = {tensor.data_ptr(): name for name, tensor in named.items() if tensor is not None}
 
     def name_of(value: int) -> Any:
@@ -58,17 +66,23 @@ def launched(driver, backend, dtype, adapter_dtype, dropout_p, offset) -> list[l
 
 
 def main(out: str) -> None:
-    with host.stubbed() as driver:
+    compiled.load_if_built = lambda: False
+    results: dict[str, Any] = {}
+    kinds = [(BF16, BF16, 0.0, 0), (BF16, FP32, 0.1, 0), (BF16, BF16, 0.0, 1), (FP32, FP32, 0.1, 0)]
+    with host.stubbed() as driver, tempfile.TemporaryDirectory() as folder:
         found = host.rows()
-        launches = host.launches_of(driver, found)
-        calls = {name: python_calls(row.both) for name, row in found.items()}
-        kinds = [(BF16, BF16, 0.0, 0), (BF16, FP32, 0.1, 0), (BF16, BF16, 0.0, 1), (FP32, FP32, 0.1, 0)]
-        by_plan = [[launched(driver, one, *kind) for _ in range(3)] for one in (cublas, triton) for kind in kinds]
-        plans = [plan for one in (cublas._low_rank_output, triton._forward) for plan in one.plans.values()]
-        planned.__call__ = lambda self, *args: self.function(*args)  # type: ignore[method-assign]
-        without = [launched(driver, one, *kind) for one in (cublas, triton) for kind in kinds]
-    kept = sum(plan is not None for plan in plans)
-    results = {"launches": launches, "calls": calls, "by_plan": by_plan, "without": without, "kept": kept}
+        for kind_of_plan, ops in (("python", None), ("c++", host.compiled_plans(Path(folder)))):
+            launch.use_native(ops)
+            launches = host.launches_of(driver, found)
+            calls = {name: python_calls(row.both) for name, row in found.items()}
+            by_plan = [[launched(driver, one, *kind) for _ in range(3)] for one in (cublas, triton) for kind in kinds]
+            functions = (cublas._low_rank_output, cublas._low_rank_backward, triton._forward, triton._backward)
+            kept = [len(one.plans) - [*one.plans.values()].count(None) for one in functions]
+            variants = [len(one.variants) for one in functions]
+            results[kind_of_plan] = {"launches": launches, "calls": calls, "by_plan": by_plan}
+            results[kind_of_plan] |= {"kept": kept, "variants": variants}
+        launch.planned.__call__ = lambda self, *args: self.function(*args)  # type: ignore[method-assign]
+        results["without"] = [launched(driver, one, *kind) for one in (cublas, triton) for kind in kinds]
     Path(out).write_text(json.dumps(results))
 
 

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#undef cuLaunchKernel
 #undef cuLaunchKernelEx
 #undef cuPointerGetAttribute
 
@@ -27,7 +28,7 @@ typedef struct {
   char name[128];
   uint32_t grid[3], threads, shared;
   int num_params;
-  int64_t params[MAX_PARAMS];  // of a tensor map: its address, its box and its strides, added up
+  int64_t params[MAX_PARAMS];  // of a tensor map: a digest of all that it was made of
 } Launch;
 
 static Kernel kernels[MAX_KERNELS];
@@ -88,6 +89,12 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
   return CUDA_SUCCESS;
 }
 
+CUresult cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y,
+                        unsigned threads_z, unsigned shared, CUstream stream, void** params, void** extra) {
+  const CUlaunchConfig config = {x, y, z, threads, threads_y, threads_z, shared, stream, 0, 0};
+  return cuLaunchKernelEx(&config, function, params, extra);
+}
+
 CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
                                        const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box,
                                        const cuuint32_t* element_strides, CUtensorMapInterleave interleave,
@@ -115,6 +122,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuui
     ((uint64_t*)map)[6 + i] = box[i];
     if (i + 1 < rank) ((uint64_t*)map)[11 + i] = strides[i];
   }
+  ((uint64_t*)map)[15] = (uint64_t)type | (uint64_t)swizzle << 8 | (uint64_t)promotion << 16 | (uint64_t)fill << 24;
   ++num_tensor_maps;
   return CUDA_SUCCESS;
 }
