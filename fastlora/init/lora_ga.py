@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,11 @@ from ..integrations.peft.starts import PeftConfiguration, PeftStart, has_start
 from ..introspect import names, sharding, targets
 from ..layers.linear import FusedLoraLinear
 from ..layers.starts import check_not_shared
+from ..layers.state import AdapterState
 from ..runtime import messages, progress
 from ..runtime.checks import check_choice, check_module, check_positive, is_integer
 from .factors import SPLITS, split_factors
-from .place import PlainStart
+from .place import ExpertStart, PlainStart
 from .report import DRIFT
 from .sign import SignFactors
 from .sketch import GradientSketch
@@ -115,6 +117,8 @@ def init_lora_ga(
     if missing == "error":
         sketch.check_complete()
     plain = not any(True for _ in targets.lora_layers(model))
+    weights = sketch.experts if isinstance(sketch, GradientSketch) else {}
+    linear = [name for name in sketch.names if name.rpartition("[")[0] not in weights]
     if plain:
         patch.patch(
             model,
@@ -122,7 +126,8 @@ def init_lora_ga(
             lora_alpha=lora_alpha,
             use_rslora=use_rslora,
             lora_dropout=lora_dropout,
-            target_modules="|".join(re.escape(name) for name in sketch.names),
+            target_modules="|".join(re.escape(name) for name in linear) if linear else [],
+            target_parameters=list(weights) or None,
             adapter_name=adapter_name,
             strict=True,
             rank_pattern={names.pattern(name): rank for name, rank in ranks.items()},
@@ -208,7 +213,7 @@ def undo_lora_ga(model: nn.Module, adapter_name: str = "default") -> None:
         raise ValueError(f"undo_lora_ga: model: its parameters are sharded over processes, want this {sharding.BEFORE}")
     places = []
     for name, layer in targets.lora_layers(model):
-        if isinstance(layer, FusedLoraLinear):
+        if isinstance(layer, AdapterState):
             if adapter_name in layer.lora_A0:
                 places.append(PlainStart(name, layer, adapter_name))
         elif has_start(layer, adapter_name):
@@ -241,7 +246,11 @@ def _check_models(model: nn.Module, sketch: GradientSketch | SignFactors) -> Non
         )
     modules = dict(names.named_modules(model))
     lora_layers = dict(targets.lora_layers(model))
-    for name, size in sketch.sizes.items():
+    there = {name: parameter.shape for name, *_, parameter in targets.parameters_outside_adapters(model)}
+    for name, (module, key) in (sketch.experts if isinstance(sketch, GradientSketch) else {}).items():
+        if there.get(name) != module._parameters[key].shape:
+            raise ValueError(f"init_lora_ga: model: no experts' weight {name!r} of the sketch's shape is in this model")
+    for name, size in _linear_sizes(sketch).items():
         layer = modules.get(name)
         wanted = f"{size[0]}×{size[1]}"
         linear = isinstance(layer, nn.Linear) or targets.is_conv1d(layer)  # type: ignore[arg-type]
@@ -262,10 +271,21 @@ def _check_models(model: nn.Module, sketch: GradientSketch | SignFactors) -> Non
         )
 
 
+def _linear_sizes(sketch: GradientSketch | SignFactors) -> dict[str, tuple[int, int]]:
+    """(n, m) of what was sketched but for experts."""
+    experts = sketch.experts if isinstance(sketch, GradientSketch) else {}
+    return {name: size for name, size in sketch.sizes.items() if name.rpartition("[")[0] not in experts}
+
+
 def _checked_ranks(ranks: Mapping[str, int] | None, sketch: GradientSketch | SignFactors) -> dict[str, int]:
     ranks = dict(ranks or {})
     if ranks and isinstance(sketch, SignFactors):
         raise ValueError("init_lora_ga: ranks: got some with SignFactors, whose ranks are what they are; want None")
+    if experts := set(ranks) & (set(sketch.names) - set(_linear_sizes(sketch))):
+        raise ValueError(
+            f"init_lora_ga: ranks: got one for {messages.some(experts)}, and experts all have the sketch's r: a file "
+            "has one rank for a weight"
+        )
     unknown = [name for name in ranks if name not in sketch.names]
     if unknown:
         raise ValueError(f"init_lora_ga: ranks: got {messages.some(unknown)}, which the sketch has not seen")
@@ -286,13 +306,14 @@ def _places(
     lora_layers = dict(targets.lora_layers(model))
     places: dict[str, PlainStart | PeftStart] = {}
     for name, size in sketch.sizes.items():
-        layer = lora_layers.get(name)
+        layer = lora_layers.get(name) or lora_layers.get(name.rpartition("[")[0])
         if layer is None:
             raise ValueError(
                 f"init_lora_ga: model: {name!r} was sketched and is not patched, as others here are; patch it too, or "
                 "sketch again with target_modules"
             )
-        kind = PlainStart if isinstance(layer, FusedLoraLinear) else PeftStart
+        own: Any = PlainStart if isinstance(layer, FusedLoraLinear) else ExpertStart
+        kind = own if isinstance(layer, AdapterState) else PeftStart
         place = kind(name, layer, adapter_name)
         r = ranks.get(name, sketch.r)
         may_be_lower = kind is PeftStart and name not in ranks and isinstance(sketch, GradientSketch)

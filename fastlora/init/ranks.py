@@ -26,7 +26,7 @@ def allocate_ranks(
     max_rank: int | None = None,
     by: str = "gradient",
 ) -> dict[str, int]:
-    """A rank for every layer of a sketch, for `init_lora_ga(model, sketch, ranks=...)`.
+    """A rank of every linear layer of a sketch, for `init_lora_ga(model, sketch, ranks=...)`. Experts keep r.
 
     Args:
         sketch: after its passes. σ are known for its `width` leading triplets only, the last ones poorly: sketch with
@@ -54,7 +54,8 @@ def allocate_ranks(
     check_integer("allocate_ranks", "min_rank", min_rank)
     max_rank = max(2 * sketch.r, min_rank) if max_rank is None else max_rank
     check_integer("allocate_ranks", "max_rank", max_rank, min_rank)
-    sizes = sketch.sizes
+    # All experts of a weight have one rank, the sketch's: it is the file's.
+    sizes = {name: size for name, size in sketch.sizes.items() if name.rpartition("[")[0] not in sketch.experts}
     costs = {name: 1 if total_rank is not None else n + m for name, (n, m) in sizes.items()}
     budget = total_rank if parameters is None else parameters
     if budget is None:

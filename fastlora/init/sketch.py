@@ -4,6 +4,7 @@ gradient ever existing."""
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..introspect import taps, targets
+from ..layers import experts
 from ..runtime import progress
 from ..runtime.checks import check, check_choice, check_integer, check_module, check_positive, is_integer
 from ..runtime.messages import some
@@ -69,6 +71,8 @@ class GradientSketch:
         discount: β, by which each call of `step` multiplies what was sketched before it.
         freeze: False leaves `requires_grad` alone, so that the backward passes of a training run can be sketched as
             they are (with dropout=True, which leaves its dropout alone too).
+        target_parameters: weights of a mixture's experts, as in `fastlora.patch`; each expert is a layer of its own,
+            called "<weight>[<expert>]", that sees the tokens that are routed to it. Not on PEFT models.
 
     Raises:
         ValueError: nothing to sketch, r < 1, width < 2r, an unknown weighting, a discount that is not positive, a
@@ -97,6 +101,7 @@ class GradientSketch:
         accumulate: str = "sum",
         discount: float = 1.0,
         freeze: bool = True,
+        target_parameters: Sequence[str] | None = None,
     ) -> None:
         caller = "GradientSketch"
         check_module(caller, model)
@@ -115,7 +120,8 @@ class GradientSketch:
         self.dropout, self.weighting, self.discount, self.freeze = dropout, weighting, float(discount), freeze
         self.accumulate = accumulate
         self._modules = dict(targets.sketchable(model, target_modules, exclude_modules))
-        if not self._modules:
+        self.experts = _experts(model, target_parameters)
+        if not self.names:
             raise ValueError(
                 f"GradientSketch: target_modules: {target_modules!r} selects no linear layer of this "
                 f"{type(model).__name__}"
@@ -146,7 +152,11 @@ class GradientSketch:
                 self._restore.append(taps.freeze(self._model))
             if not self.dropout:
                 self._restore.append(taps.turn_dropout_off(self._model))
-            self._restore.append(taps.attach(self._model, self._modules, self._observe))
+            weights: dict[nn.Module, dict[str, str]] = {}
+            for name, (module, key) in self.experts.items():
+                weights.setdefault(module, {})[key] = name
+            others = functools.partial(experts.tap, weights, observe=self._observe)
+            self._restore.append(taps.attach(self._model, self._modules, self._observe, others))
         except BaseException:
             self._undo()
             raise
@@ -165,7 +175,7 @@ class GradientSketch:
     def __repr__(self) -> str:
         seen = [layer.tokens for layer in self.layers.values()]
         return (
-            f"GradientSketch({len(self._modules)} layers, r={self.r}, width={self.width}: {len(seen)} layers have seen "
+            f"GradientSketch({len(self.names)} layers, r={self.r}, width={self.width}: {len(seen)} layers have seen "
             f"backward passes, of up to {max(seen, default=0)} tokens; report() has the rest)"
         )
 
@@ -269,17 +279,24 @@ class GradientSketch:
     @property
     def names(self) -> list[str]:
         """The layers looked at."""
-        return list(self._modules)
+        return list(self.sizes)
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
         """(n, m) = (out_features, in_features) of every layer looked at."""
-        return {name: targets.layer_sizes(module) for name, module in self._modules.items()}
+        sizes = {name: targets.layer_sizes(module) for name, module in self._modules.items()}
+        for name, (module, key) in self.experts.items():
+            count, n, m = module._parameters[key].shape
+            size = (m, n) if module.is_transposed else (n, m)
+            sizes |= {f"{name}[{expert}]": size for expert in range(count)}
+        return sizes
 
     def layer(self, name: str, n: int, m: int, device: torch.device | None = None) -> StreamingSketch:
         """One layer's sketch, an empty one (on the layer's device) where it has seen nothing yet."""
         if name not in self.layers:
-            device = next(self._modules[name].parameters()).device if device is None else device
+            if device is None:
+                module = self._modules.get(name) or self.experts[name.rpartition("[")[0]][0]
+                device = next(module.parameters()).device
             kind = SKETCHES[self.accumulate]
             self.layers[name] = kind(n, m, self.width, zlib.crc32(name.encode()) ^ self.seed, device)
         return self.layers[name]
@@ -291,12 +308,12 @@ class GradientSketch:
     def check_complete(self) -> None:
         """Raises ValueError, naming them, where target layers have no gradient: they never saw a token, or only
         gradients that were zero or not finite."""
-        missing = [name for name in self._modules if not self.has_gradient(name)]
+        missing = [name for name in self.names if not self.has_gradient(name)]
         if not missing:
             return
         skipped = [name for name in missing if name in self.layers and self.layers[name].skipped]
         raise ValueError(
-            f"GradientSketch: {len(missing)} of {len(self._modules)} layers have no gradient: "
+            f"GradientSketch: {len(missing)} of {len(self.names)} layers have no gradient: "
             f"{', '.join(missing[:8])}{', ...' if len(missing) > 8 else ''}. "
             + (f"Those of {len(skipped)} were not finite: lower the loss scale. " if skipped else "")
             + "Run backward passes that reach them inside `with sketch:`, leave them out with exclude_modules, or pass "
@@ -317,7 +334,7 @@ class GradientSketch:
         cancelled and the sketch has lost what is left of them."""
         lines = []
         triplets = self.triplets([name for name in self.names if self.has_gradient(name)], 2 * self.r)
-        for name, (n, m) in progress.bar(self.sizes.items(), "sketch report", len(self._modules)):
+        for name, (n, m) in progress.bar(self.sizes.items(), "sketch report", len(self.names)):
             layer = self.layers.get(name)
             if layer is None or not layer.has_gradient:
                 skipped = layer.skipped if layer else 0
@@ -341,7 +358,7 @@ class GradientSketch:
             remedy = "another round" if self._counted_round is not self._round else "a round"
             other = ', or sketch with accumulate="signed"' if self.accumulate == "sum" else ""
             warnings.warn(
-                f"fastlora.{caller}: in {len(names)} of {len(self._modules)} layers ({some(names)}) micro-batches "
+                f"fastlora.{caller}: in {len(names)} of {len(self.names)} layers ({some(names)}) micro-batches "
                 f"cancelled, and the sketch lost most of what is left of them; run {remedy} of the same passes inside "
                 f"`with sketch.refine():`{other}",
                 UserWarning,
@@ -368,6 +385,7 @@ class GradientSketch:
             counts[name] = (layer.tokens, layer.updates, layer.skipped)
         about = {
             "names": self.names,
+            "target_parameters": list(self.experts),
             "r": self.r,
             "width": self.width,
             "seed": self.seed,
@@ -395,10 +413,13 @@ class GradientSketch:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"GradientSketch.load: path: {str(path)!r} was not written by GradientSketch.save")
         about, counts = json.loads(metadata["about"]), json.loads(metadata["counts"])
-        names = "|".join(re.escape(name) for name in about["names"])
+        parameters = about.get("target_parameters", [])
+        linear = [name for name in about["names"] if name.rpartition("[")[0] not in parameters]
+        names = "|".join(re.escape(name) for name in linear) if linear else []
         sketch = cls(
             model, names, about["r"], about["width"], about["seed"],
             weighting=about["weighting"], accumulate=about.get("accumulate", "sum"), discount=about["discount"],
+            target_parameters=parameters or None,
         )  # fmt: skip
         sketch._round = Round(about["steps"], about["weight"])
         sketch.joint = about["joint"]
@@ -420,6 +441,19 @@ class GradientSketch:
                 setattr(layer, key, tensors[f"{name}:{key}"].to(layer.device))
             layer.tokens, layer.updates, layer.skipped = tokens, updates, skipped
         return sketch
+
+
+def _experts(model: nn.Module, target_parameters: Sequence[str] | None) -> dict[str, tuple[Any, str]]:
+    """(module, key) of the experts' weights to look at, by name."""
+    found = {}
+    for name, module, key in targets.target_parameters(model, target_parameters, "GradientSketch"):
+        why_not = targets.why_not_experts(module, key)
+        if any(True for _ in targets.peft_lora_layers(model)):
+            why_not = "this is a PEFT model, whose experts PEFT starts; want a plain model, or one patched without PEFT"
+        if why_not is not None:
+            raise ValueError(f"GradientSketch: target_parameters: {name!r}: {why_not}")
+        found[name] = module, key
+    return found
 
 
 def check_alike(where: str, sketches: Sequence[GradientSketch]) -> None:

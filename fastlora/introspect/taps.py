@@ -35,6 +35,7 @@ class Pass(NamedTuple):
 
 
 Observe = Callable[[str, Tensor, Tensor, Pass], None]
+Others = Callable[[Any], Callable[[], None]]
 
 
 @dataclass
@@ -95,12 +96,17 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def attach(model: nn.Module, layers: dict[str, nn.Module], observe: Observe) -> Callable[[], None]:
+def attach(
+    model: nn.Module, layers: dict[str, nn.Module], observe: Observe, others: Others | None = None
+) -> Callable[[], None]:
     """Calls `observe(name, X, dY, pass)` for each call of each layer in the backward passes that train: those that
     leave gradients in all leaves, not `torch.autograd.grad` of something else, nor `backward(inputs=...)`.
 
     Its hooks come before those that are there, and see what the layer itself made. A second derivative, whose part in
     the weight no dYᵀX shows, raises RuntimeError in the backward pass that would need it.
+
+    `others(shown)` attaches what is no layer, and returns what undoes it: `shown(y, x, deliver)` is y, whose gradient
+    is given to `deliver(x, dy, pass)`.
     """
     forwards = _Forwards()
 
@@ -116,26 +122,35 @@ def attach(model: nn.Module, layers: dict[str, nn.Module], observe: Observe) -> 
     def tap(name: str) -> Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             x = _input(args, kwargs)
-            if not torch.is_grad_enabled() or not isinstance(output, Tensor) or x is None:
+            if not isinstance(output, Tensor) or x is None:
                 return output
-            now, outer = forwards, _backward()  # a reentrant checkpoint runs a backward of its own within another
-
-            def look(x: Tensor, dy: Tensor) -> None:
-                now.seen = True
-                number = _backward() if outer == NO_BACKWARD else outer
-                observe(name, x, dy, Pass(number, max(now.tokens, 1.0)))
-
-            return _shown(output, x, look)
+            return shown(output, x, lambda x, dy, now: observe(name, x, dy, now))
 
         return Hook(hook)
 
-    handles = []
+    def shown(y: Tensor, x: Tensor, deliver: Callable[[Tensor, Tensor, Pass], None]) -> Tensor:
+        if not torch.is_grad_enabled():
+            return y
+        now, outer = forwards, _backward()  # a reentrant checkpoint runs a backward of its own within another
+
+        def look(x: Tensor, dy: Tensor) -> None:
+            now.seen = True
+            number = _backward() if outer == NO_BACKWARD else outer
+            deliver(x, dy, Pass(number, max(now.tokens, 1.0)))
+
+        return _shown(y, x, look)
+
+    handles, undo = [], []
 
     def restore() -> None:
         for handle in handles:
             handle.remove()
+        while undo:
+            undo.pop()()
 
     try:
+        if others is not None:
+            undo.append(others(shown))
         handles.append(model.register_forward_pre_hook(Hook(before), with_kwargs=True))
         for module in model.modules():
             if isinstance(module, FIRST_LAYERS):

@@ -9,7 +9,7 @@ the files: lora_A (E·r, K) has the expert slowest, lora_B (N, r·E) fastest.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .checks import tensors_of
 from .state import AdapterState
 
 LORA = "lora_"  # and the weight's name: the layer's, in its module
+TAP = "_fastlora_tap"  # on a module that a sketch looks at
 
 
 class ExpertWeight(AdapterState):
@@ -57,10 +58,7 @@ class ExpertWeight(AdapterState):
     def attach(self) -> None:
         """Puts the layer next to its weight, and the module on our ops."""
         experts = self.experts
-        if not isinstance(experts, FusedExperts):
-            cls = fused_class(type(experts))
-            rebind_forward(experts, cls)
-            experts.__class__ = cls
+        swap_class(experts)
         experts._modules[f"{LORA}{self.key}"] = self.train(experts.training)
 
     def detach(self) -> None:
@@ -68,10 +66,7 @@ class ExpertWeight(AdapterState):
         experts = self.experts
         if experts._modules.pop(f"{LORA}{self.key}", None) is None:
             return
-        if not any(True for _ in layers_of(experts)):
-            original = experts.ORIGINAL
-            rebind_forward(experts, original)
-            experts.__class__ = original
+        put_class_back(experts)
 
     def factor_shapes(self, r: int) -> dict[str, tuple[int, ...]]:
         return {"lora_A": (self.num_experts * r, self.in_features), "lora_B": (self.out_features, r * self.num_experts)}
@@ -205,9 +200,9 @@ class FusedExperts(nn.Module):
                     layer.calls.fused += 1
                 else:
                     layer.calls.base += 1
-        if not fused:
+        if not fused and TAP not in self.__dict__:
             return super().forward(hidden_states, top_k_index, top_k_weights)  # type: ignore[misc]
-        backend = next(iter(layers_of(self))).backend
+        backend = next((layer.backend for layer in layers_of(self)), "auto")
         return run(self, hidden_states, top_k_index, top_k_weights, terms, backend)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -225,6 +220,21 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
     """The class under its own name, with `FusedExperts` in front."""
     attributes = {"ORIGINAL": cls, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls.__name__, (FusedExperts, cls), attributes)
+
+
+def swap_class(experts: nn.Module) -> None:
+    if not isinstance(experts, FusedExperts):
+        cls = fused_class(type(experts))
+        rebind_forward(experts, cls)
+        experts.__class__ = cls
+
+
+def put_class_back(experts: Any) -> None:
+    """Unless something next to the module's weights still needs ours."""
+    if isinstance(experts, FusedExperts) and not any(True for _ in layers_of(experts)):
+        original: Any = experts.ORIGINAL
+        rebind_forward(experts, original)
+        experts.__class__ = original
 
 
 def _new(cls: type[nn.Module]) -> nn.Module:
@@ -272,7 +282,7 @@ def _linear(
     gathered: bool = False,
 ) -> Tensor:
     adapters, weight = terms.get(key, ()), getattr(experts, key)
-    return lora_grouped_linear(
+    y = lora_grouped_linear(
         x if call.autocast_enabled(x) else x.to(weight.dtype),
         weight,
         routing,
@@ -285,3 +295,36 @@ def _linear(
         dropout_p=[adapter.dropout_p for adapter in adapters],
         backend=backend,
     )
+    tap = experts.__dict__.get(TAP)
+    return y if tap is None else tap(key, y, x, routing, gathered)
+
+
+def tap(
+    experts: Mapping[nn.Module, Mapping[str, str]],
+    shown: Callable[[Tensor, Tensor, Callable[..., None]], Tensor],
+    observe: Callable[..., None],
+) -> Callable[[], None]:
+    """Calls `observe(f"{name}[{e}]", X, dY, pass)` for each expert that has tokens, in the backward passes that `shown`
+    is made for (`introspect.taps`). `experts`: by module the names of weights by key. Returns what undoes it."""
+
+    def tapped(names: Mapping[str, str], key: str, y: Tensor, x: Tensor, routing: Routing, gathered: bool) -> Tensor:
+        def deliver(x: Tensor, dy: Tensor, now: Any) -> None:
+            start = 0
+            for expert, end in enumerate(routing.ends):
+                if end > start:
+                    rows = x[routing.rows[start:end]] if gathered else x[start:end]
+                    observe(f"{names[key]}[{expert}]", rows, dy[start:end], now)
+                start = end
+
+        return shown(y, x, deliver) if key in names else y
+
+    for module, names in experts.items():
+        swap_class(module)
+        module.__dict__[TAP] = functools.partial(tapped, names)
+
+    def restore() -> None:
+        for module in experts:
+            module.__dict__.pop(TAP, None)
+            put_class_back(module)
+
+    return restore

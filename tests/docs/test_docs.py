@@ -63,13 +63,16 @@ def tokens() -> torch.Tensor:
 def given(page: str) -> dict[str, object]:
     """What a page's code is about before its first block: a model, how it was loaded, and batches for it."""
     load, batch = docs_models.tiny_causal_lm, {"input_ids": tokens(), "labels": tokens()}
-    model = mixture("qwen3_moe") if page == "experts.md" else load()
-    names = {"__name__": "__main__", "load": load, "model": model, "batches": [batch] * 5}
+    model, base = load(), None
+    if page == "experts.md":
+        model, base = mixture("qwen3_moe"), mixture("qwen3_moe", hidden_size=40, moe_intermediate_size=32)
+    names = {"__name__": "__main__", "load": load, "model": model, "base": base, "batches": [batch] * 5}
     return names | GIVEN.get(page, {})
 
 
 GIVEN: dict[str, dict[str, Any]] = {
-    "experts.md": {"E": 3, "e": 2, "r": 2, "scaling": 2.0, "lora_A": torch.ones(6, 4), "lora_B": torch.ones(5, 6)},
+    "experts.md": {"base": mixture("qwen3_moe", hidden_size=40, moe_intermediate_size=32)}
+    | {"E": 3, "e": 2, "r": 2, "scaling": 2.0, "lora_A": torch.ones(6, 4), "lora_B": torch.ones(5, 6)},
     "head.md": {"ids": tokens(), "scaling": 2.0, "labels": torch.tensor([1, 3, 0])}
     | {"h": torch.ones(3, 4), "weight": torch.ones(5, 4), "lora_A": torch.ones(2, 4), "lora_B": torch.ones(5, 2)},
 }
