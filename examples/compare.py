@@ -20,11 +20,9 @@ loss.png are written at the end, for the contestants that were named; trials of 
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,40 +31,26 @@ from study.contestants import CONTESTANTS
 from study.settings import (
     PACKAGES,
     Comparison,
-    UsageError,
     choose_device,
     parse_comparison,
-    require_installed,
-    require_writable,
+    run_program,
 )
 
 if TYPE_CHECKING:
     from study.tasks.task import Task
     from study.trials import Store, Trial
 
-INTERRUPTED = 130
 SEARCH_SEED = 1000  # the first seed for choosing learning rates; the others are 0, 1, ...
 
 
 def main(argv: list[str] | None = None) -> int:
     settings = parse_comparison(argv)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; its profiler would announce itself
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
-        require_installed(["torch", "fastlora", *PACKAGES[settings.task]], settings.plot)
-        require_writable(settings.folder)
-        compare(settings)
-        return 0
-    except (UsageError, OSError, RuntimeError, ValueError) as error:
-        print(f"compare.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ncompare.py: interrupted; what was finished is kept in {settings.out}, and the same command goes on "
-              "from there", file=sys.stderr)  # fmt: skip
-        return INTERRUPTED
+    packages = ["fastlora", *PACKAGES[settings.task]]
+    kept = f"what was finished is kept in {settings.out}, and the same command goes on from there"
+    return run_program("compare.py", lambda: compare(settings), packages, settings.plot, settings.folder, kept)
 
 
-def compare(settings: Comparison) -> None:
+def compare(settings: Comparison) -> int:
     """The whole comparison, from where an earlier one stopped."""
     from study import alignment, costs
     from study import report as comparison_report
@@ -91,6 +75,7 @@ def compare(settings: Comparison) -> None:
     for path in comparison_report.save(results):
         print("Wrote", path)
     print("\n" + (settings.folder / "results.md").read_text(encoding="utf-8"))
+    return 0
 
 
 def shared_facts(task: Task) -> dict[str, Any]:

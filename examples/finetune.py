@@ -13,23 +13,20 @@ fastlora's adapter (adapter/), which PEFT then loads into a fresh model, and mer
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from study.contestants import CONTESTANTS, Contestant
 from study.settings import (
+    INTERRUPTED,
     ORDINARY_INITS,
     PACKAGES,
     FineTuning,
-    UsageError,
     choose_device,
     parse_fine_tuning,
-    require_installed,
-    require_writable,
+    run_program,
 )
 
 if TYPE_CHECKING:
@@ -37,24 +34,13 @@ if TYPE_CHECKING:
     from study.tasks.task import Task
     from study.training import Run
 
-INTERRUPTED = 130
-
 
 def main(argv: list[str] | None = None) -> int:
     settings = parse_fine_tuning(argv)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; its profiler would announce itself
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
-        libraries = ["peft", "fastlora"] if {"peft", "fastlora"} & {*settings.methods} else []
-        require_installed(["torch", *PACKAGES[settings.task], *libraries], settings.plot)
-        require_writable(settings.out)
-        return finetune(settings)
-    except (UsageError, OSError, RuntimeError, ValueError) as error:
-        print(f"finetune.py: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nfinetune.py: interrupted; what was written before is under", settings.out, file=sys.stderr)
-        return INTERRUPTED
+    libraries = ["peft", "fastlora"] if {"peft", "fastlora"} & {*settings.methods} else []
+    packages = [*PACKAGES[settings.task], *libraries]
+    kept = f"what was written before is under {settings.out}"
+    return run_program("finetune.py", lambda: finetune(settings), packages, settings.plot, settings.out, kept)
 
 
 def finetune(settings: FineTuning) -> int:

@@ -23,11 +23,7 @@ def plot(results: Results, path: Path) -> Path:
     """Training and validation loss over steps, mean and band (smallest to largest) over the seeds, one row a protocol;
     next to them the search, and the test's mean and range.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     figure, grid = pyplot.subplots(2, 3, figsize=(16, 9))
     for row, (finals, what) in enumerate(((results.one_rate, "one rate for all"), (results.best_rate, "best rates"))):
         _draw_curves(grid[row][0], grid[row][1], finals)
@@ -41,9 +37,22 @@ def plot(results: Results, path: Path) -> Path:
     if handles:
         figure.legend(handles, labels, loc="lower center", ncols=6)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
+    return _saved(figure, path, 90)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _saved(figure: Any, path: Path, dpi: int) -> Path:
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=90)
-    pyplot.close(figure)
+        figure.savefig(temporary, dpi=dpi)
+    _pyplot().close(figure)
     return path
 
 
@@ -111,11 +120,7 @@ def _draw_test(axes: Any, results: Results) -> None:
 
 def plot_runs(runs: Sequence[Run], path: Path) -> Path:
     """The training loss of finetune.py's methods over steps, and over the seconds that each spent in its own."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     window = max(1, min(10, max(len(run.losses) for run in runs) // 5))
     figure, (by_step, by_time) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
     for run, style in zip(runs, (":", "-", "--", "-.")):
@@ -129,7 +134,4 @@ def plot_runs(runs: Sequence[Run], path: Path) -> Path:
     for axes in (by_step, by_time):
         axes.grid(alpha=0.3)
     figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-    pyplot.close(figure)
-    return path
+    return _saved(figure, path, 120)

@@ -8,7 +8,9 @@ import argparse
 import importlib.util
 import os
 import re
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 from study.contestants import CONTESTANTS, OPTIMIZERS, Contestant
 
+INTERRUPTED = 130  # a program's exit status after Ctrl-C
 TASKS = ("language", "docstrings", "gpt", "digits")
 DTYPES = ("float32", "bfloat16")
 METHODS = ("frozen", "peft", "fastlora", "full")
@@ -136,14 +139,12 @@ class Comparison(Settings):
 
 
 def parse_fine_tuning(argv: list[str] | None = None) -> FineTuning:
-    parser = argparse.ArgumentParser(
-        prog="finetune.py",
-        description="Fine-tune a language model (or, with --task docstrings, a sentence encoder) on texts of Python's "
+    parser, training, lora, run = _program(
+        "finetune",
+        "Fine-tune a language model (or, with --task docstrings, a sentence encoder) on texts of Python's "
         "standard library, with PEFT and with fastlora, and compare speed, memory, losses and what the model writes.",
-        epilog=_defaults(FINE_TUNING),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        FINE_TUNING,
     )
-    training, lora, run = _shared_options(parser, FINE_TUNING, Path("runs/finetune"))
     training.add_argument("--full-lr", type=positive_float, help="learning rate of all weights, for --methods full")
     training.add_argument("--seed", type=seed, default=0)
     lora.add_argument("--lr", type=positive_float, help="learning rate of the adapters")
@@ -169,14 +170,12 @@ def parse_fine_tuning(argv: list[str] | None = None) -> FineTuning:
 
 
 def parse_comparison(argv: list[str] | None = None) -> Comparison:
-    parser = argparse.ArgumentParser(
-        prog="compare.py",
-        description="Compare ways to fine-tune on one task, over several seeds: with one learning rate for all, and "
+    parser, training, _, run = _program(
+        "compare",
+        "Compare ways to fine-tune on one task, over several seeds: with one learning rate for all, and "
         "each at its own best. Goes on where it was interrupted.",
-        epilog=_defaults(COMPARISON),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        COMPARISON,
     )
-    training, _, run = _shared_options(parser, COMPARISON, Path("runs/compare"))
     training.add_argument(
         "--optimizer", choices=OPTIMIZERS, default="adamw", help="what trains adapters or weights (default adamw)"
     )
@@ -204,9 +203,17 @@ def by_optimizer(optimizer: str) -> tuple[dict[str, Contestant], dict[str, str]]
     return {name: entry for name, entry in CONTESTANTS.items() if name not in left_out}, left_out
 
 
-def _shared_options(parser: argparse.ArgumentParser, tasks: Iterable[str], out: Path) -> tuple[Any, Any, Any]:
-    """The options of both programs. What a task has a default for is None until `_values`."""
-    tasks = list(tasks)
+def _program(name: str, description: str, by_task: Mapping[str, Mapping[str, Any]]) -> tuple[Any, Any, Any, Any]:
+    """A parser with the options of both programs, and its groups for training, LoRA and the run. What a task has a
+    default for is None until `_values`.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"{name}.py",
+        description=description,
+        epilog=_defaults(by_task),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tasks, out = list(by_task), Path("runs", name)
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=positive_int, help="optimizer steps per method")
     training.add_argument("--batch-size", "--batch", type=positive_int)
@@ -227,7 +234,7 @@ def _shared_options(parser: argparse.ArgumentParser, tasks: Iterable[str], out: 
     run.add_argument("--eval-every", type=natural_int, help="steps between validations; 0: none but the last")
     run.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw the loss curves")
     run.add_argument("--out", type=Path, default=out, help=f"directory for the results (default {out})")
-    return training, lora, run
+    return parser, training, lora, run
 
 
 def _values(
@@ -288,6 +295,24 @@ def init(text: str) -> str:
     if text not in INITS and not re.fullmatch(r"pissa_niter_\d+", text):
         raise argparse.ArgumentTypeError(f"want one of {', '.join(INITS)}, pissa_niter_<N>, got {text!r}")
     return text
+
+
+def run_program(
+    name: str, action: Callable[[], int], packages: Iterable[str], plot: bool, folder: Path, interrupted: str
+) -> int:
+    """The exit status of `action`, once what it needs is there; errors and Ctrl-C are a line."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; its profiler would announce itself
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        require_installed(["torch", *packages], plot)
+        require_writable(folder)
+        return action()
+    except (UsageError, OSError, RuntimeError, ValueError) as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; {interrupted}", file=sys.stderr)
+        return INTERRUPTED
 
 
 def require_installed(packages: Iterable[str], plot: bool) -> None:

@@ -17,7 +17,7 @@ from study import report as comparison_report
 from study.contestants import CONTESTANTS
 from study.data import docstrings, functions, topics
 from study.data.byte_gpt import Shape
-from study.settings import COMPARISON, QUICK, UsageError, parse_comparison
+from study.settings import COMPARISON, INTERRUPTED, QUICK, UsageError, parse_comparison
 from study.tasks import gpt as task_gpt
 from study.tasks.task import ACCURACY, Scores
 from study.trials import Store, Trial, Validation
@@ -277,7 +277,7 @@ def test_an_interrupted_comparison_goes_on_to_the_same_result(run, tmp_path, mon
         return real(task, name, lr, seed, **rest)
 
     monkeypatch.setattr(trials, "run_trial", run_trial)
-    assert run(tmp_path / "parts", *options) == compare.INTERRUPTED
+    assert run(tmp_path / "parts", *options) == INTERRUPTED
     folder = tmp_path / "parts" / "docstrings"
     assert f"what was finished is kept in {tmp_path / 'parts'}" in capsys.readouterr().err
     assert not (folder / "results.json").exists()

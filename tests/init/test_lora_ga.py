@@ -12,9 +12,11 @@ from typing import Any
 
 import peft
 import pytest
+import started_nets
 import torch
 from model_state import ModelState
 from plain_models import LINEARS, Net
+from started_nets import BASES, SKETCHED, R, inputs, layers_of, loss_of, move_adapters
 from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
@@ -23,25 +25,12 @@ from bench.starts import lora_ga
 from fastlora import FusedLoraLinear
 from fastlora.init.factors import split_factors
 
-R = 2
-BASES = ["exact", "offset"]
 SPLITS = ["ArB2r", "A2rBr", "ArBr", "random"]
 SCALES = ["stable", "unit", "gd", "weight_svd"]
-SKETCHED = LINEARS[:-1]  # the head is 3×6: too small for 2r
-
-
-def inputs() -> Tensor:
-    return torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(1))
-
-
-def loss_of(model: nn.Module) -> Tensor:
-    return (model(inputs()) * torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(2))).mean()
 
 
 def sketch_of(model: nn.Module, r: int = R, loss: Callable[[nn.Module], Tensor] = loss_of, **options: Any) -> Any:
-    with fastlora.GradientSketch(model, r=r, **{"exclude_modules": ["head"], **options}) as sketch:
-        loss(model).backward()
-    return sketch
+    return started_nets.sketch_of(model, r, loss, **{"exclude_modules": ["head"], **options})
 
 
 def started(model: Any = None, r: int = R, **options: Any) -> Any:
@@ -49,19 +38,6 @@ def started(model: Any = None, r: int = R, **options: Any) -> Any:
     model = Net() if model is None else model
     fastlora.init_lora_ga(model, sketch_of(model, r), **options)
     return model
-
-
-def move_adapters(model: nn.Module) -> None:
-    """As training would, away from the start."""
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for _, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-
-
-def layers_of(model: nn.Module) -> dict[str, FusedLoraLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, FusedLoraLinear)}
 
 
 def weight_of(layer: Any) -> Tensor:
@@ -136,13 +112,13 @@ def test_the_first_step_of_sgd(scale, split, use_rslora, base):
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in SKETCHED}
     for layer in layers.values():
         layer.weight.requires_grad_(True)
-    grads = dict(zip(layers, torch.autograd.grad(loss64(model), [layer.weight for layer in layers.values()])))
+    grads = dict(zip(layers, torch.autograd.grad(loss_of(model), [layer.weight for layer in layers.values()])))
     gradients = {name: g if isinstance(layers[name], nn.Linear) else g.t() for name, g in grads.items()}
-    sketch = sketch_of(model, loss=loss64, width=64)
+    sketch = sketch_of(model, loss=loss_of, width=64)
     fastlora.init_lora_ga(model, sketch, split, scale, base=base, lora_alpha=6, use_rslora=use_rslora)
     before = {name: effective_weight(layer) for name, layer in layers_of(model).items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=eta)
-    loss64(model).backward()
+    loss_of(model).backward()
     optimizer.step()
     for name, layer in layers_of(model).items():
         g, s = gradients[name], layer.scaling["default"]
@@ -154,10 +130,6 @@ def test_the_first_step_of_sgd(scale, split, use_rslora, base):
             u, sigma, vh = torch.linalg.svd(g, full_matrices=False)
             best = (u[:, : 2 * R] * sigma[: 2 * R]) @ vh[: 2 * R]
             assert (change + eta * best).norm() < 0.01 * eta * best.norm(), name
-
-
-def loss64(model: nn.Module) -> Tensor:
-    return (model(inputs().double()) * torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(2))).mean()
 
 
 def test_the_scales():

@@ -14,6 +14,7 @@ import torch
 from largest import Largest
 from model_state import ModelState
 from plain_models import LINEARS, Net
+from started_nets import R, patched
 from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
@@ -21,8 +22,6 @@ import fastlora
 from fastlora import AlignmentMonitor
 from fastlora.adapters import first_forward
 from fastlora.init.monitor import measure, space_of
-
-R = 2
 
 
 def batches(count: int = 2) -> list[Tensor]:
@@ -32,14 +31,6 @@ def batches(count: int = 2) -> list[Tensor]:
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).square().mean()
-
-
-def patched(**options: Any) -> Net:
-    model = Net()
-    torch.manual_seed(2)
-    fastlora.patch(model, **{"r": R, "init_lora_weights": False, "target_modules": LINEARS, **options})
-    first_forward.forget(model)  # its hooks go with the first training forward
-    return model
 
 
 def with_peft(**options: Any) -> Any:

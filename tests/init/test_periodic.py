@@ -11,28 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from model_state import ModelState
-from plain_models import LINEARS, Net
+from started_nets import SKETCHED, R, optimizer_of, patched
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
 import fastlora
 from fastlora import AlignmentMonitor, PeriodicReinit
-from fastlora.adapters import first_forward
-
-R = 2
-NAMES = LINEARS[:-1]
-
-
-def patched(**options: Any) -> Net:
-    model = Net()
-    torch.manual_seed(2)
-    fastlora.patch(model, **{"r": R, "init_lora_weights": False, "target_modules": LINEARS, **options})
-    first_forward.forget(model)  # its hooks go with the first training forward
-    return model
-
-
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
 
 def loss_of(model: nn.Module, step: int) -> Tensor:
@@ -65,7 +49,7 @@ def test_every_so_many_steps():
             optimizer.zero_grad()
             done.append(reinit.step() is not None)
     assert done == [step in (4, 9) for step in range(12)]
-    assert seen == reinit.reports and [list(report.layers) for report in seen] == [NAMES, NAMES]
+    assert seen == reinit.reports and [list(report.layers) for report in seen] == [SKETCHED, SKETCHED]
     assert reinit.skipped == {"head": "3×6 has fewer than 2r = 4 singular triplets"}
     assert "2 re-initialisations" in repr(reinit) and "12 steps" in repr(reinit)
     assert [line.frozen_rank for line in seen[1].layers.values()] == [4 * R] * 6
@@ -123,7 +107,7 @@ def test_triggered_by_the_monitor(threshold, expected):
     assert [record.step for record in monitor.history] == [0, 2, 4, 6, 8, 10]
     assert done == expected
     if expected:  # the step after is measured on the new factors
-        assert reinit.reports[0].layers.keys() == set(NAMES)
+        assert reinit.reports[0].layers.keys() == set(SKETCHED)
 
 
 def test_close_and_exceptions_leave_no_hooks():

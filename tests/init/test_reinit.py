@@ -8,9 +8,11 @@ from typing import Any
 
 import peft
 import pytest
+import started_nets
 import torch
 from model_state import ModelState
-from plain_models import LINEARS, Net
+from plain_models import Net
+from started_nets import BASES, SKETCHED, R, inputs, layers_of, loss_of, optimizer_of
 from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
@@ -19,24 +21,10 @@ from fastlora import FusedLoraLinear
 from fastlora.init import reinit
 from fastlora.init.factors import align, smoothed
 
-R = 2
-NAMES = LINEARS[:-1]  # the head is 3×6: too small for 2r
-BASES = ["exact", "offset"]
-
-
-def inputs(seed: int = 1) -> Tensor:
-    return torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(seed))
-
-
-def loss_of(model: nn.Module, seed: int = 1) -> Tensor:
-    x = inputs(seed).to(next(model.parameters()).dtype)
-    return (model(x) * torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(seed + 50))).mean()
-
 
 def sketch_of(model: nn.Module, seed: int = 1, **options: Any) -> fastlora.GradientSketch:
-    with fastlora.GradientSketch(model, r=R, target_modules=NAMES, **options) as sketch:
-        loss_of(model, seed).backward()
-    return sketch
+    loss = lambda model: loss_of(model, seed)  # noqa: E731
+    return started_nets.sketch_of(model, loss=loss, target_modules=SKETCHED, **options)
 
 
 def started(base: str | None = "exact", **options: Any) -> Net:
@@ -44,14 +32,10 @@ def started(base: str | None = "exact", **options: Any) -> Net:
     model = Net()
     torch.manual_seed(2)
     if base is None:
-        fastlora.patch(model, r=R, target_modules=NAMES, **options)
+        fastlora.patch(model, r=R, target_modules=SKETCHED, **options)
     else:
         fastlora.init_lora_ga(model, sketch_of(model), base=base, norm_clip=0.5, **options)
     return model
-
-
-def optimizer_of(model: nn.Module, kind: Any = torch.optim.AdamW, **options: Any) -> torch.optim.Optimizer:
-    return kind([p for p in model.parameters() if p.requires_grad], **{"lr": 1e-2, **options})
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, seed: int = 10) -> None:
@@ -59,10 +43,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, se
         optimizer.zero_grad()
         loss_of(model, seed + step).backward()
         optimizer.step()
-
-
-def layers_of(model: nn.Module) -> dict[str, FusedLoraLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, FusedLoraLinear)}
 
 
 def change_of(layer: FusedLoraLinear) -> Tensor:
@@ -82,7 +62,7 @@ def test_the_function_is_kept_over_several_rounds(base):
         factors = {name: layer.lora_A["default"].detach().clone() for name, layer in layers_of(model).items()}
         report = fastlora.reinit_lora_ga(model, sketch_of(model, seed=round), optimizer)
         assert torch.allclose(model(inputs()), before, atol=1e-5 * before.abs().max().item())
-        assert list(report.layers) == NAMES and report.skipped == {}
+        assert list(report.layers) == SKETCHED and report.skipped == {}
         for name, layer in layers_of(model).items():
             # The same products in another order: what is left is this test's own rounding.
             assert (change_of(layer) - changes[name]).norm() < 1e-14 * changes[name].norm()
@@ -125,7 +105,7 @@ def test_unpatch_and_merge_afterwards(base):
     model = Net()
     state = ModelState(model)
     if base == "pissa":  # W0 is shifted, as with "offset"
-        fastlora.patch(model, r=R, target_modules=NAMES, init_lora_weights="pissa")
+        fastlora.patch(model, r=R, target_modules=SKETCHED, init_lora_weights="pissa")
     else:
         fastlora.init_lora_ga(model, sketch_of(model), base=base, norm_clip=0.5)
     optimizer = optimizer_of(model)
@@ -368,7 +348,7 @@ def test_layers_without_a_gradient():
         fastlora.reinit_lora_ga(model, sketch)
     state.assert_unchanged()
     report = fastlora.reinit_lora_ga(model, sketch, missing="skip")
-    assert list(report.layers) == NAMES[3:] and report.skipped == dict.fromkeys(NAMES[:3], "no gradient")
+    assert list(report.layers) == SKETCHED[3:] and report.skipped == dict.fromkeys(SKETCHED[:3], "no gradient")
     assert "blocks.0.up: skipped: no gradient" in str(report)
 
 
@@ -405,7 +385,7 @@ def test_wrong_models():
     with pytest.raises(ValueError, match="are merged"):
         fastlora.reinit_lora_ga(model, sketch)
     larger = Net()
-    fastlora.patch(larger, r=4, target_modules=NAMES)
+    fastlora.patch(larger, r=4, target_modules=SKETCHED)
     narrow = sketch_of(Net(), width=2 * R)
     with pytest.raises(ValueError, match="r=4 and wants 2r triplets"):
         fastlora.reinit_lora_ga(larger, narrow)

@@ -14,6 +14,7 @@ import torch
 from model_state import ModelState
 from plain_models import LINEARS, Block, Tied
 from plain_models import Net as NetWithLists
+from started_nets import BASES, SKETCHED, R, inputs, loss_of, sketch_of
 from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
 
@@ -22,9 +23,7 @@ from fastlora.init.lora_ga import undo_lora_ga
 from fastlora.integrations.peft.lora import FusedPeftLinear
 from fastlora.integrations.peft.starts import StartedLinear
 
-R, ALPHA = 2, 6
-BASES = ["exact", "offset"]
-SKETCHED = LINEARS[:-1]  # the head is 3×6: too small for 2r
+ALPHA = 6
 either = pytest.mark.parametrize("patched", [False, True], ids=["unpatched", "patched"])
 both = pytest.mark.parametrize("base", BASES)
 
@@ -42,20 +41,6 @@ class Net(NetWithLists):
         for block in self.blocks:
             block.__class__ = DirectBlock
             del block.listed
-
-
-def inputs() -> Tensor:
-    return torch.randn(5, 4, 6, generator=torch.Generator().manual_seed(1))
-
-
-def loss_of(model: nn.Module) -> Tensor:
-    return (model(inputs()) * torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(2))).mean()
-
-
-def sketch_of(model: nn.Module, r: int = R, **options: Any) -> Any:
-    with fastlora.GradientSketch(model, r=r, **options) as sketch:
-        loss_of(model).backward()
-    return sketch
 
 
 def plain_sketch(r: int = R) -> Any:

