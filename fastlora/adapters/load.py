@@ -31,6 +31,7 @@ from ..runtime.messages import some
 from . import format, patch
 from .format import AdapterFile, Spec
 from .save import is_peft_model, modules_outside_adapters, most_common
+from .switch import follow_ties
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> None:
@@ -115,8 +116,13 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
             layer = cast(AdapterState, layers[name])
             layer.lora_E[adapter_name].zero_()
             layer.allocation[adapter_name] = file.cut_to_nothing(layer.r[adapter_name])
-        for name, parameter in whole.items():
-            parameter.copy_(sharding.spread(file.whole[name], parameter))
+        for (module, key), values, alone in whole:
+            tensor = getattr(module, key)
+            if alone:
+                setattr(module, key, nn.Parameter(values.to(tensor), requires_grad=tensor.requires_grad))
+            else:
+                tensor.copy_(sharding.spread(values, tensor))
+        follow_ties(model)
 
 
 def _experts(model: nn.Module, config: dict[str, Any]) -> dict[str, ExpertWeight]:
@@ -302,15 +308,24 @@ def _readable(root: Path) -> Iterator[str]:
     yield str(root)
 
 
-def _check_whole(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
-    """The model's tensors that the file has whole (embeddings, modules_to_save), by name. Raises ValueError where the
-    model has none of that name and shape."""
-    found = {}
+def _check_whole(model: nn.Module, file: AdapterFile) -> list[tuple[tuple[nn.Module, str], Tensor, bool]]:
+    """((module, key), values, whether for this module alone) of the model's tensors that the file has whole
+    (embeddings, modules_to_save). PEFT trains a copy of a tied weight: where the others keep another, the module gets
+    one of its own. Raises ValueError where the model has none of that name and shape, or adapters are merged in it."""
+    found: dict[str, Tensor] = {}
+    places: dict[str, tuple[nn.Module, str]] = {}
+    users: dict[int, list[str]] = {}
     for prefix, module in introspect_names.named_modules(model):
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             name = f"{prefix}.{key}" if prefix else key
+            users.setdefault(id(tensor), []).append(name)
             if tensor is not None and name in file.whole:
-                found[name] = tensor
+                found[name], places[name] = tensor, (module, key)
+                if isinstance(module, AdapterState) and module.merged_adapters:
+                    raise ValueError(
+                        f"load_adapter: {module.merged_adapters} merged into {prefix!r}; call fastlora.unmerge(model) "
+                        "first"
+                    )
     absent = file.whole.keys() - found.keys()
     if absent:
         raise ValueError(
@@ -333,7 +348,13 @@ def _check_whole(model: nn.Module, file: AdapterFile) -> dict[str, Tensor]:
         raise ValueError(
             f"load_adapter: modules_to_save: {some(unsaved)} are in the configuration, and not in the file"
         )
-    return found
+
+    def parts(name: str, tensor: Tensor) -> bool:
+        others = [file.whole.get(other, tensor) for other in users[id(tensor)] if other != name]
+        tied = bool(others) and not sharding.is_sharded(tensor)
+        return tied and not all(torch.equal(file.whole[name].to(tensor), other.to(tensor)) for other in others)
+
+    return [(places[name], file.whole[name], parts(name, tensor)) for name, tensor in found.items()]
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@ embeddings next to LoRA, settings of a later PEFT, and models whose layers came 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -138,6 +139,31 @@ def test_modules_to_save_are_loaded(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"modules_to_save": ["norm", "absent"]}))
     with pytest.raises(ValueError, match="modules_to_save: absent are in the configuration, and not in the file"):
         fastlora.load_adapter(tiny_model("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("module", "targets"),
+    [("lm_head", ["q_proj"]), ("embed_tokens", ["q_proj"]), ("lm_head", ["q_proj", "embed_tokens"])],
+    ids=str,
+)
+def test_a_module_to_save_that_the_model_ties_is_parted_from_the_other(tmp_path, module, targets):
+    """PEFT trains a copy of it, and the other end keeps the weight."""
+    base: Any = tiny_model("qwen3")
+    config = peft.LoraConfig(target_modules=targets, modules_to_save=[module])
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
+    theirs.eval().save_pretrained(tmp_path)
+    fastlora.load_adapter(base, tmp_path)
+    torch.testing.assert_close(logits(base), logits(theirs), rtol=0, atol=1e-6)
+    assert not base.config.tie_word_embeddings
+    base.tie_weights()
+    torch.testing.assert_close(logits(base), logits(theirs), rtol=0, atol=1e-6)
+    if "embed_tokens" in targets:
+        fastlora.merge(base)
+        with pytest.raises(ValueError, match=r"merged into 'model\.embed_tokens'; call fastlora\.unmerge"):
+            fastlora.load_adapter(base, tmp_path, "second")
 
 
 def test_tensors_without_a_place_are_named(tmp_path):
