@@ -71,8 +71,7 @@ def given(page: str) -> dict[str, object]:
 
 
 GIVEN: dict[str, dict[str, Any]] = {
-    "experts.md": {"base": mixture("qwen3_moe", hidden_size=40, moe_intermediate_size=32)}
-    | {"E": 3, "e": 2, "r": 2, "scaling": 2.0, "lora_A": torch.ones(6, 4), "lora_B": torch.ones(5, 6)},
+    "experts.md": {"E": 3, "e": 2, "r": 2, "scaling": 2.0, "lora_A": torch.ones(6, 4), "lora_B": torch.ones(5, 6)},
     "head.md": {"ids": tokens(), "scaling": 2.0, "labels": torch.tensor([1, 3, 0])}
     | {"h": torch.ones(3, 4), "weight": torch.ones(5, 4), "lora_A": torch.ones(2, 4), "lora_B": torch.ones(5, 2)},
 }

@@ -111,6 +111,9 @@ class FusedParamWrapper(PeftFusedLayer, ParamWrapper):
         return merged
 
 
+FusedParamWrapper.__name__ = ParamWrapper.__name__  # by which PEFT finds its wrappers; pickle goes by __qualname__
+
+
 def _chain(layer: Any) -> Iterator[Any]:
     """A wrapper and those within it."""
     while isinstance(layer, ParamWrapper):

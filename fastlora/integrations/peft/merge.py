@@ -187,9 +187,9 @@ class Kept:
     """A base layer as it is, for the layers that PEFT merges its own way: its Parameters, of which a quantised one
     keeps its packed tensors and a plain one a copy on the host, and bitsandbytes' notes on them."""
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, only: str | None = None) -> None:
         self.base = base
-        self.parameters = {name: p for name, p in base._parameters.items() if p is not None}
+        self.parameters = {n: p for n, p in base._parameters.items() if p is not None and only in (None, n)}
         self.attributes = {name: dict(p.__dict__) for name, p in self.parameters.items()}
         self.data = {
             name: p.detach().to("cpu", copy=True) if type(p) is nn.Parameter else p.data
@@ -225,7 +225,8 @@ def merge_kept(layer: Any, peft_merge: Callable[..., None], names: list[str] | N
     before, base = list(layer.merged_adapters), layer.get_base_layer()
     # MultiheadAttention's layer merges into its output projection too, which is a LoRA layer of its own.
     inner = [getattr(child, "base_layer", child) for child in base.children()]
-    kept = [Kept(part) for part in (base, *inner)]
+    # Of several wrappers around one module each merges into a parameter of its own.
+    kept = [Kept(part, getattr(layer, "parameter_name", None)) for part in (base, *inner)]
     first = layer.__dict__.get(KEPT) if before else kept  # merging on top of PEFT's own merge keeps nothing
     try:
         with torch.inference_mode(False), torch.no_grad():
