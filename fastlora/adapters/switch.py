@@ -17,6 +17,7 @@ from ..introspect.targets import lora_layers
 from ..layers import batch
 from ..layers.embedding import FusedLoraEmbedding
 from ..layers.fused import Adapted
+from ..runtime import progress
 from ..runtime.checks import check_integer, check_module
 
 _TIED = "_fastlora_tied"  # on a model whose head a merge has untied: the configurations that said it is tied
@@ -53,7 +54,7 @@ def _merge(model: nn.Module, layers: list[tuple[str, Adapted, list[str] | None]]
     users = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     done = []
     try:
-        for name, layer, adapters in layers:
+        for name, layer, adapters in progress.bar(layers, "merge", len(layers)):
             done.append(layer)
             try:
                 layer.merge_adapters(adapters, untie=users[id(layer.base_weight())] > 1)
@@ -92,7 +93,8 @@ def follow_ties(model: nn.Module) -> None:
 
 def unmerge(model: nn.Module) -> None:
     """Takes merged adapters out of the weights again, bit for bit. Layers that are not merged stay as they are."""
-    for _, layer in _adapted(model, "unmerge"):
+    layers = _adapted(model, "unmerge")
+    for _, layer in progress.bar(layers, "unmerge", len(layers)):
         if layer.merged_adapters:
             layer.unmerge()
     follow_ties(model)

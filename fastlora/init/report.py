@@ -10,6 +10,7 @@ from typing import Any
 from ..runtime import messages
 
 DRIFT = 0.1
+MANY = 40  # layers whose names still fit one page
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class SketchReport:
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Writes a figure (the path's ending says the format: png, pdf, svg) of the captured share and the alignment
-        error by layer, and of every layer's spectrum σᵢ/σ₁, coloured by the layer's place in the model.
+        error by layer, and of every layer's spectrum σᵢ/σ₁, coloured by the layer's place in the model. More than 40
+        layers are drawn as a curve for each kind of them (q_proj, ...), along the model.
 
         Raises ImportError without matplotlib, ValueError where no layer has a gradient.
         """
@@ -96,16 +98,30 @@ class SketchReport:
             from matplotlib.figure import Figure  # not pyplot: no window, no global state
         except ImportError as error:
             raise ImportError("SketchReport.plot wants matplotlib: pip install matplotlib") from error
-        figure = Figure(figsize=(10, 3.6 + 0.16 * len(lines)), layout="constrained")
+        many = len(lines) > MANY
+        figure = Figure(figsize=(10, 6 if many else 3.6 + 0.16 * len(lines)), layout="constrained")
         shares, spectra = figure.subplots(1, 2, width_ratios=(3, 2))
         colors = [colormaps["viridis"](i / max(1, len(lines) - 1)) for i in range(len(lines))]
-        _plot_shares(shares, lines, self.r, colors)
+        (_plot_kinds if many else _plot_shares)(shares, lines, self.r, colors)
         for line, color in zip(lines, colors):
             spectra.plot(range(1, len(line.sigma) + 1), _relative(line.sigma), color=color, linewidth=1)
         spectra.set(xlabel="i", ylabel="σᵢ/σ₁", yscale="log", title="spectra (first layer dark)")
         spectra.axvline(self.r + 0.5, color="grey", linestyle=":")
         spectra.grid(alpha=0.3)
         figure.savefig(path, dpi=150)
+
+
+def _plot_kinds(axes: Any, lines: list[LayerReport], r: int, colors: list[Any]) -> None:
+    """A curve for each last name of the layers; a dot has the colour of the layer's spectrum."""
+    kinds: dict[str, list[int]] = {}
+    for place, line in enumerate(lines):
+        kinds.setdefault(line.name.rsplit(".", 1)[-1], []).append(place)
+    for kind, places in kinds.items():
+        axes.plot(places, [lines[place].captured for place in places], linewidth=1, label=kind)
+        axes.scatter(places, [lines[place].captured for place in places], s=12, c=[colors[place] for place in places])
+    axes.set(xlabel="layer, in the model's order", ylabel=f"share of ‖G‖² in 2r = {2 * r} triplets", ylim=(0, 1))
+    axes.legend(fontsize=7, ncols=4, loc="lower left")
+    axes.grid(alpha=0.3)
 
 
 def _plot_shares(axes: Any, lines: list[LayerReport], r: int, colors: list[Any]) -> None:

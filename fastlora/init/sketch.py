@@ -133,6 +133,8 @@ class GradientSketch:
         self.joint = False  # made by `combine`
         self._round = Round()
         self._refining_round: Round | None = None
+        self._shown: Any = None  # the progress bar, and what it has counted
+        self._last_shown, self._passes_shown = taps.NO_BACKWARD, 0
 
     # The context.
 
@@ -157,6 +159,9 @@ class GradientSketch:
                 weights.setdefault(module, {})[key] = name
             others = functools.partial(experts.tap, weights, observe=self._observe)
             self._restore.append(taps.attach(self._model, self._modules, self._observe, others))
+            self._shown = progress.counter("sketch, pass 1")
+            if self._shown is not None:
+                self._restore.append(self._shown.close)
         except BaseException:
             self._undo()
             raise
@@ -197,7 +202,16 @@ class GradientSketch:
         weight = min(1.0, 1.0 / self.discount) ** self._present_round.steps
         return weight * (now.tokens if self.weighting == "tokens" else 1.0)
 
+    def _show(self, number: int) -> None:
+        """Counts layers, and says in which pass they are: how many passes there will be is the caller's secret."""
+        if number != self._last_shown:
+            self._last_shown, self._passes_shown = number, self._passes_shown + 1
+            self._shown.set_description(f"fastlora: sketch, pass {self._passes_shown}", refresh=False)
+        self._shown.update()
+
     def _observe(self, name: str, x: Tensor, dy: Tensor, now: taps.Pass) -> None:
+        if self._shown is not None:
+            self._show(now.number)
         weight, present = self.weight_of(now), self._present_round
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,14 +21,26 @@ DELAY = 2.0  # seconds of work before a bar appears
 
 def bar(items: Iterable[T], description: str, total: int, unit: str = "layer") -> Iterator[T]:
     """`items`, one by one, with a bar that counts them up to `total` where one is wanted."""
-    if total < 2 or not wanted():
-        yield from items
-        return
+    shown = counter(description, total, unit) if total > 1 else None
+    try:
+        for item in items:
+            yield item
+            if shown is not None:
+                shown.update()
+    finally:
+        if shown is not None:
+            shown.close()
+
+
+def counter(description: str, total: int | None = None, unit: str = "layer") -> Any:
+    """A tqdm bar for the caller to `update` and to `close`, or None where none is wanted."""
+    if not wanted():
+        return None
     from tqdm.auto import tqdm
 
     delay = 0.0 if env.progress() == "on" else DELAY
     # leave=False: a bar that is done says nothing any more, and the caller's own output stays as it was.
-    yield from tqdm(items, desc=f"fastlora: {description}", total=total, unit=unit, delay=delay, leave=False)
+    return tqdm(desc=f"fastlora: {description}", total=total, unit=unit, delay=delay, leave=False)
 
 
 def wanted() -> bool:

@@ -159,6 +159,17 @@ CHECKS = {
 }
 
 
+def test_the_notebook_is_the_quick_start_and_runs(offline):
+    book = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
+    page = (DOCS / "quickstart" / "loop.md").read_text(encoding="utf-8")
+    assert cells == [code.rstrip("\n") for _, code in blocks(page)]
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for number, cell in enumerate(cells):
+        exec(compile(cell, f"quickstart.ipynb, code cell {number}", "exec"), namespace)
+    _loop(namespace)
+
+
 def test_every_page_is_reachable_from_the_index():
     seen, waiting = set(), ["index.md"]
     while waiting:

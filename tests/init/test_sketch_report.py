@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,19 @@ def test_the_figure_has_every_layer_with_a_gradient(tmp_path, figures):
     curves = [list(line.get_ydata()) for line in spectra.lines[:3]]
     assert curves[0][:3] == [1.0, 0.5, 0.25] and math.isnan(curves[0][3])
     assert open_figures() == before
+
+
+def test_many_layers_are_a_curve_for_each_kind(tmp_path, figures):
+    layers = [replace(report().layers[0], name=f"{i // 2}.{'qk'[i % 2]}_proj", captured=i / 210) for i in range(210)]
+    SketchReport(2, layers).plot(tmp_path / "sketch.png")
+    (figure,) = figures
+    shares = figure.axes[0]
+    assert tuple(figure.get_size_inches()) == (10, 6)
+    assert {line.get_label(): list(line.get_xdata())[:2] for line in shares.lines} == {
+        "q_proj": [0, 2],
+        "k_proj": [1, 3],
+    }
+    assert list(shares.lines[1].get_ydata())[-1] == pytest.approx(209 / 210)
 
 
 def test_other_formats_and_one_layer(tmp_path, figures):

@@ -67,8 +67,32 @@ def test_on_without_a_terminal_and_for_each_long_job(stderr, monkeypatch, tmp_pa
         net(torch.randn(16, 8)).square().sum().backward()
     sketch.report()
     fastlora.init_lora_ga(net, sketch)
-    for words in ("sketch report", "patch", "LoRA-GA"):
+    fastlora.merge(net)
+    fastlora.unmerge(net)
+    for words in ("sketch, pass 1", "sketch report", "patch", "LoRA-GA", "merge", "unmerge"):
         assert f"fastlora: {words}" in shown.getvalue(), words
+
+
+def test_a_sketch_counts_layers_and_passes(monkeypatch):
+    class Counter:
+        updates, closed, words = 0, 0, ""
+
+        def update(self) -> None:
+            self.updates += 1
+
+        def close(self) -> None:
+            self.closed += 1
+
+        def set_description(self, words: str, refresh: bool) -> None:
+            self.words = words
+
+    shown = Counter()
+    monkeypatch.setattr(progress, "counter", lambda *_: shown)
+    net = model()
+    with fastlora.GradientSketch(net, r=2):
+        for _ in range(2):
+            net(torch.randn(16, 8)).square().sum().backward()
+    assert (shown.updates, shown.closed, shown.words) == (6, 1, "fastlora: sketch, pass 2")
 
 
 def test_without_tqdm(stderr, monkeypatch):
