@@ -191,6 +191,13 @@ def head_losses(
     """The loss of every token (T,) under a head with LoRA: (1−ε)·(−log p_y) + ε·mean(−log p) + ζ·lse², 0 for those that
     do not count; h (T, H), weight (V, H), labels (T,). The logits are scaled, then capped, then divided."""
     z = head_logits(h, weight, bias, lora_A, lora_B, scaling, dropout_p, logit_scale, softcap, temperature, keep_mask)
+    return token_losses(z, labels, ignore_index, label_smoothing, z_loss)
+
+
+def token_losses(
+    z: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> torch.Tensor:
+    """The losses of `head_losses` from their logits (T, V)."""
     losses = F.cross_entropy(z, labels, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing)
     if z_loss:
         losses = losses + z_loss * z.logsumexp(-1).square() * (labels != ignore_index)
@@ -215,6 +222,11 @@ def head_logits(
         z = F.linear(h, weight, bias)
     else:
         z = lora_linear(h, weight, lora_A, lora_B, scaling, bias, dropout_p, keep_mask)
+    return scaled_logits(z, logit_scale, softcap, temperature)
+
+
+def scaled_logits(z: torch.Tensor, logit_scale: float, softcap: float, temperature: float) -> torch.Tensor:
+    """Logits as the loss has them, in float32 at least."""
     z = z.to(torch.promote_types(z.dtype, torch.float32)) * logit_scale
     if softcap:
         z = softcap * torch.tanh(z / softcap)

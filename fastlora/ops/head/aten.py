@@ -99,9 +99,14 @@ def widened(h: Tensor, head: Head) -> Head:
     return head._replace(**{name: f if f is None else f.to(wide) for name, f in zip(head._fields[2:4], head[2:4])})
 
 
-def chunks(h: Tensor, head: Head, labels: Tensor, keep: Tensor | None, rows: Tensor | None) -> Iterator[Chunk]:
+RAW = False  # whether this backend takes logits before scale, cap and temperature
+
+
+def chunks(
+    h: Tensor, head: Head, labels: Tensor, keep: Tensor | None, rows: Tensor | None, raw: bool
+) -> Iterator[Chunk]:
     """The tokens' logits, chunk by chunk; with `rows` only those rows of h (T, H). The caller may write into z. The
-    head is `widened`."""
+    head is `widened`; with `raw` its scale, cap and temperature are left out."""
     count = h.shape[0] if rows is None else rows.shape[0]
     size = chunk_tokens(h, head.weight.shape[0])
     lora_A, lora_B = head.lora_A, head.lora_B
@@ -120,65 +125,87 @@ def chunks(h: Tensor, head: Head, labels: Tensor, keep: Tensor | None, rows: Ten
                 dropped = dropped * mask * dropout_scale(head.dropout_p)
             s = dropped.mm(lora_A.t())
             z.addmm_(s, lora_B.t(), alpha=head.scaling)
-        if head.logit_scale != 1.0:
-            z *= head.logit_scale
         slope = None
-        if head.softcap > 0.0:
+        if head.logit_scale != 1.0 and not raw:
+            z *= head.logit_scale
+        if head.softcap > 0.0 and not raw:
             z.div_(head.softcap).tanh_()
             slope = z.square().neg_().add_(1.0)
             z *= head.softcap
-        if head.temperature != 1.0:
+        if head.temperature != 1.0 and not raw:
             z /= head.temperature
         yield Chunk(where, x, y, mask, dropped, s, z, slope)
 
 
 def softmax_(z: Tensor) -> Tensor:
-    """Overwrites logits by their softmax; the log of the sum of their exponentials, a number a row."""
+    """Overwrites logits by their softmax; lse in two parts (T, 2), the row's maximum m and log Σ exp(z − m): as one
+    number its rounding would be the softmax's relative error, where that is formed again."""
     top = z.amax(dim=1, keepdim=True)
     total = z.sub_(top).exp_().sum(dim=1, keepdim=True)
     z /= total
-    return (top + total.log()).squeeze(1)
+    return torch.cat([top, total.log()], dim=1)
 
 
-def token_losses(chunk: Chunk, loss: Loss) -> tuple[Tensor, Tensor]:
-    """(ℓ, lse) of a chunk's tokens; z becomes its softmax."""
+def _losses(chunk: Chunk, loss: Loss) -> tuple[Tensor, Tensor]:
+    """(ℓ, lse in two parts) of a chunk's tokens; z becomes its softmax."""
     target = chunk.z.gather(1, chunk.labels[:, None]).squeeze(1)
     mean = chunk.z.mean(dim=1) if loss.label_smoothing else None
     lse = softmax_(chunk.z)
-    value = lse - (1.0 - loss.label_smoothing) * target
+    top, log_sum = lse.unbind(1)
+    value = log_sum + (1.0 - loss.label_smoothing) * (top - target)
     if mean is not None:
-        value -= loss.label_smoothing * mean
+        value += loss.label_smoothing * (top - mean)
     if loss.z_loss:
-        value += loss.z_loss * lse.square()
+        value += loss.z_loss * lse.sum(1).square()
     return value, lse
 
 
-def token_scores(chunk: Chunk, loss: Loss, wanted: Sequence[bool]) -> list[Tensor | None]:
+def scores(chunk: Chunk, head: Head, loss: Loss, wanted: Sequence[bool]) -> list[Tensor | None]:
     """ℓ, lse, and as far as they are wanted the entropy, whether the label is the likeliest word, the mean of the
-    logits and log Σ p² of a chunk's tokens; z becomes its softmax."""
+    logits and log Σ p² of a chunk's tokens; z is overwritten."""
     entropy, top1, mean_logits, log_sum_sq = wanted
     z = chunk.z.clone() if entropy else None
     is_top1 = chunk.z.argmax(1) == chunk.labels if top1 else None
     mean = chunk.z.mean(1) if mean_logits else None
-    losses, lse = token_losses(chunk, loss)
-    entropies = None if z is None else lse - z.mul_(chunk.z).sum(1)
+    losses, lse = _losses(chunk, loss)
+    entropies = None if z is None else lse[:, 1] - z.sub_(lse[:, :1]).mul_(chunk.z).sum(1)
     return [losses, lse, entropies, is_top1, mean, chunk.z.norm(dim=1).log() * 2 if log_sum_sq else None]
 
 
-def backward_(
+def losses_(chunk: Chunk, head: Head, loss: Loss, grad: Tensor | None, gradient: bool) -> Tensor:
+    """ℓ of a chunk's tokens; with `gradient` z becomes the gradient of Σ grad·ℓ (None: of Σ ℓ)."""
+    losses, lse = _losses(chunk, loss)
+    if gradient:
+        _gradient_(chunk, head, loss, lse, grad)
+    return losses
+
+
+def gradient_(
     chunk: Chunk,
     head: Head,
     loss: Loss,
     lse: Tensor,
-    grad: Tensor | None,
-    into: Gradients,
-    extra: Tensor | None = None,
+    grad: Tensor,
+    grad_entropy: Tensor | None = None,
+    entropy: Tensor | None = None,
 ) -> None:
-    """Adds a chunk's share to the gradients; z, its softmax, is overwritten. `grad`: what arrives for each token's ℓ,
-    or None for 1; `extra`: a gradient of z to add."""
+    """z becomes the gradient of Σ grad·ℓ + grad_entropy·H, given the tokens' lse and H."""
+    z, extra = chunk.z.sub_(lse[:, :1]).sub_(lse[:, 1:]), None
+    if grad_entropy is not None and entropy is not None:  # of H = −Σ p log p: −p (log p + H)
+        extra = (z + entropy[:, None]).mul_(-grad_entropy[:, None])
+        extra *= z.exp_()
+    else:
+        z.exp_()
+    _gradient_(chunk, head, loss, lse, grad, extra)
+
+
+def _gradient_(
+    chunk: Chunk, head: Head, loss: Loss, lse: Tensor, grad: Tensor | None, extra: Tensor | None = None
+) -> None:
+    """z, the softmax, becomes the gradient; `extra`: what to add to that of the scaled logits."""
     dz = chunk.z
     if loss.z_loss:
-        dz *= (1.0 + 2.0 * loss.z_loss * lse)[:, None]
+        dz *= (1.0 + 2.0 * loss.z_loss * lse.sum(1))[:, None]
     if loss.label_smoothing:
         dz -= loss.label_smoothing / dz.shape[1]
     one = dz.new_full((1, 1), loss.label_smoothing - 1.0).expand(dz.shape[0], 1)
@@ -191,6 +218,11 @@ def backward_(
         dz *= chunk.slope
     if head.logit_scale != head.temperature:
         dz *= head.logit_scale / head.temperature
+
+
+def accumulate(chunk: Chunk, head: Head, into: Gradients) -> None:
+    """Adds a chunk's share to the gradients; z is the gradient of its logits."""
+    dz = chunk.z
     if into.bias is not None:
         into.bias += dz.sum(0)
     narrow = dz.to(chunk.h.dtype)

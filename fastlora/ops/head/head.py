@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...runtime import env
+from ...runtime.trust import Trusted, first_difference, module_or_reason, seeded
 from .. import call, reference
 from ..lora.aten import draw_keep_mask
 from . import aten
@@ -246,8 +249,9 @@ def _per_token(
                 h2, *head[:4], flat, _mask(h2, head), *head[4:], ignore_index, *loss, wanted, where
             )
     else:
-        losses = reference.head_losses(h2, *head, flat, ignore_index, *loss)
-        scores = reference.token_scores(reference.head_logits(h2, *head), flat, ignore_index)
+        z = reference.head_logits(h2, *head)
+        losses = reference.token_losses(z, flat, ignore_index, *loss)
+        scores = reference.token_scores(z, flat, ignore_index)
     found = [score.view(labels.shape) if want else None for want, score in zip(wanted, scores)]
     return TokenScores(-losses.view(labels.shape), *found)
 
@@ -305,6 +309,50 @@ def _tokens(labels: Tensor, vocabulary: int, ignore_index: int, caller: str) -> 
     return _Tokens(rows, labels.masked_fill(~counts, 0).long(), None, count)
 
 
+_trusted = Trusted("the kernel of the head's loss", "ATen runs instead")
+
+
+def _backend(h: Tensor, head: Head) -> ModuleType:
+    """What passes over a chunk's logits: the kernel on a GPU, once it has passed its first-use check, else ATen."""
+    if not h.is_cuda or h.dtype == torch.float64 or head.logit_scale <= 0.0 or env.backend() == "torch":
+        return aten
+    module = module_or_reason("fastlora.ops.head.triton")
+    if isinstance(module, str) or _trusted.why_not((h.device, torch.float32), lambda: self_check(module, h.device)):
+        return aten
+    return module
+
+
+def self_check(module: ModuleType, device: torch.device) -> str | None:
+    """Compares losses, scores and gradients of logits with fp64, at vocabularies beyond a block, with every option."""
+    with seeded(device):
+        for words in (4112, 4201):
+            z, labels = 4 * torch.randn(5, words, device=device), torch.randint(words, (5,), device=device)
+            labels[0] = z[0].argmax()
+            empty = z.new_empty(0, 1)
+            head = Head(empty, None, None, None, 1.0, 0.0, 0.75, 5.0, 0.7)
+            loss, grads = Loss(0.1, 0.01), torch.randn(2, 5, device=device)
+
+            def chunk(z: Tensor = z, labels: Tensor = labels, empty: Tensor = empty) -> aten.Chunk:
+                return aten.Chunk(slice(None), empty, labels, None, None, None, z.clone(), None)
+
+            exact = z.double().requires_grad_()
+            scaled = reference.scaled_logits(exact, 0.75, 5.0, 0.7)
+            want = [reference.token_losses(scaled, labels, -100, *loss)]
+            want += reference.token_scores(scaled, labels)
+            (grad,) = torch.autograd.grad([want[0], want[1]], exact, list(grads.double()), retain_graph=True)
+            (plain,) = torch.autograd.grad(want[0].sum(), exact)
+            losses, lse, *got = module.scores(chunk(), head, loss, [True] * 4)
+            one, other = chunk(), chunk()
+            module.gradient_(one, head, loss, lse, grads[0], grads[1], got[0])
+            of_sum = module.losses_(other, head, loss, None, True)
+            pairs = [*zip((losses, *got), want, strict=True), (one.z, grad), (of_sum, want[0]), (other.z, plain)]
+            names = ("ℓ", "entropy", "top-1", "mean", "log Σ p²", "dz", "ℓ of a sum", "dz of a sum")
+            found = [(name, a.float(), b.detach().double()) for name, (a, b) in zip(names, pairs, strict=True)]
+            if (failure := first_difference(found, torch.float32)) is not None:
+                return f"{words} words: {failure}"
+    return None
+
+
 def _arguments(h, weight, bias, lora_A, lora_B, numbers):
     return Head(weight, bias, lora_A, lora_B, *numbers[:5]), Loss(*numbers[6:8]), numbers[5]
 
@@ -318,15 +366,15 @@ def _sum(h, weight, bias, lora_A, lora_B, labels, keep, *rest):
     head, loss, ignore_index = _arguments(h, weight, bias, lora_A, lora_B, numbers)
     tokens = _tokens(labels, weight.shape[0], ignore_index, caller)
     into = Gradients(h, head, tuple(needs))
-    total = torch.zeros((), dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
-    wide = aten.widened(h, head)
-    for chunk in aten.chunks(h, wide, tokens.labels, keep, tokens.rows):
-        losses, lse = aten.token_losses(chunk, loss)
+    total = torch.zeros((), dtype=torch.float64, device=h.device)  # a number a chunk: its rounding costs nothing
+    wide, backend = aten.widened(h, head), _backend(h, head)
+    for chunk in aten.chunks(h, wide, tokens.labels, keep, tokens.rows, backend.RAW):
         counted = None if tokens.counted is None else tokens.counted[chunk.rows]
-        total += losses.sum() if counted is None else torch.where(counted, losses, 0).sum()
+        losses = backend.losses_(chunk, wide, loss, counted, any(needs))
+        total += (losses if counted is None else torch.where(counted, losses, 0)).sum(dtype=total.dtype)
         if any(needs):
-            aten.backward_(chunk, wide, loss, lse, counted, into)
-    return total, tokens.count, *_not_none(h, into.tensors(head))
+            aten.accumulate(chunk, wide, into)
+    return total.to(torch.promote_types(h.dtype, torch.float32)), tokens.count, *_not_none(h, into.tensors(head))
 
 
 def _token_losses(h, weight, bias, lora_A, lora_B, labels, keep, *rest):
@@ -334,13 +382,14 @@ def _token_losses(h, weight, bias, lora_A, lora_B, labels, keep, *rest):
     head, loss, ignore_index = _arguments(h, weight, bias, lora_A, lora_B, numbers)
     tokens = _tokens(labels, weight.shape[0], ignore_index, caller)
     found = [torch.zeros_like(like) for like in _tokens_fake(h, weight, bias, lora_A, lora_B, labels, keep, *rest)]
-    wide = aten.widened(h, head)
-    for chunk in aten.chunks(h, wide, tokens.labels, keep, tokens.rows):
-        for all_of_it, part in zip(found, aten.token_scores(chunk, loss, wanted), strict=True):
+    wide, backend = aten.widened(h, head), _backend(h, head)
+    for chunk in aten.chunks(h, wide, tokens.labels, keep, tokens.rows, backend.RAW):
+        for all_of_it, part in zip(found, backend.scores(chunk, wide, loss, wanted), strict=True):
             if part is not None:
                 all_of_it[chunk.rows] = part
     if tokens.counted is not None:
-        found = [of_it * tokens.counted if of_it.numel() else of_it for of_it in found]
+        losses, lse, *scores = found
+        found = [losses * tokens.counted, lse, *(s * tokens.counted if s.numel() else s for s in scores)]
     return tuple(found)
 
 
@@ -349,20 +398,15 @@ def _token_losses_backward(grad, grad_entropy, lse, entropy, h, weight, bias, lo
     head, loss, ignore_index = _arguments(h, weight, bias, lora_A, lora_B, numbers)
     tokens = _tokens(labels, weight.shape[0], ignore_index, caller)
     into = Gradients(h, head, tuple(needs))
-    wide = aten.widened(h, head)
-    grad = torch.zeros_like(lse) if grad is None else grad
+    wide, backend = aten.widened(h, head), _backend(h, head)
+    grad = torch.zeros_like(lse[:, 0]) if grad is None else grad
     if tokens.counted is not None:
         grad = grad * tokens.counted
         grad_entropy = None if grad_entropy is None else grad_entropy * tokens.counted
-    for chunk in aten.chunks(h, wide, tokens.labels, keep, tokens.rows):
-        own, extra = lse[chunk.rows], None
-        chunk.z.sub_(own[:, None])
-        if grad_entropy is not None:  # of H = −Σ p log p: −p (log p + H)
-            extra = (chunk.z + entropy[chunk.rows][:, None]).mul_(-grad_entropy[chunk.rows][:, None])
-            extra *= chunk.z.exp_()
-        else:
-            chunk.z.exp_()
-        aten.backward_(chunk, wide, loss, own, grad[chunk.rows], into, extra)
+    of_entropy = (grad_entropy, entropy) if grad_entropy is not None else ()
+    for chunk in aten.chunks(h, wide, tokens.labels, keep, tokens.rows, backend.RAW):
+        backend.gradient_(chunk, wide, loss, *(vector[chunk.rows] for vector in (lse, grad, *of_entropy)))
+        aten.accumulate(chunk, wide, into)
     return _not_none(h, into.tensors(head))
 
 
@@ -383,7 +427,7 @@ def _tokens_fake(h, weight, bias, lora_A, lora_B, labels, keep, *rest):
     wide = torch.promote_types(h.dtype, torch.float32)
     kinds = zip((wide, torch.bool, wide, wide), rest[-2], strict=True)
     scores = (h.new_empty(h.shape[0] if want else 0, dtype=dtype) for dtype, want in kinds)
-    return *(h.new_empty(h.shape[0], dtype=wide) for _ in range(2)), *scores
+    return h.new_empty(h.shape[0], dtype=wide), h.new_empty(h.shape[0], 2, dtype=wide), *scores
 
 
 def _tokens_backward_fake(grad, grad_entropy, lse, entropy, h, weight, bias, lora_A, lora_B, labels, keep, *rest):

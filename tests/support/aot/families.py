@@ -1,5 +1,6 @@
-"""The kernels of DoRA, experts, groups, importance, MLPs, NF4 and mixed batches, launched as training steps launch
-them, at the problems that hold most in registers for each configuration that the rules have; the headline is first."""
+"""The kernels of DoRA, experts, groups, the head's loss, importance, MLPs, NF4 and mixed batches, launched as training
+steps launch them, at the problems that hold most in registers for each configuration that the rules have; the headline
+is first."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from aot import sweep
 from aot.pretend import Launch, pretend
 from aot.sweep import BF16, FP32
 
-from fastlora.kernels import dora, group, importance, mlp, segment_grads, segments
+from fastlora.kernels import dora, group, head, importance, mlp, segment_grads, segments
 from fastlora.kernels.importance_plan import Layout
 from fastlora.kernels.nf4 import dequantise_4bit
 from fastlora.kernels.segment_factors import expert_factors, factors_of
@@ -51,6 +52,20 @@ def launch_group(k, ranks, dtype, adapter_dtype, p):
     outs = [empty(*a.shape, dtype=adapter_dtype).t() for a in lora_As]
     group.group_weight_grad(x, s, outs, workspace(group.weight_grad_workspace(x, ranks)), **dropout)
     group.group_expand(s, [a.t() for a in lora_As], empty(M, k, dtype=dtype), accumulate=True, **dropout)
+
+
+def launch_head(words, dtype, softcap=0.0):
+    """A sum's loss with its gradient; every statistic; the gradient of both, each as the ops launch it."""
+    z, labels, (g, h, loss) = (
+        empty(840, words, dtype=dtype),
+        empty(840, dtype=torch.int64),
+        (empty(840) for _ in range(3)),
+    )
+    steps = {"softcap": softcap, "scale": 0.5, "temperature": 0.7, "lse": empty(840, 2)}
+    head.head(z, labels, **steps, loss=loss, gradient=True)
+    scores = {"entropy": h, "top1": empty(840, dtype=torch.bool), "mean_logits": empty(840), "log_sum_sq": empty(840)}
+    head.head(z, labels, **steps, loss=loss, **scores)
+    head.head(z, labels, **steps, gradient=True, grad=g, grad_entropy=g, entropy=h)
 
 
 def launch_importance(r, k, n, dtype, aligned):
@@ -162,6 +177,12 @@ FAMILIES = {
             (4096, (64, 64, 64), FP32, FP32, 0.1),
             (1003, (64, 64, 64), BF16, FP32, 0.1),
         ],
+    ),
+    "head": Family(
+        launch_head,
+        "_head",
+        [(151_936, FP32), (151_936, FP32, 30.0), (151_936, BF16, 30.0), (50_257, FP32, 30.0), (50_257, FP32)],
+        usual=2,
     ),
     "importance": Family(
         launch_importance,
