@@ -1,6 +1,6 @@
 """The wheel, the source distribution and every way to install, built offline from a copy of the checkout.
 
-`pytest tests/packaging`; nothing is downloaded: what fastlora requires is linked to from this environment.
+`pytest tests/packaging`. Nothing is downloaded: what fastlora requires is linked to from this environment, and no more.
 """
 
 import os
@@ -13,6 +13,7 @@ import tarfile
 import venv
 import zipfile
 from email.parser import Parser
+from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -79,11 +80,20 @@ def expected_files():
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """Links to this environment's packages, fastlora excepted: torch is too large to be installed again."""
+    """Links to what fastlora says that it requires, and to nothing else: torch is too large to be installed again."""
     folder = tmp_path_factory.mktemp("packages")
-    for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        if "fastlora" not in entry.name and entry.suffix != ".pth":
-            (folder / entry.name).symlink_to(entry)
+    waiting, seen = [Requirement(name) for name in ("fastlora", "pip", "setuptools")], set()
+    while waiting:
+        want = waiting.pop()
+        one = distribution(want.name)
+        for line in one.requires or ():
+            more = Requirement(line)
+            if not more.marker or any(more.marker.evaluate({"extra": extra}) for extra in ("", *want.extras)):
+                waiting += [more] if str(more) not in seen else []
+                seen.add(str(more))
+        for entry in {Path(file).parts[0] for file in one.files or ()} - {"..", "__pycache__"}:
+            if "fastlora" not in entry and not (folder / entry).exists():
+                (folder / entry).symlink_to(Path(sysconfig.get_path("purelib")) / entry)
     return folder
 
 
@@ -141,7 +151,7 @@ def check_requirements(metadata):
         return [one for one in marked if one.marker.evaluate({"extra": extra})]
 
     runtime = {one.name for one in requirements if not one.marker or one.marker.evaluate({"extra": ""})}
-    assert runtime == {"torch", "safetensors", "filelock"} | ({"triton"} if sys.platform == "linux" else set())
+    assert runtime == {"torch", "safetensors", "numpy", "filelock"} | ({"triton"} if sys.platform == "linux" else set())
     pulled = {
         extra: {name for one in of(extra) if one.name == "fastlora" for name in one.extras}
         for extra in metadata.get_all("Provides-Extra")
