@@ -13,6 +13,7 @@ from torch import nn
 from ..integrations.peft.family import adapted
 from ..integrations.peft.wrappers import Beside
 from ..introspect import sharding
+from ..introspect.names import peeled
 from ..introspect.targets import lora_layers
 from ..layers import batch
 from ..layers.embedding import FusedLoraEmbedding
@@ -77,7 +78,8 @@ def follow_ties(model: nn.Module) -> None:
         if not hasattr(config, "tie_word_embeddings") or not callable(getattr(module, "get_output_embeddings", None)):
             continue
         owner: Any = module
-        ends = owner.get_input_embeddings(), owner.get_output_embeddings()
+        with peeled(model):  # transformers looks for them by names
+            ends = owner.get_input_embeddings(), owner.get_output_embeddings()
         if any(not hasattr(end, "weight") for end in ends):
             continue
         configs = {id(one): one for one in (config, config.get_text_config())}.values()
