@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..introspect import sharding
 from ..layers.checks import check_adapter_arguments
+from ..layers.experts import ExpertWeight, as_stored, by_expert
 from ..layers.state import AdapterState
 from ..linalg.lowrank import balanced
 from ..runtime import progress
@@ -70,13 +71,15 @@ def add_weighted_adapter(
             if not mine:
                 continue
             a, b = _stacked(layer, mine)
-            rank = len(a) if r is None else min(r, len(a), layer.in_features, layer.out_features)
+            total = a.shape[-2]
+            rank = total if r is None else min(r, total, layer.in_features, layer.out_features)
             captured = 1.0
-            if rank < len(a):
+            if rank < total:
                 a, b, captured = truncated(a, b, rank)
             added.append(layer)
             dtype = layer.lora_A[next(iter(mine))].dtype
             layer.add_adapter(adapter_name, rank, lora_alpha=rank, dtype=dtype)
+            a, b = as_stored(a, b) if a.dim() == 3 else (a, b)
             with torch.no_grad():
                 layer.lora_A[adapter_name].copy_(a)
                 layer.lora_B[adapter_name].copy_(b)
@@ -90,21 +93,27 @@ def add_weighted_adapter(
 
 def truncated(a: Tensor, b: Tensor, r: int) -> tuple[Tensor, Tensor, float]:
     """(A (r, in), B (out, r), captured share) of the best approximation of b a of rank r, for a (R, in) and b (out, R),
-    by the SVD of the R×R core in float64; the singular values' roots go to either side."""
-    new_a, new_b, sigma = balanced(a, b, r)
+    by the SVD of the R×R core in float64; the singular values' roots go to either side. Experts' (E, R, in) and
+    (E, out, R) one by one."""
+    if a.dim() == 3:
+        new_a, new_b, sigma = map(torch.stack, zip(*(balanced(*pair, r) for pair in zip(a, b)), strict=True))
+    else:
+        new_a, new_b, sigma = balanced(a, b, r)
     energy = sigma.square()
-    return new_a, new_b, float(energy[:r].sum() / energy.sum()) if bool(energy.any()) else 1.0
+    return new_a, new_b, float(energy[..., :r].sum() / energy.sum()) if bool(energy.any()) else 1.0
 
 
 def _stacked(layer: AdapterState, weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:
-    """(Â (R, in), B̂ (out, R)) of the sum, in the adapters' own precision or float32."""
+    """(Â (R, in), B̂ (out, R)) of the sum, in the adapters' own precision or float32; of each expert where there are."""
     downs, ups = [], []
     for name, weight in weights.items():
         a, b, *_ = layer.as_plain_adapter(name)
+        if isinstance(layer, ExpertWeight):
+            a, b = by_expert(a, b, layer.num_experts)
         wide = torch.promote_types(a.dtype, torch.float32)
         downs.append(a.detach().to(wide))
         ups.append(b.detach().to(wide) * (weight * layer.scaling[name]))
-    return torch.cat(downs), torch.cat(ups, dim=1)
+    return torch.cat(downs, dim=-2), torch.cat(ups, dim=-1)
 
 
 def _check(

@@ -85,6 +85,9 @@ def explain(layer: nn.Module, x: Tensor, *, measure: bool = False) -> Explanatio
     _check_input(own.in_features, x)
     if own.disable_adapters or own.merged_adapters:
         return _base(name, f"its adapters are {'disabled' if own.disable_adapters else 'merged'}")
+    if hasattr(layer, "num_experts"):
+        grouped = "a weight of experts: its module runs it, by lora_grouped_linear, which chooses at each call"
+        return Explanation(name, "grouped", "grouped", grouped)
     with layer.terms_written_out(x) as (x, terms, backend):
         if isinstance(terms, str):
             page = "docs/details/peft.md" if layer.shares_input else "docs/details/qlora.md"

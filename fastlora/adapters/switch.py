@@ -233,6 +233,11 @@ def adapter_names(model: nn.Module, names: Sequence[str], num_beams: int = 1) ->
     mixing = [
         name for name, one in layers if getattr(one, "shares_input", False) or isinstance(one, FusedLoraEmbedding)
     ]
+    if experts := [name for name, layer in layers if hasattr(layer, "num_experts")]:
+        raise ValueError(
+            f"adapter_names: model: {experts[0]!r} is a weight of experts, which get the tokens of all sequences "
+            "together; want a call for each adapter (set_adapter)"
+        )
     foreign = [name for name, _ in layers if name not in mixing]
     if foreign:
         raise ValueError(

@@ -119,8 +119,8 @@ class ExpertWeight(AdapterState):
         if name not in self.lora_A0:
             return self.lora_A[name], self.lora_B[name], self.r[name], self.lora_alpha[name]
         (term,) = self._terms([name])
-        r, a, b = term.lora_A.shape[1], term.lora_A, term.lora_B
-        return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1), r, self.alpha_at(name, r)
+        r = term.lora_A.shape[1]
+        return *as_stored(term.lora_A, term.lora_B), r, self.alpha_at(name, r)
 
     def merge(self, untie: bool = False) -> None:
         """Adds the active adapters to the weight, one expert at a time, in float32 and rounded once; `unmerge` restores
@@ -150,6 +150,11 @@ def by_expert(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> tuple[Tensor,
         lora_A.view(num_experts, -1, lora_A.shape[1]),
         lora_B.view(len(lora_B), -1, num_experts).permute(2, 0, 1),
     )
+
+
+def as_stored(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """What `by_expert` undoes."""
+    return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
 
 
 def delta_of(term: call.Adapter, expert: int, transposed: bool) -> Tensor:

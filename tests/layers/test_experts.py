@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
 from fastlora.introspect.targets import lora_layers
-from fastlora.layers.experts import ExpertWeight
+from fastlora.layers.experts import ExpertWeight, delta_of
 
 
 def wrapper_of(peft_model: Any, name: str, layer: ExpertWeight) -> Any:
@@ -140,10 +140,24 @@ def test_several_adapters_and_their_switches():
     fastlora.merge(model)
     assert torch.allclose(model(x).logits, both, atol=1e-4)
     fastlora.unmerge(model)
+    done = fastlora.add_weighted_adapter(model, {"default": 1.0, "b": 1.0}, "sum")
+    assert {combined.r for combined in done.values()} == {5}
+    fastlora.add_weighted_adapter(model, {"default": 1.0, "b": 0.5}, "less", r=4)
+    fastlora.set_adapter(model, "sum")
+    assert torch.allclose(model(x).logits, both, atol=1e-4)
+    expert = torch.zeros(24, 16, dtype=torch.float64)
+    for name, weight in (("default", 1.0), ("b", 0.5)):
+        (term,) = layer._terms([name])
+        expert += weight * delta_of(term, 2, False).double()
+    (term,) = layer._terms(["less"])
+    best = torch.linalg.svdvals(expert)[4:].norm()
+    assert float((delta_of(term, 2, False).double() - expert).norm()) < 1.0001 * float(best)
+    fastlora.set_adapter(model, "b")
     fastlora.delete_adapter(model, "default")
     assert torch.equal(model(x).logits, two)
-    with pytest.raises(ValueError, match="adapter_names"), fastlora.adapter_names(model, ["b", "b"]):
-        pass
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.experts.gate_up_proj' is a weight of experts"):
+        fastlora.adapter_names(model, ["b", "b"]).__enter__()
+    assert fastlora.explain(layer, torch.randn(4, 16)).forward == "grouped"
 
 
 def test_dropout_drops_in_training_only_and_follows_the_seed():
