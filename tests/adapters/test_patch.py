@@ -18,12 +18,6 @@ from transformers.pytorch_utils import Conv1D
 import fastlora
 from fastlora import FusedLoraLinear
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 # What a swap changes.
 
 

@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
+from bench.harness import counting, runner, timing
+from bench.harness.contenders import Tensors, Unavailable, build
+from bench.harness.counting import H200, KERNELS, Problem, Roof, Step
+from bench.layers import lora_linear
 
-from bench.harness import counting, runner, timing  # noqa: E402
-from bench.harness.contenders import Tensors, Unavailable, build  # noqa: E402
-from bench.harness.counting import H200, KERNELS, Problem, Roof, Step  # noqa: E402
-from bench.layers import lora_linear  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 LLAMA = Problem(8192, 4096, 4096, 16)
 UP = Problem(8192, 14336, 4096, 16)  # 4096 -> 14336

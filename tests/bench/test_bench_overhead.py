@@ -1,12 +1,8 @@
 """bench/layers/overhead.py, and that the dispatcher's share of a call is small beside the call."""
 
 import json
-import sys
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # bench/ is not installed
 
 from bench.layers import overhead
 from fastlora.ops.lora import choice as lora_choice

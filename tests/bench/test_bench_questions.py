@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
+from bench.harness.contenders import Contender, Tensors, build
+from bench.harness.counting import Problem
+from bench.layers import correctness
 
-from bench.harness.contenders import Contender, Tensors, build  # noqa: E402
-from bench.harness.counting import Problem  # noqa: E402
-from bench.layers import correctness  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 CPU = torch.device("cpu")
 

@@ -2,23 +2,18 @@
 saved for the backward pass, the runner from end to end, tiny."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # bench/ is not installed
-
-from bench.harness import turns  # noqa: E402
-from bench.harness.contenders import Contender, Tensors, build  # noqa: E402
-from bench.harness.counting import Problem, Roof  # noqa: E402
-from bench.harness.memory import saved_bytes  # noqa: E402
-from bench.harness.timing import CpuTimer  # noqa: E402
-from bench.layers import forms, mixed  # noqa: E402
-from bench.models import blocks, suite  # noqa: E402
-from bench.show import summary  # noqa: E402
+from bench.harness import turns
+from bench.harness.contenders import Contender, Tensors, build
+from bench.harness.counting import Problem, Roof
+from bench.harness.memory import saved_bytes
+from bench.harness.timing import CpuTimer
+from bench.layers import forms, mixed
+from bench.models import blocks, suite
+from bench.show import summary
 
 CPU = torch.device("cpu")
 ROOF = Roof(flops=1e11, bandwidth=1e10)

@@ -1,12 +1,7 @@
 """What a LoRA linear keeps for its backward pass on a GPU, and its peak, beside eager PyTorch."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # bench/ is not installed
 
 from bench.harness.contenders import Tensors, build
 from bench.harness.counting import Problem

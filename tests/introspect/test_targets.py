@@ -16,12 +16,6 @@ from torch.nn.utils import prune
 
 import fastlora
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 # Which modules are targets: PEFT's meaning of the names.
 
 

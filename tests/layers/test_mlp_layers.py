@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import path, spied_mlps
+from problems import spied_mlps, through_the_function
 from tiny_models import tiny_batch, tiny_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -20,10 +20,7 @@ from fastlora.layers import mlp as mlps
 K, N = 12, 20
 
 
-@pytest.fixture(autouse=True)
-def fused_at_every_size():
-    with path("function"):
-        yield
+the_function = pytest.fixture(autouse=True)(through_the_function)
 
 
 @pytest.fixture

@@ -9,17 +9,14 @@ from dataclasses import replace
 import contracts
 import pytest
 import torch
-from problems import path
+from problems import path, through_the_function
 
 from fastlora.functional import Adapter, GroupLayer, lora_group, lora_linear, multi_lora_linear
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
-@pytest.fixture(autouse=True)
-def groups_of_every_size():
-    with path("function"):
-        yield
+the_function = pytest.fixture(autouse=True)(through_the_function)
 
 
 GROUP, CPU = contracts.Group(), contracts.ATEN[0]

@@ -11,7 +11,7 @@ import contracts
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import path, spied_mlps
+from problems import path, spied_mlps, through_the_function
 from torch import Tensor, nn
 
 from fastlora.functional import Adapter, GroupLayer, lora_activated_linear, lora_mlp
@@ -22,10 +22,7 @@ FP32, FP64 = torch.float32, torch.float64
 MLP, CPU = contracts.Mlp(), contracts.ATEN[0]
 
 
-@pytest.fixture(autouse=True)
-def fused_at_every_size():
-    with path("function"):
-        yield
+the_function = pytest.fixture(autouse=True)(through_the_function)
 
 
 @pytest.fixture

@@ -32,6 +32,12 @@ def path(name: str) -> Iterator[None]:
         call.SMALL = former
 
 
+def through_the_function() -> Iterator[None]:
+    """Every call takes the way of a real model's: tiny ones would be left to ATen's own autograd. For a fixture."""
+    with path("function"):
+        yield
+
+
 def spied_mlps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The activations of the MLPs that run fused from now on, in order."""
     calls: list[str] = []

@@ -3,7 +3,6 @@ plain model patched."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +10,6 @@ import peft
 import pytest
 import torch
 import transformers
-from problems import path
 from study.data.encoder import DEFAULT_MODEL, MINILM_PACKAGE, find_model
 from tiny_models import tiny_batch, tiny_model
 from torch import Tensor, nn
@@ -24,12 +22,6 @@ WAYS = ("PEFT", "PEFT patched", "patched")
 R, ALPHA = 4, 6.0
 # Adam turns a gradient that is rounding noise into a whole step, which a pretrained model at 1e-2 makes much of.
 LEARNING_RATE = {"minilm": 1e-3}
-
-
-def through_the_function() -> Iterator[None]:
-    """Every call takes the way of a real model's: tiny ones would be left to ATen's own autograd. For a fixture."""
-    with path("function"):
-        yield
 
 
 def base_model(name: str) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from training_runs import adapters, assert_same_training, examples, through_the_function, trainable_model
+from problems import through_the_function
+from training_runs import adapters, assert_same_training, examples, trainable_model
 
 the_function = pytest.fixture(autouse=True)(through_the_function)
 

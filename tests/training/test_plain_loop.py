@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from problems import through_the_function
 from training_runs import (
     LEARNING_RATE,
     MODELS,
@@ -15,7 +16,6 @@ from training_runs import (
     assert_fused,
     assert_same_training,
     batches,
-    through_the_function,
     trainable_model,
 )
 

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from problems import through_the_function
 from safetensors.torch import load_file
 from training_runs import (
     adapters,
     assert_fused,
     assert_same_training,
     base_model,
-    through_the_function,
     train,
     trainable_model,
 )

@@ -11,6 +11,7 @@ import accelerate
 import peft
 import pytest
 import torch
+from problems import through_the_function
 from training_runs import (
     Losses,
     adapters,
@@ -19,7 +20,6 @@ from training_runs import (
     assert_same_training,
     base_model,
     examples,
-    through_the_function,
     trainable_model,
 )
 
