@@ -9,8 +9,7 @@ from torch import nn
 
 from ..introspect.names import from_pattern
 from ..introspect.targets import Selection, target_parameters, why_not_experts
-from ..layers.experts import LORA, ExpertWeight
-from ..layers.starts import shifts_weight
+from ..layers.experts import LORA, ExpertWeight, check_start
 from .report import ModuleReport
 
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts", "moe_topk", "moe_k")
@@ -26,11 +25,8 @@ def check(targets: Sequence[str] | None, rank_per_token: bool, settings: dict, i
                 f"patch: {key}: got True with target_parameters, and experts have neither DoRA nor AdaLoRA; patch the "
                 "linear layers and the experts under two adapter names"
             )
-    if targets is not None and shifts_weight(init):
-        raise ValueError(
-            f"patch: init_lora_weights: got {init!r} with target_parameters, which moves a part of the weight into the "
-            'adapter; experts want True, False, "gaussian" or "orthogonal"'
-        )
+    if targets is not None:
+        check_start(init, "patch")
 
 
 def find(

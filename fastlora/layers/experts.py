@@ -73,15 +73,10 @@ class ExpertWeight(AdapterState):
 
     def reset_adapter(self, name: str, init_lora_weights: bool | str = True) -> None:
         """Restarts every expert's adapter: see `FusedLoraLinear.reset_adapter`; no start that moves the weight."""
-        caller = "ExpertWeight.reset_adapter"
         self._check_names([name], "reset_adapter")
         r, lora_A, lora_B = self.r[name], self.lora_A[name], self.lora_B[name]
-        starts.check_init(init_lora_weights, caller, r)
-        if starts.shifts_weight(init_lora_weights):
-            raise ValueError(
-                f"{caller}: init_lora_weights: got {init_lora_weights!r}, which moves a part of the weight into the "
-                'adapter; experts want True, False, "gaussian" or "orthogonal"'
-            )
+        starts.check_init(init_lora_weights, "ExpertWeight.reset_adapter", r)
+        check_start(init_lora_weights, "ExpertWeight.reset_adapter")
         self.forget_initial_factors(name)
         if init_lora_weights == "gaussian":
             nn.init.normal_(lora_A, std=1.0 / r)
@@ -142,6 +137,15 @@ class ExpertWeight(AdapterState):
     def extra_repr(self) -> str:
         adapters = ", ".join(f"{name}: r={r}, scaling={self.scaling[name]:g}" for name, r in self.r.items())
         return f"{self.num_experts} experts, {self.in_features} -> {self.out_features}, {adapters}"
+
+
+def check_start(init_lora_weights: bool | str, caller: str) -> None:
+    """Raises ValueError for a start that experts do not have."""
+    if starts.shifts_weight(init_lora_weights):
+        raise ValueError(
+            f"{caller}: init_lora_weights: got {init_lora_weights!r}, which moves a part of the weight into the "
+            'adapter; experts want True, False, "gaussian" or "orthogonal"'
+        )
 
 
 def by_expert(lora_A: Tensor, lora_B: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

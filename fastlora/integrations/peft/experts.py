@@ -84,31 +84,28 @@ class FusedParamWrapper(PeftFusedLayer, ParamWrapper):
         if isinstance(terms, str):
             raise ValueError(f"merge: {self.parameter_name}: {terms}")
         transposed = bool(self.get_base_layer().is_transposed)
-        caller = (
+        broken = (
             f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"  # PEFT's words
         )
-        self.undos.append((names, fused.add_deltas(self.get_param(), terms, transposed, caller)))
+        self.undos.append((names, fused.add_deltas(self.get_param(), terms, transposed, broken)))
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        while self.undos and self.merged_adapters[-len(self.undos[-1][0]) :] == self.undos[-1][0]:
-            names, bits = self.undos.pop()
-            with torch.no_grad():
-                self.get_param().copy_(bits)
-            del self.merged_adapters[-len(names) :]
+        self.take_back_merges()
         self.undos.clear()
         if self.merged_adapters:
             super().unmerge()  # what PEFT had merged before
 
     def take_back_merges(self) -> list[str]:
-        """Takes back what this class merged, and says which adapters that were."""
-        merged = [name for names, _ in self.undos for name in names]
-        while self.undos:
+        """Takes back what this class merged, latest first, and says which adapters that were."""
+        taken: list[str] = []
+        while self.undos and self.merged_adapters[-len(self.undos[-1][0]) :] == self.undos[-1][0]:
             names, bits = self.undos.pop()
             with torch.no_grad():
                 self.get_param().copy_(bits)
             del self.merged_adapters[-len(names) :]
-        return merged
+            taken = names + taken
+        return taken
 
 
 FusedParamWrapper.__name__ = ParamWrapper.__name__  # by which PEFT finds its wrappers; pickle goes by __qualname__
