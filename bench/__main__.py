@@ -12,6 +12,7 @@ CASES = {  # name: (module, what it measures, its first arguments)
     "mlp": ("models.suite", "a gated MLP, one by one and as one op", "--forms", "mlp"),
     "mixed": ("models.suite", "a batch whose sequences use different adapters", "--forms", "mixed"),
     "dora": ("models.suite", "DoRA: eager PyTorch's, PEFT's and ours", "--forms", "dora"),
+    "experts": ("models.suite", "a mixture's expert layer: PEFT's target_parameters and ours", "--forms", "experts"),
     "qlora": ("layers.qlora", "layers over a 4-bit weight"),
     "head": ("layers.head", "the output head: LoRA inside its cross-entropy, without the logits"),
     "overhead": ("layers.overhead", "what a call costs on the host before any kernel runs"),

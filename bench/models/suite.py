@@ -1,7 +1,7 @@
 """Larger pieces than a layer, all contenders in turns: `python -m bench suite` (docs/benchmarks.md).
 
 Groups of layers that share x, gated MLPs, batches of several adapters, whole transformer blocks at real shapes, a
-training step of a small language model; and, when asked for, DoRA.
+training step of a small language model; and, when asked for, DoRA and a mixture's experts.
 Prints a short table per case and writes everything as JSON, as lora_linear does.
 """
 
@@ -16,7 +16,7 @@ import torch
 from ..harness.counting import Problem
 from ..harness.runner import DTYPES, new_parser, run, some_of
 from ..harness.turns import Case
-from ..layers import dora, forms, mixed
+from ..layers import dora, experts, forms, mixed
 from . import blocks
 
 
@@ -47,7 +47,7 @@ SIZES = {
     ),
     "tiny": Sizes("tiny", ("tiny",), 2, 16, "llama-tiny", 2, 16, ("fp32",), (0.0, 0.1), 2),
 }  # fmt: skip
-FORMS = ("group", "mlp", "mixed", "block", "train", "dora")  # the last only when asked for
+FORMS = ("group", "mlp", "mixed", "block", "train", "dora", "experts")  # the last two only when asked for
 
 
 def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Callable[[], Case]]:
@@ -77,6 +77,10 @@ def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Callabl
                     for m, n, k in dora.SHAPES[sizes.groups]:
                         problem = Problem(m, n, k, options.r, dtype, adapter_dtype, dropout=p)
                         yield lambda problem=problem: dora.dora_case(problem, device)
+                elif form == "experts" and p == 0.0:  # PEFT has no dropout there
+                    like = Problem(0, 0, 0, options.r, dtype, adapter_dtype)
+                    for mixture in experts.MIXTURES[sizes.groups]:
+                        yield lambda mixture=mixture, like=like: experts.experts_case(mixture, like, device)
                 elif form == "train":
                     amount = (sizes.model_sequences, sizes.model_tokens)
                     settings = blocks.Settings(*amount, options.r, p, dtype, adapter_dtype)
@@ -86,14 +90,15 @@ def cases(options: argparse.Namespace, device: torch.device) -> Iterator[Callabl
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = new_parser("suite", __doc__)
     parser.add_argument("--size", choices=SIZES, help="(default: the device's)")
-    parser.add_argument("--forms", default=",".join(FORMS[:-1]), help="comma-separated, of: " + ", ".join(FORMS))
+    parser.add_argument("--forms", default=",".join(FORMS[:-2]), help="comma-separated, of: " + ", ".join(FORMS))
     parser.add_argument("--models", help="blocks, comma-separated, of: " + ", ".join(blocks.BLOCKS))
     options = parser.parse_args(arguments)
     options.sizes = SIZES[options.size or options.device.partition(":")[0]]
     options.forms = some_of(parser, "--forms", options.forms, FORMS)
     options.models = some_of(parser, "--models", options.models, list(blocks.BLOCKS))
     options.names = options.contenders.split(",") if options.contenders else None
-    options.dtype = options.dtype or list(options.sizes.dtypes)
+    plain = {"cuda": ["bf16"]}.get(options.device.partition(":")[0], ["fp32"])
+    options.dtype = options.dtype or (plain if options.forms == ["experts"] else list(options.sizes.dtypes))
     options.dropout = options.dropout or list(options.sizes.dropouts)
     options.rounds = options.rounds or options.sizes.rounds
     return options

@@ -11,7 +11,7 @@ from bench.harness.contenders import Contender, Tensors, build
 from bench.harness.counting import Problem, Roof
 from bench.harness.memory import saved_bytes
 from bench.harness.timing import CpuTimer
-from bench.layers import forms, mixed
+from bench.layers import experts, forms, mixed
 from bench.models import blocks, suite
 from bench.show import summary
 
@@ -202,3 +202,13 @@ def test_the_summary_has_a_line_for_each_case(tmp_path, capsys):
     assert "group qkv M=16, fp32 p=0.0: frozen 2.000 ms | eager +50.0%" in printed
     with pytest.raises(SystemExit):
         summary.main([str(tmp_path / "nothing")])
+
+
+@pytest.mark.parametrize("kinds", [("float32", "float32"), ("bfloat16", "bfloat16")])
+def test_experts_agree(kinds):
+    pytest.importorskip("peft")
+    case = experts.experts_case(experts.Mixture(12, 4, 32, 16, 2), Problem(0, 0, 0, 4, *kinds), CPU)
+    want = values_of(case, "eager")
+    assert len(want) == 2 + 4 and all(value.abs().max() > 0 for value in want)
+    for name in ("peft", "experts"):
+        turns.check_close(values_of(case, name), want, 1e-5 if kinds[0] == "float32" else 2e-2)

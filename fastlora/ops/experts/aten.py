@@ -122,10 +122,10 @@ def backward(
             frozen = w if own is None else None
             wants = needs_x, needs.lora_As[i], needs.lora_Bs[i]
             grads = lora.backward(d, rows, frozen, a, b, part, keep, scaling, p, wants, options.narrow)
-            if needs_x:
+            if needs_x and grads[0] is not None:
                 own = grads[0] if own is None else own.add_(grads[0])
             for grad, to in ((grads[1], grad_as[i]), (grads[2], grad_bs[i])):
-                if to is not None:
+                if to is not None and grad is not None:
                     to[e] = grad
         if dx is not None:
             own = d.mm(w) if own is None else own

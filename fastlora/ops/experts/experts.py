@@ -219,7 +219,7 @@ class GroupedLinearFunction(torch.autograd.Function):
         x, weight, order, offsets, seed, *rest = ctx.saved_tensors
         lora_As, lora_Bs, s = rest[:count], rest[count : 2 * count], rest[2 * count :]
         need = ctx.needs_input_grad
-        needs = Needs(*need[:3], tuple(need[9 : 9 + count]), tuple(need[9 + count :]))
+        needs = Needs(need[0], need[1], need[2], tuple(need[9 : 9 + count]), tuple(need[9 + count :]))
         inputs = (dy, x, weight, s, lora_As, lora_Bs, order, offsets, seed)
         if module is None:
             wanted = [*needs[:3], *needs.lora_As, *needs.lora_Bs]
@@ -268,7 +268,7 @@ def _op_forward_fake(x, weight, bias, lora_As, lora_Bs, order, offsets, seed, *o
 def _op_backward(dy, x, weight, s, lora_As, lora_Bs, order, offsets, seed, *rest):
     *options, needs, backend = rest
     options, count = Options(*options), len(lora_As)
-    wanted = Needs(*needs[:3], tuple(needs[3 : 3 + count]), tuple(needs[3 + count :]))
+    wanted = Needs(needs[0], needs[1], needs[2], tuple(needs[3 : 3 + count]), tuple(needs[3 + count :]))
     module = select(dy, lora_As, lora_Bs, options, backend)
     of = (dy, x, weight, s, lora_As, lora_Bs, order, offsets, seed, options)
     dx, dw, db, grad_as, grad_bs = module.backward(*of, wanted)
