@@ -21,10 +21,14 @@ K, N = 24, 40
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def layer(**settings) -> FusedLoraLinear:
+KINDS = {"lora": {}, "dora": {"use_dora": True}, "adalora": {"use_adalora": True}}
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+
+
+def layer(kind: str = "lora", **settings) -> FusedLoraLinear:
     """A layer whose adapter changes the output."""
     torch.manual_seed(0)
-    made = FusedLoraLinear(K, N, **settings)
+    made = FusedLoraLinear(K, N, **KINDS[kind], **settings)
     randomise(made)
     return made
 
@@ -32,8 +36,10 @@ def layer(**settings) -> FusedLoraLinear:
 def randomise(module: nn.Module, scale: float = 0.2) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=scale)
+            if "magnitude" in name:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+            elif "lora_" in name:
+                parameter.normal_(std=scale if "lora_E" not in name else 1.0)
 
 
 def spelled_out(made: FusedLoraLinear, x: Tensor, names: list[str] | None = None) -> Tensor:
@@ -41,7 +47,12 @@ def spelled_out(made: FusedLoraLinear, x: Tensor, names: list[str] | None = None
     weight = made.weight.t() if made.fan_in_fan_out else made.weight
     y = F.linear(x, weight, made.bias)
     for name in made.active_adapters if names is None else names:
-        y = y + made.scaling[name] * (x @ made.lora_A[name].t() @ made.lora_B[name].t())
+        a = made.lora_A[name] * made.lora_E[name] if name in made.lora_E else made.lora_A[name]
+        delta = made.scaling[name] * made.lora_B[name] @ a
+        if name in made.lora_magnitude_vector:
+            whole = weight + delta
+            delta = (made.lora_magnitude_vector[name] / whole.detach().norm(dim=1))[:, None] * whole - weight
+        y = y + x @ delta.t()
     return y
 
 
@@ -107,17 +118,26 @@ def test_from_linear_shares_and_freezes(dtype):
 # Adapters.
 
 
-def test_adapters_by_name():
-    made = layer(r=4)
-    made.add_adapter("second", r=2, lora_alpha=3, lora_dropout=0.5, init_lora_weights=False)
+@EVERY_KIND
+def test_adapters_by_name(kind):
+    made = layer(kind, r=4)
+    made.add_adapter("second", r=2, lora_alpha=3, lora_dropout=0.5, init_lora_weights=False, **KINDS[kind])
     assert made.active_adapters == ["default"]
-    assert not made.lora_A["second"].requires_grad and made.lora_A["default"].requires_grad
+
+    def trained() -> set[str]:
+        return {name.rpartition(".")[2] for name, parameter in made.named_parameters() if parameter.requires_grad}
+
+    assert trained() == {"default"}
+    extra = {"dora": "lora_magnitude_vector", "adalora": "lora_E"}
+    factors = ["lora_A", "lora_B", *([extra[kind]] if kind in extra else [])]
+    same = zip(made.trained_parameters("default"), factors, strict=True)
+    assert all(parameter is getattr(made, factor)["default"] for parameter, factor in same)
     randomise(made)
     made.eval()
     x = torch.randn(6, K)
     torch.testing.assert_close(made(x), spelled_out(made, x, ["default"]))
     made.set_adapter("second")
-    assert made.lora_A["second"].requires_grad and not made.lora_A["default"].requires_grad
+    assert trained() == {"second"}
     torch.testing.assert_close(made(x), spelled_out(made, x, ["second"]))
     made.set_adapter(["default", "second", "default"])
     assert made.active_adapters == ["default", "second"]
@@ -129,6 +149,7 @@ def test_adapters_by_name():
     made.set_adapter(["default", "second"])
     made.delete_adapter("default")
     assert made.active_adapters == ["second"] and list(made.lora_A) == list(made.lora_B) == ["second", "third"]
+    assert kind not in extra or list(getattr(made, extra[kind])) == ["second"]
     assert all("default" not in state for state in (made.r, made.scaling, made.lora_alpha, made.lora_dropout))
     torch.testing.assert_close(made(x), spelled_out(made, x, ["second"]))
 
@@ -250,11 +271,12 @@ def test_get_delta_weight():
 # Conv1D, whose weight is (in, out).
 
 
-def test_conv1d_layout():
+@EVERY_KIND
+def test_conv1d_layout(kind):
     conv = Conv1D(N, K)
     nn.init.normal_(conv.bias)
     weight = conv.weight
-    fastlora.patch(conv)
+    fastlora.patch(conv, **KINDS[kind])
     randomise(conv)
     assert isinstance(conv, FusedLoraLinear) and conv.fan_in_fan_out and conv.weight is weight
     assert conv.lora_A["default"].shape == (8, K) and conv.lora_B["default"].shape == (N, 8)
@@ -262,12 +284,13 @@ def test_conv1d_layout():
     y, want = conv(x), spelled_out(conv, x)
     torch.testing.assert_close(y, want)
     dy = torch.randn_like(y)
-    leaves = [x, conv.lora_A["default"], conv.lora_B["default"]]
-    torch.testing.assert_close(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy))
+    leaves = [x, *conv.trained_parameters("default")]
+    got, expected = torch.autograd.grad(y, leaves, dy), torch.autograd.grad(want, leaves, dy)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     bits = weight.detach().clone()
     assert conv.get_delta_weight("default").shape == weight.shape
     conv.merge()
-    torch.testing.assert_close(conv(x), y)
+    torch.testing.assert_close(conv(x), y, rtol=1e-5, atol=1e-5)
     assert not torch.equal(conv.weight, bits)
     conv.unmerge()
     assert torch.equal(conv.weight, bits)
@@ -283,14 +306,15 @@ def duplicates(made: FusedLoraLinear) -> list[FusedLoraLinear]:
     return [copy.deepcopy(made), pickle.loads(pickle.dumps(made)), torch.load(buffer, weights_only=False)]
 
 
+@EVERY_KIND
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("patched", [False, True])
-def test_copies_live_their_own_lives(patched, merged):
-    made: Any = layer(r=4, lora_dropout=0.25)
+def test_copies_live_their_own_lives(patched, merged, kind):
+    made: Any = layer(kind, r=4, lora_dropout=0.25)
     if patched:
         made = nn.Linear(K, N)
-        fastlora.patch(made, r=4, lora_dropout=0.25)
-    made.add_adapter("second", r=2)
+        fastlora.patch(made, r=4, lora_dropout=0.25, **KINDS[kind])
+    made.add_adapter("second", r=2, **KINDS[kind])
     made.set_adapter(["default", "second"])
     randomise(made)
     made.eval()
@@ -314,16 +338,15 @@ def test_copies_live_their_own_lives(patched, merged):
             assert type(twin) is nn.Linear and torch.equal(twin(x), F.linear(x, bits, made.bias))
 
 
-def test_state_dict_keys_and_round_trip():
-    made = layer(r=4)
-    made.add_adapter("second", r=2)
+@EVERY_KIND
+def test_state_dict_keys_and_round_trip(kind):
+    made = layer(kind, r=4)
+    made.add_adapter("second", r=2, **KINDS[kind])
     state = made.state_dict()
-    assert set(state) == {
-        *("weight", "bias"),
-        *("lora_A.default", "lora_B.default", "lora_A.second", "lora_B.second"),
-    }
-    other = FusedLoraLinear(K, N, r=4)
-    other.add_adapter("second", r=2)
+    factors = ("lora_A", "lora_B", *{"dora": ["lora_magnitude_vector"], "adalora": ["lora_E"]}.get(kind, ()))
+    assert set(state) == {"weight", "bias", *(f"{f}.{name}" for f in factors for name in ("default", "second"))}
+    other = FusedLoraLinear(K, N, r=4, **KINDS[kind])
+    other.add_adapter("second", r=2, **KINDS[kind])
     other.load_state_dict(state)
     x = torch.randn(3, K)
     assert torch.equal(other(x), made(x))
@@ -331,7 +354,7 @@ def test_state_dict_keys_and_round_trip():
     missing = other.load_state_dict(nn.Linear(K, N).state_dict(), strict=False).missing_keys
     assert set(missing) == {key for key in state if key.startswith("lora_")}
     with pytest.raises(RuntimeError, match="size mismatch"):
-        FusedLoraLinear(K, N, r=8).load_state_dict(state, strict=False)
+        FusedLoraLinear(K, N, r=8, **KINDS[kind]).load_state_dict(state, strict=False)
 
 
 def test_a_merged_layer_takes_no_other_weight():

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -323,66 +322,18 @@ def test_added_and_reset_beside_a_merged_adapter(conv1d):
     torch.testing.assert_close(layer.get_delta_weight("old"), delta)
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("conv1d", [False, True])
-def test_merging(dtype, conv1d):
-    if conv1d:
-        transformers = pytest.importorskip("transformers")
-        model: Any = nn.Sequential(transformers.pytorch_utils.Conv1D(30, 24).to(dtype))
-    else:
-        model = nn.Sequential(nn.Linear(24, 30, dtype=dtype))
-    fastlora.patch(model, r=4, use_dora=True)
-    layer = randomise(model[0])
-    x, bits = torch.randn(5, 24, dtype=dtype), layer.weight.detach().clone()
-    apart = layer(x).detach()
-    fastlora.merge(model)
-    torch.testing.assert_close(
-        layer(x), apart, rtol=2e-2 if dtype == BF16 else 1e-5, atol=2e-2 if dtype == BF16 else 1e-5
-    )
-    fastlora.unmerge(model)
-    assert torch.equal(layer.weight, bits)
-    assert torch.equal(layer(x), apart)
-
-
-def test_lora_and_dora_merge_together():
-    layer = randomise(layer_of(FP64))
+@pytest.mark.parametrize("dtype, tolerance", [(FP64, 1e-7), (BF16, 2e-2)])
+def test_lora_and_dora_merge_together(dtype, tolerance):
+    layer = randomise(layer_of(dtype))
     layer.add_adapter("plain", r=3)
     randomise(layer, "plain")
     layer.set_adapter(["default", "plain"])
-    assert layer.lora_magnitude_vector["default"].requires_grad
-    x = torch.randn(5, 24, dtype=FP64)
+    x, bits = torch.randn(5, 24, dtype=dtype), layer.weight.detach().clone()
     apart = layer(x)
     layer.merge()
-    torch.testing.assert_close(layer(x), apart)
-
-
-def test_adapters_are_switched_deleted_and_copied():
-    layer = randomise(layer_of())
-    layer.add_adapter("second", r=2, use_dora=True)
-    x = torch.randn(5, 24)
-    y = layer(x)
-    assert layer.trained_parameters("default") == [
-        layer.lora_A["default"],
-        layer.lora_B["default"],
-        layer.lora_magnitude_vector["default"],
-    ]
-    layer.set_adapter("second")
-    assert not layer.lora_magnitude_vector["default"].requires_grad
-    assert layer.lora_magnitude_vector["second"].requires_grad
-    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
-    layer.set_adapter("default")
-    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(copied(x), y)
-    layer.delete_adapter("default")
-    assert list(layer.lora_magnitude_vector) == ["second"]
-
-
-def test_state_dicts():
-    layer, other = randomise(layer_of()), layer_of()
-    assert "lora_magnitude_vector.default" in layer.state_dict()
-    other.load_state_dict(layer.state_dict())
-    x = torch.randn(5, 24)
-    assert torch.equal(layer(x), other(x))
+    assert (layer(x) - apart).norm() <= tolerance * apart.norm()
+    layer.unmerge()
+    assert torch.equal(layer.weight, bits) and torch.equal(layer(x), apart)
 
 
 def test_reset_measures_the_weight_anew():

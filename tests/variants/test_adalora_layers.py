@@ -390,11 +390,9 @@ def test_lora_plus_gives_lambda_the_rate_of_a():
     ]
 
 
-def test_copies_and_compilation():
+def test_compilation():
     model = random_adapters()
-    copied = copy.deepcopy(model)
-    assert torch.equal(copied(X), model(X))
-    compiled = torch.compile(copied, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(X), model(X), rtol=1e-5, atol=1e-6)
 
 
