@@ -59,16 +59,24 @@ def llama() -> Any:
 IDS = torch.arange(8)[None]
 
 
-@pytest.mark.parametrize("family", ["plain", "PEFT", "PEFT patched"])
+FAMILIES = pytest.mark.parametrize("family", ["plain", "PEFT", "PEFT patched"])
+
+
+def adapted(family: str, model: Any, targets: list[str]) -> Any:
+    if family == "plain":
+        fastlora.patch(model, r=4, target_modules=targets, init_lora_weights=False)
+        return model
+    model = with_lora(model, target_modules=targets)
+    if family == "PEFT patched":
+        fastlora.patch(model)
+    return model
+
+
+@FAMILIES
 def test_a_tied_head_leaves_the_embedding_alone(family):
     base = llama()
     model = copy.deepcopy(base)
-    if family == "plain":
-        fastlora.patch(model, r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
-    else:
-        model = with_lora(model, target_modules=["lm_head", "q_proj"]).eval()
-        if family == "PEFT patched":
-            fastlora.patch(model)
+    model = adapted(family, model, ["lm_head", "q_proj"]).eval()
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     before = embedding.weight.detach().clone()
     wanted = model(IDS).logits
@@ -90,21 +98,21 @@ def test_a_tied_head_leaves_the_embedding_alone(family):
         assert config.tie_word_embeddings and head.weight is embedding.weight
 
 
-@pytest.mark.parametrize("patched", [False, True])
-def test_two_layers_on_one_weight(patched):
+@FAMILIES
+def test_two_layers_on_one_weight(family):
     model: Any = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
     model[2].weight = model[0].weight
-    model = with_lora(model, target_modules=["0", "2"])
-    if patched:
-        fastlora.patch(model)
-    layers = model.base_model.model
-    weight = layers[0].base_layer.weight
+    model = adapted(family, model, ["0", "2"])
+    inner = model if family == "plain" else model.base_model.model
+    layers = [getattr(inner[i], "base_layer", inner[i]) for i in (0, 2)]
+    weight = layers[0].weight
     before, x = weight.detach().clone(), torch.randn(5, 16)
     wanted = model(x)
     fastlora.merge(model)
     torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+    assert layers[0].weight is not layers[1].weight
     fastlora.unmerge(model)
-    assert layers[0].base_layer.weight is layers[2].base_layer.weight is weight and torch.equal(weight, before)
+    assert layers[0].weight is layers[1].weight is weight and torch.equal(weight, before)
 
 
 @pytest.mark.parametrize("patched", [False, True])
