@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastlora.linalg.operators import Rows
 from fastlora.optim import GaLoreAdamW
 from fastlora.optim.galore.projector import EXTRA_COLUMNS, Projector, State
+from fastlora.runtime import messages
 
 from ..harness import machine
 from ..harness.runner import command, record_of
@@ -172,8 +173,7 @@ def table(lines: list[Line]) -> str:
         captured = "" if line.captured is None else f"{line.captured:.4f}"
         nbytes = "" if line.nbytes is None else f"{line.nbytes / 1e6:.2f}"
         rows.append((line.name, f"{1e3 * line.seconds:.1f}", captured, nbytes))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return messages.table(rows)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,7 +14,6 @@ micro-batches, and noise: the gradient's singular values then decay about as tho
 from __future__ import annotations
 
 import ctypes
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from fastlora.init.streaming import StreamingSketch, svd_of_each
 from fastlora.linalg import native, orthonormal
 
 from ..harness import machine
+from ..harness.turns import write_json
 
 Batch = tuple[Tensor, Tensor]
 Halves = tuple[Tensor, Tensor]
@@ -341,14 +341,8 @@ def run(settings: Settings, layers: int, whole: bool, out: str | None, say: Call
         if whole:
             result["whole_model"] = whole_model(settings)
             say("whole model: " + ", ".join(f"{key} {value}" for key, value in result["whole_model"].items()))
-            _write(result, out)  # what follows takes longer and matters less
+            if out:
+                write_json(Path(out), result)  # what follows takes longer and matters less
         result["compare"] = compare(settings, distinct(MODELS[settings.shapes], layers), say)
-    _write(result, out)
-
-
-def _write(result: dict[str, Any], out: str | None) -> None:
-    if out is None:
-        return
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if out:
+        write_json(Path(out), result)
