@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     settings = parse_fine_tuning(argv)
-    libraries = ["peft", "fastlora"] if {"peft", "fastlora"} & {*settings.methods} else []
+    libraries = ["peft", "fastlora"] if {"peft", "fastlora", "fused_loss"} & {*settings.methods} else []
     packages = [*PACKAGES[settings.task], *libraries]
     kept = f"what was written before is under {settings.out}"
     return run_program("finetune.py", lambda: finetune(settings), packages, settings.plot, settings.out, kept)
@@ -105,8 +105,9 @@ def runs_of(task: Task, settings: FineTuning) -> list[Run]:
         lr = settings.full_lr if method == "full" else settings.lr
         runs.append(Run(method, entry.title, Learner(task, entry, lr, settings.seed, settings.steps)))
     adapted = {run.name: run.learner.adapted for run in runs}
-    if settings.init in ORDINARY_INITS and {"peft", "fastlora"} <= adapted.keys():
-        copy_adapters(adapted["fastlora"], adapted["peft"])
+    alike = [adapted[name] for name in ("fastlora", "fused_loss", "peft") if name in adapted]
+    for other in alike[1:] if settings.init in ORDINARY_INITS else ():
+        copy_adapters(alike[0], other)
     return runs
 
 
@@ -123,14 +124,16 @@ def entry_of(method: str, settings: FineTuning) -> Contestant:
     adapter = dict(entry.adapter or {})
     if settings.init not in ("kaiming", "lora_ga"):
         adapter["init_lora_weights"] = settings.init
-    sharing = {name: value for name, value in (("group", settings.group), ("mlp", settings.mlp)) if value}
-    how = "".join(f", {name} {value}" for name, value in sharing.items())
+    options: dict[str, Any] = {name: value for name in ("group", "mlp") if (value := getattr(settings, name))}
+    how = "".join(f", {name} {value}" for name, value in options.items())
+    if method == "fused_loss":
+        how, options = f"{how}, fused loss", options | {"fused_loss": True}
     start = {"start": "lora_ga", "numbers": {**entry.numbers, "gamma": settings.gamma}}
     return replace(
         entry,
         title=f"{entry.title}{origin}, fastlora{how}",
         adapter=adapter,
-        patch=sharing,
+        patch=options,
         **(start if settings.init == "lora_ga" else {}),
     )
 

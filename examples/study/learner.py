@@ -221,7 +221,7 @@ def set_training(model: nn.Module, training: bool) -> None:
     model.eval()
     if training:
         for module in model.modules():
-            if hasattr(module, "lora_A"):
+            if hasattr(module, "lora_A") or hasattr(module, "loss_trust"):  # the head of a fused loss
                 module.train()
 
 

@@ -151,21 +151,18 @@ def parse_fine_tuning(argv: list[str] | None = None) -> FineTuning:
     lora.add_argument("--method", choices=VARIANTS, default="lora", help="what both libraries train (default lora)")
     lora.add_argument("--init", type=init, default="kaiming", help="how fastlora's adapters start: " + ", ".join(INITS))
     lora.add_argument("--gamma", type=positive_float, default=16.0, help="γ of --init lora_ga: larger starts smaller")
-    lora.add_argument(
-        "--group", choices=["auto"], help="let fastlora's q, k, v share their passes (docs/performance.md)"
-    )
+    lora.add_argument("--group", choices=["auto"], help="let fastlora's q, k, v share passes (docs/performance.md)")
     lora.add_argument("--mlp", choices=["auto"], help="let fastlora run gated MLPs as one op (docs/kernels/mlp.md)")
+    lora.add_argument("--fused-loss", action="store_true", help="fastlora again, without logits (docs/head.md)")
     run.add_argument("--methods", nargs="+", choices=METHODS, default=["frozen", "peft", "fastlora"], metavar="METHOD",
                      help="of " + ", ".join(METHODS))  # fmt: skip
-    run.add_argument(
-        "--interleave",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="give the methods their steps in turn, so that a noisy machine hits all of them alike",
-    )
+    in_turn = "give the methods their steps in turn, so that a noisy machine hits all of them alike"
+    run.add_argument("--interleave", action=argparse.BooleanOptionalAction, default=True, help=in_turn)
     common = {"dropout": 0.0, "sketch_batches": 8, "eval_every": 0, "optimizer": "adamw", "quick": False}
     values = _values(parser, argv, FINE_TUNING, common)
-    values["methods"] = tuple(dict.fromkeys(values["methods"]))
+    values["methods"] = tuple(dict.fromkeys([*values["methods"], *["fused_loss"] * values.pop("fused_loss", False)]))
+    if "fused_loss" in values["methods"] and values["task"] != "language":
+        parser.error(f"--fused-loss: got --task {values['task']}, want language, whose loss is over a vocabulary")
     return FineTuning(**{"group": None, "mlp": None, **values})
 
 

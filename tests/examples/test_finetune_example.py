@@ -20,6 +20,8 @@ from study.data.functions import Pair
 from study.tasks.language import IGNORED, Conversations
 from tiny_examples import save_tiny_encoder, save_tiny_language_model, write_functions, write_library
 
+from fastlora.ops.head import aten as head_aten
+
 CPU = torch.device("cpu")
 
 
@@ -257,6 +259,21 @@ def test_what_both_libraries_know_has_the_same_losses(tiny_models, small_library
     losses = losses_of(results)
     assert abs(losses["fastlora"][-1] - losses["frozen"][-1]) > 1e-4
     assert_peft_agrees(results)
+
+
+def test_a_fused_loss_is_a_row_of_its_own_with_less_memory(tiny_models, small_library, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(head_aten, "CPU_CHUNK_BYTES", 1 << 12)
+    options = ["--steps", "3", "--lr", "1e-2", "--no-plot", "--fused-loss"]
+    status, results = run_tiny("language", tiny_models, tmp_path, *options)
+    assert status == 0 and results["loss_difference"] <= 1e-4
+    losses, rows = losses_of(results), {row["method"]: row for row in results["table"]}
+    assert list(rows) == ["frozen", "peft", "fastlora", "fused_loss"]
+    assert losses["fused_loss"] == pytest.approx(losses["fastlora"], rel=1e-4)
+    assert rows["fused_loss"]["peak_bytes"] < rows["fastlora"]["peak_bytes"]
+    assert "LoRA, fastlora, fused loss |" in (tmp_path / "results.md").read_text()
+    with pytest.raises(SystemExit):
+        settings.parse_fine_tuning(["--task", "docstrings", "--fused-loss"])
+    assert "--fused-loss: got --task docstrings, want language" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("init", ["orthogonal", "pissa", "olora", "lora_ga"])
