@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -215,20 +216,27 @@ def sketchable(
     """The layers whose weight gradients `GradientSketch` looks at: a model's LoRA layers where it has any, else its
     linear layers, quantised ones too (only inputs and output gradients are needed)."""
     selection = Selection(model, target_modules, exclude_modules, caller="GradientSketch")
-    layers = dict(lora_layers(model))
-    if layers:
-        for name, layer in layers.items():
-            base = getattr(layer, "base_layer", layer)  # PEFT adapts embeddings and convolutions too
-            linear = isinstance(base, nn.Linear) or is_conv1d(base)
-            if linear and (selection.all_linear or selection.names(name)) and not selection.excludes(name):
-                yield name, layer
-        return
-    read = read_by_parents(model)
-    for name, module in candidates(model, selection):
-        unreachable = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or id(module) in read
-        linear = isinstance(module, nn.Linear) or is_conv1d(module)
-        if linear and not unreachable and selection.why_not(name, module) is None:
+    lora = dict(lora_layers(model))
+    read = {} if lora else read_by_parents(model)
+    embeddings = []
+    for name, module in lora.items() if lora else candidates(model, selection):
+        base = getattr(module, "base_layer", module) if lora else module  # PEFT adapts embeddings and convolutions too
+        if lora:
+            chosen = (selection.all_linear or selection.names(name)) and not selection.excludes(name)
+        else:
+            unreachable = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) or id(module) in read
+            chosen = not unreachable and selection.why_not(name, module) is None
+        if chosen and (isinstance(base, nn.Linear) or is_conv1d(base)):
             yield name, module
+        elif chosen and isinstance(base, nn.Embedding) and not selection.all_linear:
+            embeddings.append(name)
+    if embeddings:
+        warnings.warn(
+            f"fastlora.GradientSketch: {', '.join(embeddings)}: only linear layers are sketched; LoRA on an embedding "
+            "keeps its own start and rank, as in PEFT",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def layer_sizes(layer: Any) -> tuple[int, int]:

@@ -40,7 +40,7 @@ def lora_plus_param_groups(
     | name | holds | rate |
     |---|---|---|
     | `lora_A` | A | `lr` |
-    | `lora_embedding` | A and B of PEFT's LoRA on embeddings | `embedding_lr` |
+    | `lora_embedding` | A and B of LoRA on embeddings | `embedding_lr` |
     | `lora_B`, `lora_B_no_decay` | B; the biases of `lora_bias=True` | `ratio * lr` |
     | `other`, `other_no_decay` | what else is trained: heads, `modules_to_save`, DoRA's magnitudes | `lr` |
 

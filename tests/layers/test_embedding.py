@@ -233,7 +233,9 @@ def test_all_linear_and_starts_from_gradients_leave_it_alone():
     with torch.no_grad():
         model.model.embed_tokens.lora_embedding_A["default"].zero_()
     b = model.model.embed_tokens.lora_embedding_B["default"].detach().clone()
-    with fastlora.GradientSketch(model, r=4) as sketch:
+    with pytest.warns(UserWarning, match=r"model\.embed_tokens: only linear layers are sketched"):
+        sketch = fastlora.GradientSketch(model, r=4, target_modules=TARGETS)
+    with sketch:
         model(**BATCH).loss.backward()
     assert list(sketch.names) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     fastlora.init_lora_ga(model, sketch, norm_clip=0.5)

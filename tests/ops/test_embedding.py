@@ -86,6 +86,7 @@ def test_each_gradient_alone_and_none_where_nothing_is_trained():
         assert torch.equal(got, want)
     with torch.no_grad():
         assert not lora_embedding(ids, *leaves, SCALING).requires_grad
+    assert not lora_embedding(ids, *leaves, SCALING)._is_view(), "autograd lets nobody write into one"
     assert whole[1].is_contiguous() and not whole[1][:, V // 2 :].any(), "columns that the batch has not"
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..call import autocast_enabled, low_rank_dtype, takes_fused_path, without_autocast
+from ..call import as_2d, autocast_enabled, low_rank_dtype, takes_fused_path, without_autocast
 from ..lora.aten import add_product, ds_and_db
 
 _IDS = (torch.int32, torch.int64)
@@ -111,13 +111,10 @@ def add_rows(
     dtype = torch.get_autocast_dtype(y.device.type) if narrow else low_rank_dtype(y, lora_A, lora_B, False)
     padding = -1 if padding_idx is None else padding_idx % lora_A.shape[1]
     with without_autocast(y):
-        found = torch.ops.fastlora.lora_embedding(
-            y.reshape(-1, y.shape[-1]), ids.reshape(-1), lora_A, lora_B, scaling, padding, scale_grad_by_freq, dtype
-        )
-    return found[0].view(y.shape)
+        return torch.ops.fastlora.lora_embedding(y, ids, lora_A, lora_B, scaling, padding, scale_grad_by_freq, dtype)[0]
 
 
-# The ops: y (M, D), ids (M,), A (r, V), B (D, r); S and dS (M, r) in `dtype`.
+# The ops: y (..., D), ids (...), A (r, V), B (D, r); S and dS (M, r) in `dtype`. Shaped inside: what leaves is no view.
 _library = torch.library.Library("fastlora", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _library.define(
@@ -133,21 +130,23 @@ _library.define(
 
 
 def _forward(y, ids, lora_A, lora_B, scaling, padding, by_frequency, dtype):
-    s = lora_A.index_select(1, ids).t().to(dtype)
-    right = lora_B.to(dtype).t()
+    s = lora_A.index_select(1, ids.reshape(-1)).t().to(dtype)
+    rows, right = as_2d(y), lora_B.to(dtype).t()
     if y.dtype == dtype:
-        return torch.addmm(y, s, right, alpha=scaling), s
-    if torch.promote_types(y.dtype, dtype) == y.dtype:  # autocast multiplies in less than y has
-        return torch.add(y, s.mm(right), alpha=scaling), s
-    return add_product(y.clone(), s, right, scaling), s
+        out = torch.addmm(rows, s, right, alpha=scaling)
+    elif torch.promote_types(y.dtype, dtype) == y.dtype:  # autocast multiplies in less than y has
+        out = torch.add(rows, s.mm(right), alpha=scaling)
+    else:
+        out = add_product(rows.clone(), s, right, scaling)
+    return torch.ops.aten._unsafe_view(out, y.shape), s
 
 
 def _backward(dy, ids, lora_A, lora_B, s, scaling, padding, by_frequency, needs):
-    ds, grad_b = ds_and_db(dy, lora_B, s, s.dtype, scaling, scaling, tuple(needs))
+    ds, grad_b = ds_and_db(as_2d(dy), lora_B, s, s.dtype, scaling, scaling, tuple(needs))
     grad_a = None
     if ds is not None:
         wide = torch.promote_types(torch.promote_types(s.dtype, lora_A.dtype), torch.float32)
-        grad_a = column_grad(ds.to(wide), ids, lora_A.shape[1], padding, by_frequency).to(lora_A.dtype)
+        grad_a = column_grad(ds.to(wide), ids.reshape(-1), lora_A.shape[1], padding, by_frequency).to(lora_A.dtype)
     return tuple(dy.new_empty(0) if grad is None else grad.contiguous() for grad in (grad_a, grad_b))
 
 
@@ -164,7 +163,7 @@ def column_grad(ds: Tensor, ids: Tensor, size: int, padding: int, by_frequency: 
 
 def _forward_fake(y, ids, lora_A, lora_B, scaling, padding, by_frequency, dtype):
     r = lora_A.shape[0]
-    return torch.empty_like(y, memory_format=torch.contiguous_format), y.new_empty((r, ids.shape[0]), dtype=dtype).t()
+    return torch.empty_like(y, memory_format=torch.contiguous_format), y.new_empty((r, ids.numel()), dtype=dtype).t()
 
 
 def _backward_fake(dy, ids, lora_A, lora_B, s, scaling, padding, by_frequency, needs):
