@@ -33,19 +33,16 @@ def test_every_task_has_its_results():
     assert set(RESULTS) == {"docstrings", "gpt", "digits", "gpt-sgd", "digits-sgd"}
 
 
-@pytest.mark.parametrize("name", sorted(METRICS))
-def test_the_tables_are_those_of_the_results(name):
-    results = json.loads(RESULTS[name].read_text(encoding="utf-8"))
-    metric = METRICS[name]
-    assert metric.name == results["metric"]
+def test_the_tables_are_those_of_the_results():
+    results = json.loads(RESULTS["docstrings"].read_text(encoding="utf-8"))
     best = rows_of(results["best rates"])
     wanted = [
-        comparison_report.table(best, metric),
+        comparison_report.table(best, METRICS["docstrings"]),
+        comparison_report.cost_table(best, results["costs"]),
+        alignment.table(results["alignment"]),
         *(commit.removesuffix("-dirty") for commit in results["commits"]),
         results["machine"]["device"],
     ]
-    if name == "docstrings":
-        wanted += [comparison_report.cost_table(best, results["costs"]), alignment.table(results["alignment"])]
     for text in wanted:
         assert text in PAGE
 
