@@ -124,6 +124,7 @@ rehearse() {
         --contenders frozen,eager,compile,auto --out "$OUT/lora_linear_compiled.json"
     step suite 80 "${BENCH[@]}" bench suite --device cpu --size tiny --time-limit %LEFT% --out "$OUT/suite.json"
     step dora 15 "${BENCH[@]}" bench dora --device cpu --size tiny --rounds 2 --out "$OUT/dora.json"
+    step experts 15 "${BENCH[@]}" bench experts --device cpu --size tiny --rounds 2 --out "$OUT/experts.json"
     step adalora 15 "${BENCH[@]}" bench adalora --device cpu --layers 4 --width 16 --rounds 2 --out "$OUT/adalora.json"
     step questions 45 "${interpreted[@]}" bench questions --device cpu --rounds 2 --out "$OUT/questions.json"
     step lora_ga 20 "${BENCH[@]}" bench lora_ga --shapes tiny --r 4 --tokens 40 --layers 1 --whole --out "$OUT/lora_ga.json"
@@ -154,6 +155,7 @@ measure() {
     step peers 35 "${BENCH[@]}" bench lora_linear --device cuda --shapes peers --rounds 15 --time-limit %LEFT% \
         --contenders frozen,eager,peft,addmm,auto,cublas,triton --out "$OUT/lora_linear_peers.json"
     step dora 18 "${BENCH[@]}" bench dora --dtype bf16 --dtype mixed --rounds 10 --out "$OUT/dora.json"
+    step experts 30 "${BENCH[@]}" bench experts --device cuda --rounds 10 --time-limit %LEFT% --out "$OUT/experts.json"
     step adalora 15 "${BENCH[@]}" bench adalora --width 4096 --rounds 10 --out "$OUT/adalora.json"
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .dropout import threshold_and_scale
-from .segment_plan import is_capturing, places_of, to_device
+from .segment_plan import Place, is_capturing, places_of, to_device
 
 
 class Factors(NamedTuple):
@@ -29,22 +30,27 @@ class Factors(NamedTuple):
     any_dropout: bool
 
 
+@functools.lru_cache(maxsize=256)
+def _count(place: Place, experts: int, rank: int, scaling: float, dropout_p: float) -> tuple[Tensor, ...]:
+    """Of every segment: its number, rank, rank_start, threshold, scaling, dropout_scale."""
+    threshold, scale = threshold_and_scale(dropout_p)
+    number, ones = torch.arange(experts + 1, device=place[0]), torch.ones(experts + 1, device=place[0])
+    ranks = (number < experts) * rank
+    return number, ranks, number * rank, torch.full_like(number, threshold), ones * scaling, ones * scale
+
+
 def expert_factors(lora_A: Tensor, lora_B: Tensor, scaling: float, dropout_p: float) -> Factors:
     """The factors of a mixture's adapter, lora_A (E, r, K) and lora_B (E, N, r) of one dtype and contiguous, for the
     segments of `segment_plan.Routed`: the last has rank 0. Nothing is sent to the device: it counts for itself."""
     experts, rank, _ = lora_A.shape
     steps = [factor[0].numel() * factor.element_size() for factor in (lora_A, lora_B)]
-    threshold, scale = threshold_and_scale(dropout_p)
-    number = torch.arange(experts + 1, device=lora_A.device)
-    numbers = torch.ones(experts + 1, device=lora_A.device)
     bases = [factor.data_ptr() for factor in (lora_A, lora_B)]
+    places = places_of(lora_A.device)
+    count = _count.__wrapped__ if is_capturing(places) else _count
+    number, *numbers = count(places[0], experts, rank, scaling, dropout_p)
     return Factors(
         *(number * step + base for step, base in zip(steps, bases, strict=True)),
-        ranks=(number < experts) * rank,
-        rank_starts=number * rank,
-        thresholds=torch.full_like(number, threshold),
-        scalings=numbers * scaling,
-        dropout_scales=numbers * scale,
+        *numbers,
         like=lora_A,
         max_rank=rank,
         total_rank=experts * rank,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..call import low_rank_dtype
 from ..lora import aten as lora
+from .routing import Routing
 
 Tensors = list[Tensor | None]
 
@@ -28,7 +29,7 @@ class Options(NamedTuple):
     gathered: bool  # x is (T, K)
     narrow: bool  # `call.low_rank_dtype`
     materialise: bool  # y and dX by W + ΔW
-    ends: tuple[int, ...] | None = None  # `Routing.ends` where it is known
+    routing: Routing | None = None  # that of order and offsets, for what it keeps
 
     def without_adapters(self) -> Options:
         return self._replace(scalings=(), dropout_ps=())
@@ -187,7 +188,7 @@ def keep_mask(seed: Tensor | None, adapter: int, num_rows: int, columns: int, p:
 def _experts(offsets: Tensor, options: Options) -> Iterator[tuple[int, slice]]:
     """(expert, its sorted rows) of the experts that have any."""
     start = 0
-    for e, end in enumerate(offsets.tolist() if options.ends is None else options.ends):
+    for e, end in enumerate(offsets.tolist() if options.routing is None else options.routing.ends):
         if end > start:
             yield e, slice(start, end)
         start = end

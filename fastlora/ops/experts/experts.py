@@ -94,9 +94,10 @@ def lora_grouped_linear(
         frozen = weight.transpose(1, 2) if is_transposed else weight
         return reference.grouped_lora_linear(rows, frozen, routing.ends, lora_As, lora_Bs, scalings, bias, ps)
     compiling = torch.compiler.is_compiling()
-    ends = None if compiling or x.is_cuda else routing.ends
     scales, top_k = tuple(map(float, scalings)), routing.top_k
-    options = Options(scales, ps, top_k, is_transposed, gathered, narrow, bool(materialise), ends)
+    options = Options(
+        scales, ps, top_k, is_transposed, gathered, narrow, bool(materialise), None if compiling else routing
+    )
     module = None if compiling else select(x, lora_As, lora_Bs, options, backend)
     if materialise is None and (compiling or module is aten):
         options = options._replace(materialise=is_cheaper_materialised(x, weight, lora_As, lora_Bs, routing, options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class Routing:
             raise ValueError(f"Routing: num_experts: got {num_experts}, want at least 1")
         self.num_tokens, self.top_k = top_k_index.shape
         self.num_experts = num_experts
+        self.kept: dict[str, Any] = {}  # what the kernels derive from it, for every weight and both passes
         flat = top_k_index.detach().reshape(-1).long()
         taken = (flat >= 0) & (flat < num_experts)
         self.experts, self.order = torch.sort(torch.where(taken, flat, num_experts), stable=True)

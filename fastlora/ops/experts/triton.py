@@ -24,7 +24,7 @@ from ...kernels.segment_grads import (
     segment_weight_grad,
     segment_weight_grad_workspace,
 )
-from ...kernels.segment_plan import Routed
+from ...kernels.segment_plan import Routed, is_capturing, places_of
 from ...kernels.segments import segment_expand, segment_shrink, segment_shrink_workspace
 from ..call import low_rank_dtype
 from . import aten
@@ -59,7 +59,7 @@ def forward(
     """(y (P, N), each adapter's S (P, r)), as `aten.forward`."""
     with device_of(x):
         y = _frozen(aten.rows_of(x, order, options), weight, order, offsets, options, options.is_transposed)
-        plan, sorted_plan = _plans(x, order, offsets, options)
+        plan, sorted_plan = _plans(order, offsets, options)
         s = []
         for i, (a, b) in enumerate(zip(lora_As, lora_Bs, strict=True)):
             factors, own_seed, _kept = _factors(a, b, seed, i, options)
@@ -91,7 +91,7 @@ def backward(
     grad_as: Tensors = [None] * len(lora_As)
     grad_bs: Tensors = [None] * len(lora_Bs)
     with device_of(dy):
-        plan, sorted_plan = _plans(x, order, offsets, options)
+        plan, sorted_plan = _plans(order, offsets, options)
         dx = _frozen(dy, weight, order, offsets, options, not options.is_transposed) if needs.x else None
         for i, (a, b) in enumerate(zip(lora_As, lora_Bs, strict=True)):
             if not (needs.x or needs.lora_As[i] or needs.lora_Bs[i]):
@@ -148,12 +148,17 @@ def _fits(t: Tensor) -> bool:
     return strides[0] == 1 and t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in others)
 
 
-def _plans(x: Tensor | None, order: Tensor, offsets: Tensor, options: Options) -> tuple[Routed, Routed]:
+def _plans(order: Tensor, offsets: Tensor, options: Options) -> tuple[Routed, Routed]:
     """(for x, for what is sorted)."""
-    sorted_plan = Routed(offsets, order.shape[0])
-    if not options.gathered or x is None:
-        return sorted_plan, sorted_plan
-    return sorted_plan.gathering((order // options.top_k).int()), sorted_plan
+    kept: dict[str, Any] = {}
+    if options.routing is not None and not is_capturing(
+        places_of(order.device)
+    ):  # a capture's are there in replays only
+        kept = options.routing.kept
+    if not kept:
+        kept["sorted"] = Routed(offsets, order.shape[0])
+        kept["gathered"] = kept["sorted"].gathering((order // options.top_k).int())
+    return kept["gathered" if options.gathered else "sorted"], kept["sorted"]
 
 
 def _finished(y: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
