@@ -28,9 +28,10 @@ from ..introspect import sharding
 from ..introspect.names import named_modules
 from ..introspect.targets import lora_layers
 from ..runtime.messages import by_reason
-from .switch import disable_adapter
+from .switch import disable_adapter, require_layers
 
 _KEY = re.compile(r"(?:base_model\.model\.)?(?:(.+)\.)?lora_(?:embedding_)?(A|B|magnitude_vector)(?:\.weight)?")
+_UNREAD = ("lora_bias", "bias", "trainable_token_indices", "layer_replication", "alora_invocation_tokens")
 
 
 @dataclass
@@ -84,7 +85,7 @@ def verify_adapter(model: nn.Module, directory: str | os.PathLike[str], *, stric
         >>> fastlora.verify_adapter(model, "adapter").ok
         True
     """
-    root = Path(directory)
+    root, layers = Path(directory), require_layers(model, "verify_adapter")
     try:
         config = json.loads((root / "adapter_config.json").read_text(encoding="utf-8"))
         tensors = safetensors.torch.load((root / "adapter_model.safetensors").read_bytes())
@@ -92,14 +93,16 @@ def verify_adapter(model: nn.Module, directory: str | os.PathLike[str], *, stric
         raise ValueError(f"verify_adapter: directory: no adapter can be read in {str(root)!r}: {error}") from error
     if config.get("peft_type") != "LORA":
         raise ValueError(f"verify_adapter: directory: got peft_type {config.get('peft_type')!r}, want 'LORA'")
+    if unread := [key for key in _UNREAD if config.get(key) not in (None, False, "none", [])]:
+        raise ValueError(f"verify_adapter: directory: its files use {', '.join(unread)}, which nothing here compares")
     if sharding.has_shards(model):
         raise ValueError("verify_adapter: model: its parameters are sharded over processes, want a model that is not")
     check, modes = AdapterCheck(), {module: module.training for module in model.modules()}
-    jobs = _jobs(check, model, config, tensors)
-    merged = any(layer.merged_adapters for _, layer in lora_layers(model))
+    merged = any(layer.merged_adapters for _, layer in layers)
     model.eval()
     try:
-        with disable_adapter(model):
+        with disable_adapter(model):  # the base's bits, also where adapters are merged
+            jobs = _jobs(check, model, config, tensors)
             wanted = [_wanted(module, parts, merged) for _, module, parts in jobs]
         for (name, module, parts), (x, y, factors) in zip(jobs, wanted, strict=True):
             _compare(check, name, module, parts, x, y, factors)
@@ -117,13 +120,14 @@ def _jobs(
     """(name, module, its weights by key) of all that the file has; a linear layer's key is empty."""
     modules: dict[str, Any] = {name.removeprefix("base_model.model."): module for name, module in named_modules(model)}
     files: dict[str, dict[str, Tensor]] = {}
+    active = {name for _, layer in lora_layers(model) for name in layer.active_adapters}
     for key, tensor in tensors.items():
         if (match := _KEY.fullmatch(key)) is not None:
             files.setdefault(match[1] or "", {})[match[2]] = tensor
             continue
         name, _, parameter = key.removeprefix("base_model.model.").rpartition(".")
         module = modules.get(name)
-        for inner in ("modules_to_save", "default", "base_layer"):  # PEFT's wrappers
+        for inner in ("modules_to_save", *active, "base_layer"):  # PEFT's wrappers
             module = getattr(module, "_modules", {}).get(inner) or module
         there = getattr(module, parameter, None)
         if there is None or there.shape != tensor.shape or not torch.equal(there.cpu(), tensor.to(there.dtype)):
@@ -183,9 +187,12 @@ def _wanted(module: Any, parts: dict[str, _Part], merged: bool) -> tuple[tuple[T
         x = x.to(weight.dtype) if weight.is_floating_point() else x
         low_rank = scaling * x.cpu().double() @ (b @ a).t()
     y = module(x).cpu().double()
-    c = 1.0 if merged or "magnitude_vector" in file else _raise(y, low_rank)
+    shifted = getattr(module, "shifted_by", None)  # PiSSA's weight: the file is an adapter of the original one
+    c = 1.0 if merged or shifted or "magnitude_vector" in file else _raise(y, low_rank)
+    w = (weight.t() if getattr(module, "fan_in_fan_out", False) else weight).cpu().double()
+    if shifted is not None:
+        low_rank += x.cpu().double() @ (module.unshifted_weight(shifted).cpu().double() - w).t()
     if "magnitude_vector" in file:
-        w = (weight.t() if getattr(module, "fan_in_fan_out", False) else weight).cpu().double()
         total = w + scaling * b @ a
         total *= (file["magnitude_vector"].double() / total.norm(dim=1)).unsqueeze(1)
         low_rank = x.cpu().double() @ (total - w).t()

@@ -29,11 +29,14 @@ def model_of(kind: str) -> Any:
         config = peft.LoraConfig(r=3, target_modules=["embed_tokens", "q_proj"], modules_to_save=["lm_head"])
         model = peft.get_peft_model(tiny_model("llama"), config)
     else:
-        base = tiny_model(kind) if kind in ("llama", "gpt2") else mixture(kind.removesuffix(" half"))
+        dense = {"llama": "llama", "gpt2": "gpt2", "embedding": "llama", "pissa": "llama"}
+        base = tiny_model(dense[kind]) if kind in dense else mixture(kind.removesuffix(" half"))
         model = base.to(torch.bfloat16) if kind.endswith("half") else base
         settings: dict[str, Any] = {
             "llama": {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"1.mlp.up_proj": 3}},
             "gpt2": {"use_dora": True},
+            "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+            "pissa": {"init_lora_weights": "pissa"},
         }.get(kind, {"target_parameters": experts_in(base), "rank_per_token": True})
         fastlora.patch(model, **({"r": 4, "target_modules": "all-linear"} | settings))
     randomise(model)
@@ -50,6 +53,8 @@ KINDS = (
     "peft",
     "peft patched",
     "peft embedding",
+    "embedding",
+    "pissa",
 )
 
 
@@ -63,10 +68,9 @@ def test_what_was_saved_is_what_is_computed(tmp_path, kind):
     assert check.ok and check.compared >= len(list(lora_layers(model))) and model.training, str(check)
     assert check.error < (0.05 if kind.endswith("half") else 1e-5)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    if "dora" not in kind and kind != "peft embedding":
-        fastlora.merge(model)
-        assert fastlora.verify_adapter(model, tmp_path).ok
-        fastlora.unmerge(model)
+    fastlora.merge(model)
+    assert fastlora.verify_adapter(model, tmp_path).ok
+    fastlora.unmerge(model)
     name, layer = next(iter(lora_layers(model)))
     layer.scaling["default"] *= 1.25
     check = fastlora.verify_adapter(model, tmp_path)
@@ -128,10 +132,15 @@ def test_a_file_that_says_something_else_is_named(tmp_path, change, wanted):
 
 def test_bad_input(tmp_path):
     model = model_of("llama")
+    with pytest.raises(ValueError, match="verify_adapter: this LlamaForCausalLM has no LoRA layers"):
+        fastlora.verify_adapter(tiny_model("llama"), tmp_path)
     with pytest.raises(ValueError, match="verify_adapter: directory: no adapter can be read in"):
         fastlora.verify_adapter(model, tmp_path)
     fastlora.save_adapter(model, tmp_path)
     place = tmp_path / "adapter_config.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | {"peft_type": "LOKR"}))
     with pytest.raises(ValueError, match="got peft_type 'LOKR', want 'LORA'"):
+        fastlora.verify_adapter(model, tmp_path)
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"peft_type": "LORA", "lora_bias": True}))
+    with pytest.raises(ValueError, match="its files use lora_bias, which nothing here compares"):
         fastlora.verify_adapter(model, tmp_path)
