@@ -98,6 +98,19 @@ def test_a_tied_head_leaves_the_embedding_alone(family):
         assert config.tie_word_embeddings and head.weight is embedding.weight
 
 
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_head_over_tied_trained_tokens_is_refused(patched):
+    """PEFT's merge writes into the embedding too, and the tokens' rows cover what is merged."""
+    tokens = {"embed_tokens": [1]}
+    model = with_lora(llama(), target_modules=["q_proj", "lm_head"], trainable_token_indices=tokens).eval()
+    if patched:
+        fastlora.patch(model)
+    wanted = model(IDS).logits
+    with pytest.raises(ValueError, match=r"merge: '.*lm_head': PEFT has tied trained tokens"):
+        fastlora.merge(model)
+    assert torch.equal(model(IDS).logits, wanted)
+
+
 @FAMILIES
 def test_two_layers_on_one_weight(family):
     model: Any = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))

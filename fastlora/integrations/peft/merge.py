@@ -18,6 +18,7 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -264,6 +265,11 @@ def unmerge_kept(layer: Any, peft_unmerge: Callable[[], None]) -> None:
 def merge(layer: Any, names: list[str] | None, untie: bool) -> None:
     """Merges into one of PEFT's layers; with `untie` into a weight of its own, because other modules use this one."""
     base = layer.get_base_layer()
+    if isinstance(base, AuxiliaryTrainingWrapper):  # PEFT's own merge writes into the embedding too
+        raise ValueError(
+            "PEFT has tied trained tokens (trainable_token_indices) under this LoRA layer, whose rows would cover what "
+            "is merged; want it unmerged, or no LoRA on this layer"
+        )
     weight = base._parameters.get("weight")
     untie = untie and type(weight) is nn.Parameter
     if untie:
