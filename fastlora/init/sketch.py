@@ -206,7 +206,7 @@ class GradientSketch:
         """Counts layers, and says in which pass they are: how many passes there will be is the caller's secret."""
         if number != self._last_shown:
             self._last_shown, self._passes_shown = number, self._passes_shown + 1
-            self._shown.set_description(f"fastlora: sketch, pass {self._passes_shown}", refresh=False)
+            self._shown.set_description_str(f"fastlora: sketch, pass {self._passes_shown}", refresh=False)
         self._shown.update()
 
     def _observe(self, name: str, x: Tensor, dy: Tensor, now: taps.Pass) -> None:

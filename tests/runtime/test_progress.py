@@ -83,7 +83,7 @@ def test_a_sketch_counts_layers_and_passes(monkeypatch):
         def close(self) -> None:
             self.closed += 1
 
-        def set_description(self, words: str, refresh: bool) -> None:
+        def set_description_str(self, words: str, refresh: bool) -> None:
             self.words = words
 
     shown = Counter()
