@@ -21,3 +21,15 @@ def seeded():
     import torch
 
     torch.manual_seed(int(os.environ.get("TEST_SEED", "0")))
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 import fastlora
 from bench.harness.memory import allocations_of
+from fastlora.layers import head as heads
 from fastlora.ops.head import aten, lazy
 from fastlora.ops.head.lazy import LazyLogits, Source
 
@@ -196,6 +198,32 @@ def test_a_head_that_cannot_be_taken(head, reason):
     with pytest.warns(UserWarning, match="fused_loss=True, and the loss needs its logits as before: 'head'"):
         report = fastlora.patch(model, target_modules=["body"], fused_loss=True)
     assert reason in report.losses_left_alone["head"] and not report.fused_losses
+
+
+def test_a_quantised_head_is_left_alone():
+    bnb = pytest.importorskip("bitsandbytes")
+    model = Odd(bnb.nn.Linear8bitLt(8, 9, has_fp16_weights=False))
+    with pytest.warns(UserWarning, match="its weight is a Int8Params, not a plain tensor"):
+        assert not fastlora.patch(model, target_modules=["body"], fused_loss=True).fused_losses
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_head_sharded_after_patching(one_process, apart):
+    """In the model's own group its weight is whole until the backward pass; in a group of its own it is not, and the
+    logits are made. A head that is sharded already is left alone."""
+    model: Any = FAMILIES["llama"]()
+    patched(model, True, fused_loss=True)
+    inputs = batch()
+    want, gradients = step(model, inputs)
+    if apart:
+        fully_shard(model.lm_head)
+    fully_shard(model)
+    got, found = step(model, inputs)
+    assert isinstance(got.logits, LazyLogits) != apart
+    assert abs(got.loss - want.loss) <= 1e-5 * abs(want.loss)
+    for name, gradient in gradients.items():
+        assert (found[name].full_tensor() - gradient).norm() <= 1e-4 * gradient.norm(), name
+    assert "its weight is a DTensor" in heads.fuse_losses(model)[1]["lm_head"]
 
 
 def test_a_model_without_a_head():

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from adalora_problem import NAMES, TARGET, Paper, R, loss_of, optimizer_of, patched, trained, triplets
 from tiny_models import tiny_batch, tiny_model
@@ -542,15 +541,6 @@ def test_repr_says_where_it_stands():
     assert repr(allocator) == "RankAllocator(3 layers, step 0 of 30, 12 of 12 ranks, 6 from step 22 on)"
     run(model, optimizer_of(model), allocator, steps=10)
     assert repr(allocator) == "RankAllocator(3 layers, step 10 of 30, 7 of 12 ranks, 6 from step 22 on)"
-
-
-@pytest.fixture
-def one_process():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def test_sharded_parameters_are_refused(one_process):
