@@ -203,7 +203,7 @@ class GroupedLinearFunction(torch.autograd.Function):
         count = len(factors) // 2
         inputs = (x, weight, bias, factors[:count], factors[count:], order, offsets, seed)
         if module is None:
-            y, *s = torch.ops.fastlora.grouped_linear(*inputs, *_flat(options), backend)
+            y, *s = torch.ops.fastlora.grouped_linear(*inputs, *options[:7], backend)
         else:
             y, s = module.forward(*inputs, options)
         needs_as, needs_bs = any(ctx.needs_input_grad[9 : 9 + count]), any(ctx.needs_input_grad[9 + count :])
@@ -224,7 +224,7 @@ class GroupedLinearFunction(torch.autograd.Function):
         inputs = (dy, x, weight, s, lora_As, lora_Bs, order, offsets, seed)
         if module is None:
             wanted = [*needs[:3], *needs.lora_As, *needs.lora_Bs]
-            flat = torch.ops.fastlora.grouped_linear_backward(*inputs, *_flat(options), wanted, backend)
+            flat = torch.ops.fastlora.grouped_linear_backward(*inputs, *options[:7], wanted, backend)
             grads = [grad if want else None for grad, want in zip(flat, wanted, strict=True)]
             return (*grads[:3], *[None] * 6, *grads[3:])
         dx, dw, db, grad_as, grad_bs = module.backward(*inputs, options, needs)
@@ -243,10 +243,6 @@ for _schema in (
     "str backend) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-
-def _flat(options: Options) -> tuple:
-    return tuple(options[:7])
 
 
 def _op_forward(x, weight, bias, lora_As, lora_Bs, order, offsets, seed, *options_and_backend):
