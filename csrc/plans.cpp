@@ -6,7 +6,7 @@
 //   plan_counters(counters, stream)         the zeros that kernels on this stream count on
 //
 // A program holds kernels, sizes and constants, never a tensor or an address of one. It is
-//   [results, whether it counts, allocations ..., launches ...]   with their numbers in front
+//   [results, flags, allocations ..., launches ...]   with their numbers in front; flags: 1 it counts, 2 for eager calls only
 //   allocation: dtype, dimensions, sizes ...    the first `results` are returned, what is left is a workspace
 //   launch: kernel, grid x, y, z, threads, shared bytes, parameters, tensor maps
 //   parameter: register, offset; or -1, bits; or -2, which tensor map
@@ -106,7 +106,7 @@ struct Allocation {
 
 struct Plan {
   size_t results;
-  bool counts;
+  bool counts, eager;
   std::vector<Allocation> allocations;
   std::vector<Launch> launches;
 };
@@ -131,12 +131,17 @@ std::vector<Counters> counters;
 
 struct Device {
   int32_t type = 0, index = -1;
+  explicit Device(const std::optional<Tensor>& tensor) {
+    if (!tensor) return;
+    aoti_torch_get_device_type(tensor->get(), &type);
+    index = tensor->get_device_index();
+  }
   bool cuda() const { return type == aoti_torch_device_type_cuda(); }
 };
 
 // Appends to `key` what Triton and the launchers' rules ask of the tensors: sizes, strides, dtypes, alignment to 16
-// bytes, which are one tensor, the device. False where one is empty.
-bool describe(int64_t variant, const Tensors& tensors, Key& key, std::vector<int64_t>& registers, Device& device) {
+// bytes, which are one tensor, devices. False where one is empty.
+bool describe(int64_t variant, const Tensors& tensors, Key& key, std::vector<int64_t>& registers) {
   key.push_back(variant);
   for (const auto& one : tensors) {
     if (!one) {
@@ -146,15 +151,12 @@ bool describe(int64_t variant, const Tensors& tensors, Key& key, std::vector<int
     const auto sizes = one->sizes(), strides = one->strides();
     const int64_t address = reinterpret_cast<int64_t>(one->data_ptr());
     if (address == 0) return false;
-    if (registers.empty()) {
-      aoti_torch_get_device_type(one->get(), &device.type);
-      device.index = one->get_device_index();
-      key.push_back(device.index);
-    }
     int32_t dtype = 0;
+    const Device device(one);
     aoti_torch_get_dtype(one->get(), &dtype);
     const auto same = std::find(registers.begin(), registers.end(), address) - registers.begin();
     key.push_back(static_cast<int64_t>(sizes.size()) | dtype << 8 | (address & 15) << 16 | same << 24);
+    key.push_back(static_cast<int64_t>(device.type) << 32 | static_cast<uint32_t>(device.index));
     key.insert(key.end(), sizes.begin(), sizes.end());
     key.insert(key.end(), strides.begin(), strides.end());
     registers.push_back(address);
@@ -212,8 +214,8 @@ std::vector<Tensor> run(int64_t variant, Tensors tensors) {
   thread_local std::vector<int64_t> registers;
   key.clear();
   registers.clear();
-  Device device;
-  if (!describe(variant, tensors, key, registers, device)) return {};
+  if (tensors.empty() || !describe(variant, tensors, key, registers)) return {};
+  const Device device(tensors.front());
   std::shared_ptr<const Plan> plan;
   void* stream = nullptr;
   if (device.cuda()) {
@@ -235,10 +237,11 @@ std::vector<Tensor> run(int64_t variant, Tensors tensors) {
   }
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (device.cuda()) guard.emplace(device.index);
-  if (plan->counts) {
+  if (plan->counts && counts_on == 0) return {};
+  if (plan->counts || plan->eager) {
     int capturing = 0;
     // A graph has counters of its own, which Python makes.
-    if (counts_on == 0 || Driver::get().is_capturing(stream, &capturing) != 0 || capturing != 0) return {};
+    if (Driver::get().is_capturing(stream, &capturing) != 0 || capturing != 0) return {};
   }
   std::vector<Tensor> made;
   made.reserve(plan->allocations.size());
@@ -257,8 +260,7 @@ std::vector<Tensor> run(int64_t variant, Tensors tensors) {
 void keep(int64_t variant, Tensors tensors, std::vector<int64_t> program) {
   Key key;
   std::vector<int64_t> registers;
-  Device device;
-  if (!describe(variant, tensors, key, registers, device)) return;
+  if (tensors.empty() || !tensors.front() || !describe(variant, tensors, key, registers)) return;
   size_t at = 0;
   const auto next = [&] {
     STD_TORCH_CHECK(at < program.size(), "fastlora::plan_keep: the program ends early");
@@ -266,7 +268,9 @@ void keep(int64_t variant, Tensors tensors, std::vector<int64_t> program) {
   };
   auto plan = std::make_shared<Plan>();
   plan->results = next();
-  plan->counts = next() != 0;
+  const int64_t flags = next();
+  plan->counts = (flags & 1) != 0;
+  plan->eager = (flags & 2) != 0;
   plan->allocations.resize(next());
   for (Allocation& one : plan->allocations) {
     one.dtype = static_cast<int32_t>(next());

@@ -80,6 +80,22 @@ class Variant(NamedTuple):
 _numbers = itertools.count()
 
 
+def has_native() -> bool:
+    return _native is not None
+
+
+def new_number() -> int:
+    """What nothing was kept under."""
+    return next(_numbers)
+
+
+def run_kept(number: int, tensors: tuple) -> list[Tensor] | None:
+    """What `planned.keep_as` has kept; None or nothing where this kind of call has to go its own way."""
+    if _native is None or _here.tape is not None or _is_watched():
+        return None
+    return _run_plan(number, tensors)
+
+
 _native: Any = None  # torch.ops.fastlora, where it has csrc/plans.cpp's ops
 _run_plan: Any = None  # its plan_run, past a Python function
 
@@ -92,9 +108,18 @@ def use_native(ops: Any) -> None:
     forget_plans()
     _native = ops
     if ops is not None:
+        _past_autograd()
         _run_plan = ops.plan_run.default._op
         for (_, stream), counters in _counters.items():
             ops.plan_counters.default(counters, stream)
+
+
+@functools.cache
+def _past_autograd() -> torch.library.Library:
+    """Says that `plan_run` is no step of a graph: its callers are."""
+    library = torch.library.Library("fastlora", "IMPL")
+    library.impl("plan_run", torch.library.fallthrough_kernel, "Autograd")
+    return library
 
 
 class _Here(threading.local):
@@ -189,47 +214,57 @@ class planned:
 
     def __call__(self, *args: Any) -> Any:
         if self.variants:
-            tensors, rest = self._split(args)
+            n = self.leading
+            tensors, rest = (args[:n], args[n:]) if n else (args[0], args[1:])
+            if tensors[0].dtype is torch.float32:
+                rest = (*rest, configs.input_precision(torch.float32))
             if (variant := self.variants.get(rest)) is not None and _here.tape is None and not _is_watched():
                 made = _run_plan(variant.number, tensors)
                 if made:
                     return made if variant.pick is None else variant.pick([*made, *tensors, None])
         return self._in_python(*args)
 
-    def _split(self, args: tuple) -> tuple[tuple, tuple]:
-        """(tensors, other arguments)"""
-        n = self.leading
-        tensors, rest = (args[:n], args[n:]) if n else (args[0], args[1:])
-        if tensors[0].dtype is torch.float32:
-            rest = (*rest, configs.input_precision(torch.float32))
-        return tensors, rest
-
     def _in_python(self, *args: Any) -> Any:
+        kind, tensors, addresses = self._kind(args)
+        device = tensors[0].get_device()
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self._in_python(*args)
+        if _here.tape is not None or _is_watched():
+            return self.function(*args)  # part of another function's plan, or to be seen with Triton's metadata
+        plan = self.plans.get(kind)
+        if plan is not None:
+            return plan(tensors, addresses)
+        if kind in self.plans or 0 in addresses:  # tried in vain; or empty
+            return self.function(*args)
+        return self._first_call(kind, args, tensors)
+
+    @staticmethod
+    def _kind(args: tuple) -> tuple[tuple, list[Any], list[Any]]:
+        """(the key of a plan, all tensors, their addresses)"""
         key: list[Any] = []
         tensors: list[Any] = []
         addresses: list[Any] = []
         unaligned = _describe(args, key, tensors, addresses)
         first = tensors[0]
-        device = first.get_device()
-        if device >= 0 and device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                return self._in_python(*args)
-        key.append(device)
+        key.append(first.get_device())
         if first.dtype is torch.float32:
             key.append(configs.input_precision(torch.float32))
         if unaligned & 15:
             key.append(tuple([address & 15 for address in addresses]))
         if len(set(addresses)) < len(addresses):
             key.append(tuple(map(addresses.index, addresses)))
-        kind = tuple(key)
-        plan = self.plans.get(kind)
-        if _here.tape is not None or _is_watched():
-            return self.function(*args)  # part of another function's plan, or to be seen with Triton's metadata
-        if plan is not None:
-            return plan(tensors, addresses)
-        if kind in self.plans or 0 in addresses:  # tried in vain; or empty
-            return self.function(*args)
-        return self._first_call(kind, args, tensors)
+        return tuple(key), tensors, addresses
+
+    def keep_as(self, number: int, tensors: tuple, args: tuple) -> bool:
+        """Lets `run_kept(number, tensors)` run the plan of `self(*args)`, if there is one: `tensors` are that call's,
+        in its order but of any shape, and others, which are only looked at."""
+        plan = self.plans.get(self._kind(args)[0])
+        if _native is None or plan is None or plan.program is None:
+            return False
+        results, flags, *rest = plan.program
+        _native.plan_keep.default(number, tensors, [results, flags | 2, *rest])
+        return True
 
     def _first_call(self, kind: tuple, args: tuple, tensors: list[Tensor]) -> Any:
         tape = _here.tape = Tape(tensors)
@@ -240,18 +275,22 @@ class planned:
         if len(self.plans) >= MAX_PLANS:
             self.plans.clear()
         try:
-            self.plans[kind] = tape.plan(result)
+            plan = self.plans[kind] = tape.plan(result)
         except Unplannable:
             self.plans[kind] = None
         else:
-            self._keep(tape, args, result)
+            self._keep(plan, tape, args, result)
         return result
 
-    def _keep(self, tape: Tape, args: tuple, result: Any) -> None:
+    def _keep(self, plan: Plan, tape: Tape, args: tuple, result: Any) -> None:
         """Hands a plan to `plan_run` too, where that can run it."""
         if _native is None or VERSION not in KNOWN or not isinstance(args[0], tuple if not self.leading else Tensor):
             return
-        tensors, rest = self._split(args)
+        n = self.leading
+        tensors: Any = args[:n] if n else args[0]
+        rest = args[n:] if n else args[1:]
+        if tensors[0].dtype is torch.float32:
+            rest = (*rest, configs.input_precision(torch.float32))
         if sum(tensor is not None for tensor in tensors) != len(tape.inputs):  # others are further on, or in lists
             return
         try:
@@ -262,6 +301,7 @@ class planned:
             self.variants.clear()
         variant = self.variants.setdefault(rest, Variant.of(pick, not isinstance(result, tuple)))
         if variant.pick_places == pick:
+            plan.program = program if pick is None else None
             _native.plan_keep.default(variant.number, tensors, program)
 
 
@@ -324,6 +364,7 @@ class Plan:
         self.launches = launches  # (function of a stream, arguments, [(place to fill in, register)])
         self.on_stream: dict[int, list] = {}  # of each stream: the same, with functions of the arguments
         self.pick = pick  # the results among tensors, allocations and None
+        self.program: list[int] | None = None  # the same for csrc/plans.cpp, where its results are all of the call's
         triton_driver: Any = driver  # `active` raises where there is no GPU
         self.current_stream = (lambda device: 0) if INTERPRETED else triton_driver.active.get_current_stream
 

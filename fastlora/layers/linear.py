@@ -175,7 +175,7 @@ class FusedLoraLinear(AdapterState, nn.Linear):
                 self.calls.fused += 1
                 if self.group is not None and (y := self.group[0].run(self, input, terms)) is not None:
                     return y
-        return ops_layer.multi_lora_linear(input, terms.weight, terms.adapters, terms.bias, backend=self.backend)
+        return ops_layer.run_layer(input, terms.weight, terms.adapters, terms.bias, self.backend, "multi_lora_linear")
 
     def terms(self, x: Tensor) -> Terms:
         own: Any = self._parameters  # past `nn.Module.__getattr__`, 4 µs cheaper; a replica has none

@@ -19,8 +19,8 @@ from torch.nn import Parameter
 SMALL = 1 << 17  # elements of x; below, on a CPU, ATen's own autograd is faster (54 against 66 µs at 8×64)
 
 
-def backward_pass(gradients: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
-    """Makes `gradients(ctx, dy)` the backward pass of an `autograd.Function`: it runs outside autocast, under which
+def backward_pass(gradients: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes `gradients(ctx, *grads)` the backward pass of an `autograd.Function`: it runs outside autocast, under which
     ATen would cast some operands and not others, and its gradients cannot be differentiated again.
 
     Torch's own decorator for the latter costs every call 2 µs: it is asked only where a graph of the gradients is made.
@@ -28,12 +28,14 @@ def backward_pass(gradients: Callable[[Any, Tensor], Any]) -> Callable[[Any, Ten
     once = once_differentiable(gradients)
 
     @functools.wraps(gradients)
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         run = once if torch.is_grad_enabled() else gradients
-        if torch._C._is_any_autocast_enabled() and autocast_enabled(dy):  # asked here first: a call less
-            with torch.autocast(dy.device.type, enabled=False):
-                return run(ctx, dy)
-        return run(ctx, dy)
+        if torch._C._is_any_autocast_enabled():
+            for grad in grads:
+                if grad is not None and autocast_enabled(grad):
+                    with torch.autocast(grad.device.type, enabled=False):
+                        return run(ctx, *grads)
+        return run(ctx, *grads)
 
     return backward
 
@@ -104,7 +106,9 @@ class GroupLayer(NamedTuple):
 def as_one_adapter(adapters: Sequence[Adapter]) -> Adapter | None:
     """A layer's adapters as a single one, where its term is one product: not without adapters, nor where one of several
     drops something, nor with a magnitude."""
-    if not adapters or (len(adapters) > 1 and any(adapter.dropout_p > 0.0 for adapter in adapters)):
+    if len(adapters) == 1:
+        return adapters[0] if adapters[0].magnitude is None else None
+    if not adapters or any(adapter.dropout_p > 0.0 for adapter in adapters):
         return None
     if any(adapter.magnitude is not None for adapter in adapters):
         return None

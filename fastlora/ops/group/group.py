@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...runtime.trust import Trusted, first_difference, seeded
 from .. import call
@@ -154,7 +153,7 @@ class SharedShrink(torch.autograd.Function):
         return (x if need_x else None, *outputs)
 
     @staticmethod
-    @once_differentiable
+    @call.backward_pass
     def backward(ctx: Any, dx: Tensor | None, *dss: Tensor | None):  # type: ignore[override]
         module, dropout_ps, shared_mask, owner = ctx.arguments
         need_x, need_as = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
@@ -170,10 +169,9 @@ class SharedShrink(torch.autograd.Function):
                     "fastlora: a lora_A needed for gradient computation has been modified by an inplace operation: "
                     f"{tuple(a.shape)} is at version {_version(a)}; expected version {version} instead"
                 )
-        with call.without_autocast(next(ds for ds in dss if ds is not None)):
-            dx, grads = module.shared_gradients(
-                _writable(dx), x, dss, ctx.lora_As, states, dropout_ps, shared_mask, need_x, need_as
-            )
+        dx, grads = module.shared_gradients(
+            _writable(dx), x, dss, ctx.lora_As, states, dropout_ps, shared_mask, need_x, need_as
+        )
         return (dx, *[None] * 5, *grads)
 
 
@@ -207,7 +205,7 @@ class GroupMember(torch.autograd.Function):
         return _shaped(y, shape), (x if need_x else None)
 
     @staticmethod
-    @once_differentiable
+    @call.backward_pass
     def backward(ctx: Any, dy: Tensor | None, dx: Tensor | None):  # type: ignore[override]
         if dy is None:
             return dx, *[None] * 9
@@ -215,12 +213,16 @@ class GroupMember(torch.autograd.Function):
         module, scaling, narrow = ctx.arguments
         need_x, need_s, need_w, need_bias, need_b = ctx.needs_input_grad[:5]
         dy2 = as_2d(dy)
-        with call.without_autocast(dy):
-            needs = (need_x, need_s, need_b)
-            dx, ds, grad_b = module.backward(dy2, weight, s, lora_B, scaling, _writable(dx), needs, narrow)
-            grad_w = dy2.t().mm(x) if need_w else None
-            grad_bias = dy2.sum(0) if need_bias else None
+        needs = (need_x, need_s, need_b)
+        dx, ds, grad_b = module.backward(dy2, weight, s, lora_B, scaling, _writable(dx), needs, narrow)
+        grad_w = dy2.t().mm(x) if need_w else None
+        grad_bias = dy2.sum(0) if need_bias else None
         return dx, ds, grad_w, grad_bias, grad_b, *[None] * 5
+
+
+# As in lora/autograd.py: `takes_fused_path` has looked for leftovers of torch.func.
+_apply_shrink: Any = super(torch.autograd.Function, SharedShrink).apply  # type: ignore[misc]
+_apply_member: Any = super(torch.autograd.Function, GroupMember).apply  # type: ignore[misc]
 
 
 class Term(NamedTuple):
@@ -246,9 +248,7 @@ class SharedInput:
         s: Sequence[Tensor]
         if self.grad:
             weak = weakref.ref(self)
-            passed, *s = SharedShrink.apply(  # type: ignore[misc]
-                x2, self.module, dropout_ps, shared_mask, weak, narrow, *lora_As
-            )
+            passed, *s = _apply_shrink(x2, self.module, dropout_ps, shared_mask, weak, narrow, *lora_As)
             x2 = x2 if passed is None else passed
         else:
             s, _ = self.module.shrink(x2, lora_As, dropout_ps, shared_mask, narrow)
@@ -279,9 +279,7 @@ class SharedInput:
             bias = bias.to(x.dtype)
         if not self.grad:
             return _shaped(self.module.forward(x, weight, bias, s, lora_B, scaling, name), self.shape)
-        y, passed = GroupMember.apply(  # type: ignore[misc]
-            x, s, weight, bias, lora_B, scaling, self.module, name, self.shape, self.narrow
-        )
+        y, passed = _apply_member(x, s, weight, bias, lora_B, scaling, self.module, name, self.shape, self.narrow)
         if passed is not None:
             self.x = passed
         return y
@@ -317,19 +315,22 @@ def open_group(x: Tensor, members: Sequence[Member], shared_mask: bool = False) 
     tensors = [tensor for member in members for tensor in member[:4]]
     if not takes_fused_path(x, *tensors):
         return None
-    dtypes = {tensor.dtype for member in members for tensor in member[:2] if tensor is not None}
-    if any(member.lora_A.dtype != member.lora_B.dtype for member in members):
-        return None
-    dtype, narrow = x.dtype, call.autocast_enabled(x)
-    if narrow:
-        if torch.float64 in dtypes or dtype == torch.float64:
+    dtype, narrow, device, dtypes = x.dtype, call.autocast_enabled(x), x.device, {x.dtype}
+    for weight, bias, lora_A, lora_B, *_ in members:  # a loop: generators cost every call
+        if lora_A.dtype != lora_B.dtype or weight.numel() == 0 or weight.shape[1] != x.shape[-1]:
             return None
-        dtype = torch.get_autocast_dtype(x.device.type)
-    elif dtypes != {dtype}:
-        return None
-    if any(member.weight.numel() == 0 or member.weight.shape[1] != x.shape[-1] for member in members):
-        return None
-    if any(tensor is not None and tensor.device != x.device for tensor in tensors):
+        if weight.device != device or lora_A.device != device or lora_B.device != device:
+            return None
+        dtypes.add(weight.dtype)
+        if bias is not None:
+            dtypes.add(bias.dtype)
+            if bias.device != device:
+                return None
+    if narrow:
+        if torch.float64 in dtypes:
+            return None
+        dtype = torch.get_autocast_dtype(device.type)
+    elif len(dtypes) > 1:
         return None
     cast = x.to(dtype)
     choice = select(as_2d(cast), members, narrow)

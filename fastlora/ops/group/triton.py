@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ...kernels import group
@@ -29,12 +30,15 @@ def shrink(
     for p in dropout_ps:
         again = seeds[0] if shared_mask and seeds else None
         seeds.append(again if again is not None else new_seed(x.device) if p > 0.0 else None)
-    dtypes = [low_rank_dtype(x, a, None, narrow) for a in lora_As]
-    return list(_shrink(x, lora_As, seeds, dropout_ps, shared_mask, dtypes)), seeds
+    dtypes = tuple([low_rank_dtype(x, a, None, narrow) for a in lora_As])
+    return list(_shrink((x, *lora_As, *seeds), tuple(dropout_ps), shared_mask, dtypes)), seeds
 
 
 @planned
-def _shrink(x, lora_As, seeds, dropout_ps, shared_mask, dtypes) -> tuple[Tensor, ...]:
+def _shrink(tensors, dropout_ps, shared_mask, dtypes) -> tuple[Tensor, ...]:
+    """S of each layer; tensors: x, every A, every seed."""
+    x, n = tensors[0], len(dtypes)
+    lora_As, seeds = tensors[1 : n + 1], tensors[n + 1 :]
     outs = [new(x, x.shape[0], a.shape[0], dtype=dtype) for a, dtype in zip(lora_As, dtypes, strict=True)]
     workspace = new_workspace(x, group.shrink_workspace(x, lora_As))
     group.group_shrink(x, lora_As, outs, workspace, seeds=seeds, dropout_ps=dropout_ps, shared_mask=shared_mask)
@@ -51,7 +55,7 @@ def forward(
 
 
 @planned
-def _gemm(x, weight, bias, s, lora_B, scaling) -> Tensor:
+def _gemm(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     from ...kernels.gemm import forward_gemm
 
     y = new(x, x.shape[0], weight.shape[0])
@@ -60,7 +64,7 @@ def _gemm(x, weight, bias, s, lora_B, scaling) -> Tensor:
 
 
 @planned
-def _expand(s, lora_B, bias, scaling, dtype) -> Tensor:
+def _expand(s: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
     y = new(s, s.shape[0], lora_B.shape[0], dtype=dtype)
     expand(s, lora_B, y, alpha=scaling, bias=bias)
     return y
@@ -106,17 +110,20 @@ def shared_gradients(
 
     A member whose dS is None (its output was not used) costs nothing and gets None.
     """
-    dx, *grads = _shared_gradients(dx, x, dss, lora_As, states, dropout_ps, shared_mask, needs_x, needs_as)
+    first = next(ds for ds in dss if ds is not None)
+    tensors = (first, dx, x, *dss, *lora_As, *states)
+    dx, *grads = _shared_gradients(tensors, tuple(dropout_ps), shared_mask, needs_x, tuple(needs_as))
     return dx, grads
 
 
 @planned
-def _shared_gradients(
-    dx, x, dss, lora_As, states, dropout_ps, shared_mask, needs_x, needs_as
-) -> tuple[Tensor | None, ...]:
+def _shared_gradients(tensors, dropout_ps, shared_mask, needs_x, needs_as) -> tuple[Tensor | None, ...]:
+    """(dX, dA of each layer); tensors: a dS that is there, dX, x, every dS, every A, every seed."""
+    first, dx, x, *others = tensors
+    n = len(needs_as)
+    dss, lora_As, states = others[:n], others[n : 2 * n], others[2 * n :]
     grads: Tensors = [None] * len(dss)
     used = [i for i, ds in enumerate(dss) if ds is not None]
-    first = dss[used[0]]
     if needs_x:
         accumulate = dx is not None
         if dx is None:

@@ -17,8 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from ...runtime import env
 from .. import call, reference
-from ..call import as_2d, as_shaped, backward_pass, low_rank_dtype
+from ..call import are_plain, as_2d, as_shaped, backward_pass, low_rank_dtype
 from . import aten, choice
 
 
@@ -37,9 +38,13 @@ class LoraLinearFunction(torch.autograd.Function):
         dropout_p: float,
         module: ModuleType,
         narrow: bool,
+        made: list[Tensor] | None,
     ) -> Tensor:
         x2 = as_2d(x)
-        y, s, state = module.forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, None, narrow)
+        if made is None:
+            y, s, state = module.forward(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, None, narrow)
+        else:
+            y, s, state = made[0].addmm_(x2, weight.t()), made[1], None
         need_x, need_w, _, need_a, need_b = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
             x if need_a or need_w else None,
@@ -58,18 +63,18 @@ class LoraLinearFunction(torch.autograd.Function):
         x, weight, lora_A, lora_B, s, state = ctx.saved_tensors
         module, scaling, dropout_p, shape, narrow = ctx.arguments
         need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        x2 = as_2d(x) if x is not None else None
-        dy2 = as_2d(dy)
+        if len(shape) != 2:
+            x, dy = None if x is None else as_2d(x), as_2d(dy)
         dx, grad_a, grad_b = module.backward(
-            dy2, x2, weight, lora_A, lora_B, s, state, scaling, dropout_p, (need_x, need_a, need_b), narrow
+            dy, x, weight, lora_A, lora_B, s, state, scaling, dropout_p, (need_x, need_a, need_b), narrow
         )
         return (
             dx if dx is None or len(shape) == 2 else dx.view(shape),
-            dy2.t().mm(x2) if need_w and x2 is not None else None,
-            dy2.sum(0) if need_bias else None,
+            dy.t().mm(x) if need_w and x is not None else None,
+            dy.sum(0) if need_bias else None,
             grad_a,
             grad_b,
-            *[None] * 4,
+            *[None] * 5,
         )
 
 
@@ -93,7 +98,10 @@ def lora_linear(
     if torch.compiler.is_compiling():
         return _compiled_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, backend, narrow)
     x2 = as_2d(x)
-    module = choice.select(x2, weight, bias, lora_A, lora_B, dropout_p, backend, narrow).module
+    chosen = choice.select(x2, weight, bias, lora_A, lora_B, dropout_p, backend, narrow)
+    module = chosen.module
+    if dropout_p == 0.0 and not narrow and (can_keep := getattr(module, "can_keep", None)) is not None and can_keep(x):
+        _keep(x, weight, bias, lora_A, lora_B, scaling, backend, chosen)
     if module is aten and x.device.type == "cpu" and x.numel() < call.SMALL:
         # Without gradients too: reentrant checkpointing expects the same bits of both.
         return as_shaped(aten.composed(x2, weight, bias, lora_A, lora_B, scaling, dropout_p, narrow), x)
@@ -102,8 +110,38 @@ def lora_linear(
     if x.dim() != 2 and not x2._is_view():  # reshape had to copy x: once is enough
         x = x2.view(x.shape)
     return _apply(  # type: ignore[return-value]
-        x, weight, bias, lora_A, lora_B, scaling, dropout_p, module, narrow
+        x, weight, bias, lora_A, lora_B, scaling, dropout_p, module, narrow, None
     )
+
+
+def _keep(x, weight, bias, lora_A, lora_B, scaling: float, backend: str, chosen: Any) -> None:
+    """Makes later calls of this kind known ones, where the choice is final and there is a plan: after the first."""
+    if choice.is_final(chosen):
+        module, asked = chosen.module, (env.backend_text() if backend == "auto" else backend, scaling)
+        number = choice.known[asked][1] if asked in choice.known else module.new_number()
+        if module.keep(x, weight, bias, lora_A, lora_B, scaling, number):
+            choice.known[asked] = module, number
+
+
+def known_call(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, backend: str
+) -> Tensor | None:
+    """y, without dropout, of a call of a kind (shapes, strides, dtypes, devices) that has been checked and chosen for,
+    and whose plan one op runs; None of others. That op looks at all of it, so nothing else has to."""
+    if torch.compiler.is_compiling() or not choice.known:
+        return None
+    found = choice.known.get((env.backend_text() if backend == "auto" else backend, scaling))
+    if found is None or torch._C._is_any_autocast_enabled():
+        return None
+    if not are_plain(x, weight, bias, lora_A, lora_B) or x.is_nested:
+        return None
+    module, number = found
+    made = module.kept(x, weight, bias, lora_A, lora_B, number)
+    if not made:
+        return None
+    if torch.is_grad_enabled():
+        return _apply(x, weight, bias, lora_A, lora_B, scaling, 0.0, module, False, made)  # type: ignore[return-value]
+    return as_shaped(made[0].addmm_(as_2d(x), weight.t()), x)
 
 
 class TermFunction(torch.autograd.Function):

@@ -107,6 +107,9 @@ _choices: dict[Any, Choice] = {}
 _provisional: dict[Any, Choice] = {}  # made where nothing could be checked or measured: made again when that is over
 
 
+known: dict[tuple[str, float], tuple[ModuleType, int]] = {}  # autograd.known_call's
+
+
 _refused: dict[tuple[torch.device, measure.Key], str] = {}  # what could not be measured, and why: not tried again
 
 
@@ -153,6 +156,10 @@ def select(
     return _choices.get(key) or _resolve(key, Call(x, weight, bias, lora_A, lora_B, dropout_p), backend, narrow)
 
 
+def is_final(choice: Choice) -> bool:
+    return all(choice is not other for other in _provisional.values())
+
+
 def _resolve(key: Any, call: Call, backend: str, narrow: bool) -> Choice:
     with _lock:
         if key in _choices:  # another thread's
@@ -175,7 +182,7 @@ def reset() -> None:
     """Forgets every choice, self-check and measured time of this process; the cache files stay."""
     global _spent_s
     with _lock:
-        for memory in (_choices, _provisional, _refused, *(trusted.verdicts for trusted in _trusted.values())):
+        for memory in (_choices, _provisional, _refused, known, *(trusted.verdicts for trusted in _trusted.values())):
             memory.clear()
         _modules.clear()
         tuning_cache.for_device.cache_clear()

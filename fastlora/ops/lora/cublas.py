@@ -20,9 +20,21 @@ from torch import Tensor
 from ...kernels.dropout import new_seed
 from ...kernels.expand import expand
 from ...kernels.grads import ds_and_db, ds_and_db_workspace, weight_grad, weight_grad_workspace
-from ...kernels.launch import DTYPES, INTERPRETED, MAX_RANK, new, new_workspace, planned
+from ...kernels.launch import (
+    DTYPES,
+    INTERPRETED,
+    MAX_RANK,
+    has_native,
+    new,
+    new_number,
+    new_workspace,
+    planned,
+    run_kept,
+)
 from ...kernels.shrink import shrink, shrink_workspace
-from ..call import low_rank_dtype
+from ..call import as_2d, low_rank_dtype
+
+__all__ = ["backward", "can_keep", "forward", "keep", "kept", "new_number", "unsupported"]
 
 
 def unsupported(
@@ -66,6 +78,25 @@ def forward(
     seed, dtype = dropout_state if dropout_p > 0.0 else None, low_rank_dtype(x, lora_A, lora_B, narrow)
     y, s = _low_rank_output(x, lora_A, lora_B, bias, seed, scaling, dropout_p, dtype)
     return y.addmm_(x, weight.t()), s, dropout_state
+
+
+def can_keep(x: Tensor) -> bool:
+    """Whether `keep` may keep a call with x: not in fp32, whose products can change from call to call."""
+    return has_native() and x.dtype is not torch.float32 and x.is_contiguous()
+
+
+def keep(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float, number: int
+) -> bool:
+    """Whether `kept(x, …, number)` gives S and the low-rank term of calls of this kind from now on: x (..., K) as in
+    `can_keep`, no autocast, no dropout."""
+    args = (as_2d(x), lora_A, lora_B, bias, None, scaling, 0.0, low_rank_dtype(x, lora_A, lora_B, False))
+    return _low_rank_output.keep_as(number, (x, lora_A, lora_B, bias, weight), args)
+
+
+def kept(x, weight, bias, lora_A, lora_B, number: int) -> list[Tensor] | None:
+    """[y without the frozen layer, S], or nothing where the call is of no kind that was kept."""
+    return run_kept(number, (x, lora_A, lora_B, bias, weight))
 
 
 @planned

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from bench.layers import host
+from fastlora.functional import lora_linear
 from fastlora.kernels import launch
-from fastlora.ops.lora import cublas, triton
+from fastlora.ops.lora import choice, cublas, triton
 from fastlora.runtime import compiled
 
 M, N, K, R = 200, 96, 160, 7  # unaligned rows of S, B and dS
@@ -65,6 +66,29 @@ def _logged(driver, named: dict[str, Any]) -> list[list]:
     return [[*launch[:4], [name_of(value) for value in launch.params]] for launch in driver.log()]
 
 
+def by_function(driver) -> dict[str, Any]:
+    """What `lora_linear` launches in a kind's first four calls, of which the last need no checks; and what it raises
+    for other tensors then."""
+    x, weight = torch.empty(2, M // 2, K, dtype=BF16), torch.empty(N, K, dtype=BF16)
+    a, b = torch.empty(R, K, dtype=BF16, requires_grad=True), torch.empty(N, R, dtype=BF16, requires_grad=True)
+    calls = []
+    for _ in range(4):
+        driver.clear_log()
+        y = lora_linear(x, weight, a, b, 1.5, backend="cublas")
+        grads = torch.autograd.grad(y, (a, b), torch.empty_like(y))
+        assert y.shape == (2, M // 2, N) and [grad.shape for grad in grads] == [a.shape, b.shape]
+        calls.append([list(launch[:4]) for launch in driver.log()])
+    known = len(choice.known)
+    errors = []
+    for wrong in ((x[..., 1:], weight, a, b), (x, weight[1:], a, b), (x.float(), weight, a, b), (x, weight, a[1:], b)):
+        try:
+            lora_linear(*wrong, 1.5, backend="cublas")
+        except ValueError as error:
+            errors.append(str(error)[:12])
+    choice.reset()
+    return {"calls": calls, "known": known, "errors": errors, "after reset": len(choice.known)}
+
+
 def main(out: str) -> None:
     compiled.load_if_built = lambda: False
     results: dict[str, Any] = {}
@@ -80,7 +104,7 @@ def main(out: str) -> None:
             kept = [len(one.plans) - [*one.plans.values()].count(None) for one in functions]
             variants = [len(one.variants) for one in functions]
             results[kind_of_plan] = {"launches": launches, "calls": calls, "by_plan": by_plan}
-            results[kind_of_plan] |= {"kept": kept, "variants": variants}
+            results[kind_of_plan] |= {"kept": kept, "variants": variants, "function": by_function(driver)}
         launch.planned.__call__ = lambda self, *args: self.function(*args)  # type: ignore[method-assign]
         results["without"] = [launched(driver, one, *kind) for one in (cublas, triton) for kind in kinds]
     Path(out).write_text(json.dumps(results))
