@@ -166,13 +166,8 @@ def steps(environment, quick):
         return
     yield "wheel", [*pytest, "tests/packaging"], None, {}
     quantised = ["tests/ops/test_quant.py", "tests/peft_layers/test_peft_quantised.py", "tests/adapters/test_merge.py"]
-    chosen = [
-        "tests/training/test_trl.py",
-        "tests/docs/test_docs.py",
-        *quantised,
-        "-k",
-        "test_trl or torchao or trainer.md",
-    ]
+    trl = ["tests/training/test_trl.py", "tests/docs/test_docs.py"]
+    chosen = [*trl, *quantised, "-k", "test_trl or torchao or trainer.md or chat.md"]
     yield EXTRAS_STEP, [*pytest, *chosen], EXTRAS, {}
     if ON_LINUX:  # Triton's wheels are for Linux
         for triton in (None, OLDEST_TRITON, NEWEST_TRITON):
