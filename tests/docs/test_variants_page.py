@@ -38,7 +38,6 @@ def test_the_tables_are_those_of_the_results():
     best = rows_of(results["best rates"])
     wanted = [
         comparison_report.table(best, METRICS["docstrings"]),
-        comparison_report.cost_table(best, results["costs"]),
         alignment.table(results["alignment"]),
         *(commit.removesuffix("-dirty") for commit in results["commits"]),
         results["machine"]["device"],
