@@ -213,3 +213,18 @@ def test_prompts_around_fastloras_adapters_are_a_warning():
     around = peft.get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")).train()
     (message,) = messages(lambda: around(**tiny_batch("llama")))
     assert "all adapters of its patched layers are frozen" in message
+
+
+def test_a_head_that_is_passed_by_is_an_error(monkeypatch):
+    """As Liger's loss does, which multiplies by the head's weight."""
+    model: Any = tiny_model("llama")
+    fastlora.patch(model, target_modules=["q_proj", "lm_head"])
+    head = model.lm_head
+
+    def forward(self, input_ids):
+        return self.model(input_ids=input_ids).last_hidden_state @ head.weight.t()
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.raises(RuntimeError, match=r"did not call its output head 'lm_head'.*leave 'lm_head' out of target"):
+        model.train()(torch.tensor([[3, 4]]))
+    assert model(torch.tensor([[3, 4]])).shape == (1, 2, 61)  # said once
