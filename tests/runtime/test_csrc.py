@@ -184,6 +184,48 @@ class TestKeepMask:
             assert torch.equal(got.cpu(), dropout.dropout_keep_mask(seed, M, K, 0.1))
 
 
+@needs_gxx
+@pytest.mark.usefixtures("loaded")
+class TestPlans:
+    """What needs no driver: look-up, allocations, programs that are none (launches: tests/aot/test_host.py)."""
+
+    PROGRAM = (
+        1,
+        0,
+        2,
+        6,
+        2,
+        3,
+        5,
+        0,
+        1,
+        64,
+        0,
+    )  # returns float32 (3, 5); a workspace; no launch
+
+    def test_runs_what_was_kept_for_such_tensors(self):
+        x, y = torch.ones(4, 6), torch.ones(4, 6)
+        torch.ops.fastlora.plan_keep.default(-7, (x, None, y), self.PROGRAM)
+        found = torch.ops.fastlora.plan_run.default(-7, (y, None, x))
+        assert [(one.shape, one.dtype) for one in found] == [((3, 5), torch.float32)]
+        others = [(-8, (x, None, y)), (-7, (x, y)), (-7, (x, None, x)), (-7, (x.t(), None, y)), (-7, (x[:3], None, y))]
+        others += [(-7, (x.int(), None, y)), (-7, (x.flatten()[1:], None, y)), (-7, (x[:0], None, y)), (-7, ())]
+        assert [torch.ops.fastlora.plan_run.default(*other) for other in others] == [[]] * len(others)
+
+    @pytest.mark.parametrize("program", [PROGRAM[:-1], (*PROGRAM, 0), (3, *PROGRAM[1:]), ()])
+    def test_refuses_what_is_no_program(self, program):
+        with pytest.raises(RuntimeError, match="fastlora::plan_keep: "):
+            torch.ops.fastlora.plan_keep.default(-9, (torch.ones(2),), program)
+
+    def test_schemas(self):
+        """They are called outside graphs: there is nothing to trace."""
+        x, ops = torch.ones(4), torch.ops.fastlora
+        counters = torch.zeros(4, dtype=torch.int32)
+        calls = [(ops.plan_keep.default, (-6, (x,), self.PROGRAM)), (ops.plan_run.default, (-6, (x,)))]
+        for op, arguments in (*calls, (ops.plan_counters.default, (counters, -6))):
+            torch.library.opcheck(op, arguments, test_utils="test_schema")
+
+
 def build_and_name(cache_dir, barrier, results):
     os.environ["FASTLORA_CACHE_DIR"] = cache_dir
     build.find_toolchain = cpu_only
