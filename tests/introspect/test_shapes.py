@@ -2,6 +2,7 @@
 
 import json
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import transformers
 
 import fastlora
+from fastlora import doctor
 from fastlora.introspect import shapes
 
 SIZES: dict[str, Any] = {
@@ -102,3 +104,23 @@ def test_other_names_for_the_same_things(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="got a list"):
         shapes.from_config(tmp_path)
+
+
+def test_the_page_has_what_is_counted():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    for name, config in shapes.MODELS.items():
+        if "vocab_size" in config:
+            ways = ((16,), (16, True), (16, True, True), (4, True, True))
+            cells = [f"{shapes.training_memory(config, 4096, 16, *way).total / 2**30:.1f}" for way in ways]
+            assert f"| {name} | {' | '.join(cells)} |" in page
+
+
+def test_the_command(tmp_path, capsys):
+    assert doctor.main(["--memory", "qwen3-0.6b", "--tokens", "2048"]) == 0
+    by_name = capsys.readouterr().out
+    (tmp_path / "config.json").write_text(json.dumps(shapes.MODELS["qwen3-0.6b"]))
+    assert doctor.main(["--memory", str(tmp_path), "--tokens", "2048"]) == 0
+    assert by_name.splitlines()[1:] == capsys.readouterr().out.splitlines()[1:] and len(by_name.splitlines()) == 10
+    with pytest.raises(SystemExit):
+        doctor.main(["--memory", "no-such-model"])
+    assert "--memory: got 'no-such-model', want one of qwen3-0.6b" in capsys.readouterr().err
