@@ -296,7 +296,7 @@ def test_every_op_is_opchecked():
     tests = [test.read_text(encoding="utf-8") for test in (root / "tests").rglob("test_*.py")]
     assert {"lora_linear", "lora_linear_backward", "lora_linear_any_scale", "jacobi_svd"} <= defined
     checking = "\n".join(test for test in tests if "library.opcheck(" in test)
-    assert defined == {name for name in defined if re.search(rf"\.{name}\.default", checking)}
+    assert defined == {name for name in defined if re.search(rf'\.{name}\.default|"{name}": ', checking)}
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
