@@ -110,7 +110,7 @@ def test_the_page_has_what_is_counted():
     page = (Path(__file__).resolve().parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
     for name, config in shapes.MODELS.items():
         if "vocab_size" in config:
-            ways = ((16,), (16, True), (16, True, True), (4, True, True))
+            ways: tuple[Any, ...] = ((16,), (16, True), (16, True, True), (4, True, True))
             cells = [f"{shapes.training_memory(config, 4096, 16, *way).total / 2**30:.1f}" for way in ways]
             assert f"| {name} | {' | '.join(cells)} |" in page
 
