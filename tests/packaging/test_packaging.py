@@ -149,7 +149,7 @@ def check_requirements(metadata):
     def of(extra):
         """What an extra adds to the rest."""
         marked = [one for one in requirements if one.marker and not one.marker.evaluate({"extra": ""})]
-        return [one for one in marked if one.marker.evaluate({"extra": extra})]
+        return [one for one in marked if one.marker and one.marker.evaluate({"extra": extra})]
 
     runtime = {one.name for one in requirements if not one.marker or one.marker.evaluate({"extra": ""})}
     assert runtime == {"torch", "safetensors", "numpy", "filelock"} | ({"triton"} if sys.platform == "linux" else set())

@@ -119,8 +119,10 @@ def test_several_active_adapters(dropouts):
 @pytest.mark.parametrize("kind", KINDS)
 def test_conv1d(kind):
     torch.manual_seed(0)
-    settings = {"vocab_size": 50, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2}
-    base = GPT2LMHeadModel(GPT2Config(**settings, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0))
+    config = GPT2Config(
+        vocab_size=50, n_positions=16, n_embd=16, n_layer=1, n_head=2, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0
+    )
+    base = GPT2LMHeadModel(config)
     chosen = {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True, "lora_dropout": 0.1}
     model = calm(KINDS[kind](base, **chosen))
     fused = patched_copy(model)
