@@ -74,7 +74,7 @@ def test_what_computes_the_pair_is_right(gpu):
     module = gpu.select().module
     x, a, b = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 8), (3, 8), (6, 3)))
     weight = torch.randn(6, 8, dtype=torch.float64)
-    y = LoraLinearFunction.apply(x, weight, None, a, b, 2.0, 0.0, module, False, None)
+    y = LoraLinearFunction.apply(x, weight, None, a, b, 2.0, 0.0, module, False)
     expected = x @ weight.t() + 2.0 * (x @ a.t()) @ b.t()
     torch.testing.assert_close(y, expected)
     dy = torch.randn_like(expected)

@@ -38,7 +38,7 @@ class LoraLinearFunction(torch.autograd.Function):
         dropout_p: float,
         module: ModuleType,
         narrow: bool,
-        made: list[Tensor] | None,
+        made: list[Tensor] | None = None,
     ) -> Tensor:
         x2 = as_2d(x)
         if made is None:
