@@ -17,6 +17,7 @@ import triton.language as tl
 from .launch import launch
 
 BLOCK = 2048  # 8 numbers a thread: loads of 16 bytes, in half precision one, in float32 two
+UNALIGNED_BLOCK = 1024  # where rows are not aligned each number is a load: 8 of them spill on sm_90
 LOWEST = tl.constexpr(-3.0e38)  # not -inf, whose difference with itself is no number
 
 
@@ -67,7 +68,7 @@ def _head_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * stride_z
-    label = tl.load(labels_ptr + row)
+    label = tl.load(labels_ptr + row).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
     if STATISTICS:
         z_y = tl.load(z_ptr + label)
@@ -168,5 +169,6 @@ def head(
         _head_kernel, (tokens,), z, labels, loss, lse, entropy, top1, mean_logits, log_sum_sq, grad, grad_entropy,
         words, z.stride(0), scale, softcap, temperature, smoothing, z_loss,
         STATISTICS=loss is not None, GRADIENT=gradient, CAPPED=softcap > 0.0,
-        MEAN=loss is not None and (smoothing > 0.0 or mean_logits is not None), BLOCK=BLOCK, num_warps=8,
+        MEAN=loss is not None and (smoothing > 0.0 or mean_logits is not None),
+        BLOCK=BLOCK if z.stride(0) % 16 == 0 else UNALIGNED_BLOCK, num_warps=8,
     )  # fmt: skip

@@ -168,16 +168,16 @@ def _segment_expand_kernel(
     if DROPOUT:
         threshold = tl.load(thresholds_ptr + segment).to(tl.int32)
         acc = tl.where(keep_mask(tl.load(seed_ptr), start, column, threshold, BLOCK_M, BLOCK_N), acc, 0.0)
+    width = tl.where(rank > 0, N, 0)  # rows that no adapter takes become zero
     if HAS_BIAS:
         columns = column + tl.arange(0, BLOCK_N)
         bias_ptr += segment.to(tl.int64) * stride_bs
-        bias = tl.load(bias_ptr + columns.to(tl.int64) * stride_bn, mask=(columns < N) & (rank > 0), other=0.0)
+        bias = tl.load(bias_ptr + columns.to(tl.int64) * stride_bn, mask=columns < width, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     pointers = tile_pointers(out_ptr, rows, column, stride_om, stride_on, BLOCK_N)
-    mask = tile_mask(inside, column, N, BLOCK_N)
     if ACCUMULATE:
-        acc += tl.load(pointers, mask=mask & (rank > 0), other=0.0).to(tl.float32)
-    tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        acc += tl.load(pointers, mask=tile_mask(inside, column, width, BLOCK_N), other=0.0).to(tl.float32)
+    tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=tile_mask(inside, column, N, BLOCK_N))
 
 
 def _shrink_config(x: torch.Tensor, segments: Plan, factors: Factors) -> configs.ShrinkConfig:
