@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -37,7 +38,7 @@ def test_launches(counted, plans):
     assert launches["group of 3"] <= 18
 
 
-# 22 are torch.autograd.grad's; Triton 3.6 takes one more a launch with plans in Python.
+# 22 are torch.autograd.grad's.
 @pytest.mark.parametrize(
     "plans, most",
     [
@@ -46,7 +47,9 @@ def test_launches(counted, plans):
     ],
 )
 def test_python_calls(counted, plans, most):
-    calls = counted[plans]["calls"]
+    calls, launches = counted[plans]["calls"], counted[plans]["launches"]
+    if plans == "python" and triton.__version__.startswith("3.6."):  # one more a launch
+        most = {name: number + launches[name] for name, number in most.items()}
     assert {name: calls[name] for name in most if calls[name] > most[name]} == {}, calls
 
 
