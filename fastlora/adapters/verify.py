@@ -49,7 +49,8 @@ class AdapterCheck:
         return self.compared > 0 and not self.mismatches
 
     def __str__(self) -> str:
-        head = f"fastlora: {self.compared} weights compared, {len(self.mismatches) or 'no'} mismatches"
+        found = "1 mismatch" if len(self.mismatches) == 1 else f"{len(self.mismatches) or 'no'} mismatches"
+        head = f"fastlora: {self.compared} weights compared, {found}"
         return "\n  ".join([f"{head}, largest relative error {self.error:.1e}", *by_reason(self.mismatches.items())])
 
     __repr__ = __str__

@@ -151,9 +151,8 @@ def _fits(t: Tensor) -> bool:
 def _plans(order: Tensor, offsets: Tensor, options: Options) -> tuple[Routed, Routed]:
     """(for x, for what is sorted)."""
     kept: dict[str, Any] = {}
-    if options.routing is not None and not is_capturing(
-        places_of(order.device)
-    ):  # a capture's are there in replays only
+    capturing = is_capturing(places_of(order.device))  # what a capture makes is there in replays only
+    if options.routing is not None and not capturing:
         kept = options.routing.kept
     if not kept:
         kept["sorted"] = Routed(offsets, order.shape[0])
