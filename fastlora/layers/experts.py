@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..introspect.fused import rebind_forward
 from ..ops import call
 from ..ops.experts.experts import lora_grouped_linear
-from ..ops.experts.routing import Routing
+from ..ops.experts.routing import Routing, inverse
 from . import starts
 from .checks import tensors_of
 from .state import AdapterState
@@ -276,9 +276,7 @@ def run(
     if getattr(experts, "has_post_expert_norm", False):
         out = experts.post_expert_norm(out)
     out = out * top_k_weights.reshape(-1)[routing.order].unsqueeze(-1)
-    place = torch.empty_like(routing.order)
-    place[routing.order] = torch.arange(len(place), device=place.device)
-    return out[place].view(*top_k_index.shape, out.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+    return out[inverse(routing.order)].view(*top_k_index.shape, out.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
 
 def _linear(

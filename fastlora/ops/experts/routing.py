@@ -64,3 +64,8 @@ class Routing:
     def ends(self) -> tuple[int, ...]:
         """`offsets` on the host, which waits for a GPU."""
         return tuple(self.offsets.tolist())
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Where each routed token of the flattened (T, k) lies among the sorted rows: `order`'s inverse."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))

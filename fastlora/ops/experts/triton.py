@@ -29,6 +29,7 @@ from ...kernels.segments import segment_expand, segment_shrink, segment_shrink_w
 from ..call import low_rank_dtype
 from . import aten
 from .aten import Needs, Options, Tensors
+from .routing import inverse
 
 
 def unsupported(x: Tensor, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], options: Options) -> str | None:
@@ -117,8 +118,7 @@ def backward(
         if dx is not None and not lora_As:
             _finished(dx, None, offsets)
         if dx is not None and options.gathered:
-            back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-            dx = dx.index_select(0, back).view(-1, options.top_k, dx.shape[1]).sum(1)
+            dx = dx.index_select(0, inverse(order)).view(-1, options.top_k, dx.shape[1]).sum(1)
     return dx, dw, db, grad_as, grad_bs
 
 
