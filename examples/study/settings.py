@@ -54,7 +54,7 @@ COMPARISON: dict[str, dict[str, Any]] = {
         "eval_every": 10, "search_seeds": 3, "timed_rounds": 400, "lr": {"adamw": 1e-2, "sgd": 2e-2},
     },
     "language": {
-        "steps": 60, "batch_size": 4, "r": 16, "lora_alpha": 32.0, "dropout": 0.0, "sketch_batches": 4,
+        "steps": 40, "batch_size": 4, "r": 16, "lora_alpha": 32.0, "dropout": 0.0, "sketch_batches": 4,
         "eval_every": 20, "search_seeds": 1, "timed_rounds": 8, "lr": {"adamw": 5e-4, "sgd": 1e-1},
     },
 }  # fmt: skip
