@@ -26,6 +26,7 @@ from ...layers.fused import CallCounts
 from .adalora import FusedSVDLinear
 from .experts import FusedParamWrapper
 from .lora import QUANTISED_LAYERS, FusedPeftLinear, PeftFusedLayer, class_name
+from .merge import take_back
 
 # PEFT's classes, and what their instances become; those on quantised bases are imported where a model has them.
 FUSED: dict[type[nn.Module], Any] = {
@@ -90,7 +91,7 @@ def adopt(layer: nn.Module, backend: str = "auto") -> Any:
     if type(layer) is not cls:
         rebind_forward(layer, cls)
         fused.__class__ = cls
-        fused.calls, fused.undos, fused.group = CallCounts(), [], None
+        fused.calls, fused.group = CallCounts(), None
         fused.lora_A.register_forward_pre_hook(keep_off_the_fast_path)
     fused.backend = backend
     return fused
@@ -98,7 +99,7 @@ def adopt(layer: nn.Module, backend: str = "auto") -> Any:
 
 def release(layer: Any) -> None:
     """Makes it PEFT's own layer again, as if it had never been adopted: what was merged is merged again by PEFT."""
-    again = layer.take_back_merges()
+    again = take_back(layer)
     for name in PeftFusedLayer.STATE:
         delattr(layer, name)
     hooks = layer.lora_A._forward_pre_hooks

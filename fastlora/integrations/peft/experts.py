@@ -21,7 +21,7 @@ from ...layers import experts as fused
 from ...layers.checks import is_overridden
 from ...ops import call
 from .lora import FACTORS, PeftFusedLayer, why_not_arguments
-from .merge import parameters
+from .merge import merge_kept, parameters, unmerge_kept
 
 
 class FusedParamWrapper(PeftFusedLayer, ParamWrapper):
@@ -29,7 +29,6 @@ class FusedParamWrapper(PeftFusedLayer, ParamWrapper):
 
     PLAIN = ParamWrapper
     shares_input = False
-    undos: list[tuple[list[str], Tensor]]  # what was merged together, and the weight's bits from before
 
     @staticmethod
     def why_not_base(layer: Any) -> str | None:
@@ -78,34 +77,20 @@ class FusedParamWrapper(PeftFusedLayer, ParamWrapper):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As PEFT's, expert by expert, in float32 and rounded once; always safe, and `unmerge` restores the bits."""
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if not names:
-            return
-        terms = _read(self, names)
+        if names:
+            merge_kept(self, self._merge, names)
+
+    def unmerge(self) -> None:
+        unmerge_kept(self, super().unmerge)
+
+    def _merge(self, safe_merge: bool, adapter_names: list[str]) -> None:
+        terms = _read(self, adapter_names)
         if isinstance(terms, str):
             raise ValueError(f"merge: {self.parameter_name}: {terms}")
         transposed = bool(self.get_base_layer().is_transposed)
-        broken = (
-            f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"  # PEFT's words
-        )
-        self.undos.append((names, fused.add_deltas(self.get_param(), terms, transposed, broken)))
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        self.take_back_merges()
-        self.undos.clear()
-        if self.merged_adapters:
-            super().unmerge()  # what PEFT had merged before
-
-    def take_back_merges(self) -> list[str]:
-        """Takes back what this class merged, latest first, and says which adapters that were."""
-        taken: list[str] = []
-        while self.undos and self.merged_adapters[-len(self.undos[-1][0]) :] == self.undos[-1][0]:
-            names, bits = self.undos.pop()
-            with torch.no_grad():
-                self.get_param().copy_(bits)
-            del self.merged_adapters[-len(names) :]
-            taken = names + taken
-        return taken
+        broken = f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken"
+        fused.add_deltas(self.get_param(), terms, transposed, broken)  # in PEFT's words
+        self.merged_adapters.extend(adapter_names)
 
 
 FusedParamWrapper.__name__ = ParamWrapper.__name__  # by which PEFT finds its wrappers; pickle goes by __qualname__

@@ -38,7 +38,7 @@ AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class PeftFusedLayer(FusedPeftLayer, FusedLayer):
     """What every swapped layer has besides PEFT's own, whatever its base."""
 
-    STATE = ("backend", "calls", "undos", "group")  # set by `adopt.adopt`, taken away by `release`
+    STATE = ("backend", "calls", "group")  # set by `adopt.adopt`, taken away by `release`
     PLAIN: type[nn.Module]  # PEFT's own class
 
     def _get_name(self) -> str:

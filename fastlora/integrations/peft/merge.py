@@ -1,8 +1,9 @@
 """Merging for PEFT's layers: the bits from before the first merge are kept, and unmerging puts them back.
 
-LoRA's and AdaLoRA's layers on plain weights (`ExactMerge`) accumulate deltas in fp32 and round once. Every other layer
-merges as PEFT does, which puts new tensors in the place of the base layer's own: those are kept (`Kept`), a quantised
-weight in its packed form. docs/details/peft.md says where this holds, and what is PEFT's subtraction.
+Fused LoRA and AdaLoRA layers on plain weights (`ExactMerge`) accumulate deltas in fp32 and round once. Every other
+layer merges as PEFT does, which puts new tensors in the place of the base layer's own. Before either, the base layer's
+are kept (`Kept`), a quantised weight in its packed form. docs/details/peft.md says where this holds, and what is PEFT's
+subtraction.
 
 What a base layer must be for our own merge, and for the fused path of lora.py, is the same thing, and is here.
 """
@@ -10,7 +11,7 @@ What a base layer must be for our own merge, and for the fused path of lora.py, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,163 +31,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@dataclass
-class _Undo:
-    """What takes back the merges `merged_adapters[start:start + len(names)]`: the weights from before, on the host."""
-
-    start: int
-    names: list[str]
-    weight: Tensor
-    bias: Tensor | None
-    fingerprint: tuple[int, int | None]  # of the merged weights: they are only replaced while they are still those
-
-
-class ExactMerge(LoraLayer):
-    """What comes before a PEFT layer's own class, so that its merges are taken back bit for bit."""
-
-    undos: list[_Undo]  # oldest first
-    fan_in_fan_out: bool
-
-    def low_rank(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, float]:
-        """(A (r, in), B (out, r), the bias next to B or None, s): an adapter adds s·B A, and s times the bias."""
-        raise NotImplementedError
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds adapters' deltas to the base weight, in fp32 and rounded once; `unmerge` gives the very same bits back.
-
-        Arguments as in PEFT, except that a merge is always safe: raises ValueError, with nothing changed, where the
-        merged weights would not be finite.
-        """
-        base = self.get_base_layer()
-        if _why_not_merge(base) is not None:
-            return merge_kept(self, super().merge, adapter_names)
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if not names:
-            return None
-        undo = self._open_undo(base)
-        if any(name in self.lora_variant for name in names):
-            self._merge_as_peft(names, base)
-        else:
-            weight, bias = self._merged(names, base)
-            _write(base, weight, bias)
-            self.merged_adapters.extend(names)
-        undo.names.extend(names)
-        undo.fingerprint = _fingerprint(base)
-        if not self.undos or self.undos[-1] is not undo:
-            self.undos.append(undo)
-        return None
-
-    def unmerge(self) -> None:
-        """Takes back every merge: this class's bit for bit, what PEFT merged before it by PEFT's subtraction."""
-        if not self.merged_adapters:
-            self.undos.clear()
-            return super().unmerge()  # PEFT's warning
-        self._restore()
-        if self.merged_adapters:
-            unmerge_kept(self, super().unmerge)
-        tie_again(self)
-        return None
-
-    def take_back_merges(self) -> list[str]:
-        """Takes back what this class merged, and says which adapters that were."""
-        merged = list(self.merged_adapters)
-        self._restore()
-        return merged[len(self.merged_adapters) :]
-
-    def _restore(self) -> None:
-        """Takes back what this class merged, latest first, bit for bit."""
-        base = self.get_base_layer()
-        undos, self.undos = self.undos, []
-        while undos:
-            undo = undos.pop()
-            if self.merged_adapters[undo.start :] != undo.names or not _is_current(undo, base):
-                break  # the weights were changed while merged: what is left is PEFT's subtraction
-            if any(name in self.lora_variant for name in undo.names):
-                self._subtract(undo.start)  # for what a variant keeps besides the weights
-            del self.merged_adapters[undo.start :]
-            _write(base, undo.weight, undo.bias)
-
-    def _open_undo(self, base: nn.Module) -> _Undo:
-        """The latest undo where it still describes the weights (merging one by one keeps one copy), else a new one."""
-        if self.undos:
-            undo = self.undos[-1]
-            if self.merged_adapters[undo.start :] == undo.names and _is_current(undo, base):
-                return undo
-        weight, bias = parameters(base)
-        bias_copy = bias.detach().to("cpu", copy=True) if bias is not None else None
-        return _Undo(len(self.merged_adapters), [], weight.detach().to("cpu", copy=True), bias_copy, (0, None))
-
-    def _merged(self, names: Sequence[str], base: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """The weights with the adapters in, in the weights' dtype. Changes nothing."""
-        weight, bias = parameters(base)
-        device, wide = weight.device, torch.promote_types(weight.dtype, torch.float32)
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            total = weight.detach().to(wide, copy=True)
-            total_bias = bias.detach().to(wide, copy=True) if bias is not None else None
-            for name in names:
-                down, up, lora_bias, scaling = self.low_rank(name)
-                lora_a, lora_b = down.to(device, wide), up.to(device, wide)
-                if self.fan_in_fan_out:
-                    total.addmm_(lora_a.t(), lora_b.t(), alpha=scaling)
-                else:
-                    total.addmm_(lora_b, lora_a, alpha=scaling)
-                if lora_bias is not None:
-                    if total_bias is None:
-                        raise RuntimeError(
-                            f"fastlora: merge: adapter {name!r} has lora_bias=True and the base layer has no bias "
-                            "to merge it into"
-                        )
-                    total_bias.add_(lora_bias.to(device, wide), alpha=scaling)
-            total = total.to(weight.dtype)
-            if total_bias is not None and bias is not None:
-                total_bias = total_bias.to(bias.dtype)
-            finite = torch.isfinite(total).all() and (total_bias is None or torch.isfinite(total_bias).all())
-        if not finite:
-            raise ValueError(
-                # PEFT's own words come first: scripts look for them.
-                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: scaled by "
-                f"{[float(self.scaling[name]) for name in names]} it would make the {weight.dtype} base weights "
-                "infinite or NaN, want finite weights; nothing was changed"
-            )
-        return total, total_bias
-
-    def _merge_as_peft(self, names: list[str], base: nn.Module) -> None:
-        """PEFT's own merge, for DoRA and other variants; all or nothing."""
-        weight, bias = parameters(base)
-        before = (weight.detach().clone(), bias.detach().clone() if bias is not None else None)
-        merged_before = list(self.merged_adapters)
-        try:
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):  # PEFT replaces the weight, which is trained through later
-                super().merge(safe_merge=True, adapter_names=names)
-        except BaseException:
-            _write(base, *before)
-            self.merged_adapters[:] = merged_before
-            raise
-
-    def _subtract(self, start: int) -> None:
-        """PEFT's unmerge of `merged_adapters[start:]` only; the list is left as it was."""
-        everything = self.merged_adapters
-        self.merged_adapters = everything[start:]
-        try:
-            super().unmerge()
-        finally:
-            self.merged_adapters = everything
-
-
-class ExactMergeLinear(ExactMerge, PeftLinear):
-    """PEFT's LoRA `Linear` whose merges are taken back bit for bit."""
-
-    def low_rank(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, float]:
-        (down, _), (up, bias) = parameters(self.lora_A[name]), parameters(self.lora_B[name])
-        return down, up, bias, float(self.scaling[name])
-
-
 class Kept:
-    """A base layer as it is, for the layers that PEFT merges its own way: its Parameters, of which a quantised one
-    keeps its packed tensors and a plain one a copy on the host, and bitsandbytes' notes on them."""
+    """A base layer as it is: its Parameters, of which a quantised one keeps its packed tensors and a plain one a copy
+    on the host, and bitsandbytes' notes on them. `only`: of this Parameter."""
 
     def __init__(self, base: nn.Module, only: str | None = None) -> None:
         self.base = base
@@ -200,6 +47,7 @@ class Kept:
         self.notes |= {name: value for name, value in base.__dict__.items() if name == "quant_state"}
 
     def restore(self) -> None:
+        """In place where the Parameter is plain: tied weights and views of it follow."""
         base = self.base
         for name, parameter in self.parameters.items():
             current = base._parameters.get(name)
@@ -216,22 +64,50 @@ class Kept:
         for name, value in self.notes.items():
             object.__setattr__(base, name, value)
 
+    def fingerprint(self) -> tuple[int, ...] | None:
+        """The sums of the present bits as integers, modulo 2^64: the same on every device and in any order. None where
+        a Parameter is quantised, on the meta device, gone, or of another dtype: then the old ones are best."""
+        now: list[Any] = [self.base._parameters.get(name) for name in self.parameters]
+        dtypes = [data.dtype for data in self.data.values()]
+        if any(type(p) is not nn.Parameter or p.is_meta for p in now) or [p.dtype for p in now] != dtypes:
+            return None
+        bits = (p.detach().view(_BITS[p.element_size()]) for p in now)
+        return tuple(int(whole.sum(dtype=torch.int64)) for whole in bits)
 
-# On a layer while it is merged: a list of `Kept`, and the Parameter that other modules use.
+
+@dataclass
+class _Undo:
+    """What takes back the merges `merged_adapters[start:start + len(names)]`: the weights from before."""
+
+    start: int
+    names: list[str]
+    parts: list[Kept]
+    fingerprints: list[tuple[int, ...] | None]  # of the merged weights: they are only replaced while still those
+
+    def fits(self, layer: Any) -> bool:
+        """Whether these are the layer's latest merges, and the weights are those that they left."""
+        pairs = zip(self.fingerprints, [part.fingerprint() for part in self.parts], strict=True)
+        return layer.merged_adapters[self.start :] == self.names and all(
+            None in pair or pair[0] == pair[1] for pair in pairs
+        )
+
+
+# On a layer while it is merged: its `_Undo`s, oldest first, and the Parameter that other modules use.
 KEPT, TIED = "_fastlora_kept", "_fastlora_tied"
 
 
-def merge_kept(layer: Any, peft_merge: Callable[..., None], names: list[str] | None) -> None:
-    """PEFT's own merge of a layer, all or nothing; `unmerge_kept` puts the bits back."""
+def merge_kept(layer: Any, merge_layer: Callable[..., None], names: list[str] | None) -> None:
+    """Runs a merge of a layer's, PEFT's own or another, all or nothing; `unmerge_kept` puts the bits back."""
     before, base = list(layer.merged_adapters), layer.get_base_layer()
     # MultiheadAttention's layer merges into its output projection too, which is a LoRA layer of its own.
     inner = [getattr(child, "base_layer", child) for child in base.children()]
     # Of several wrappers around one module each merges into a parameter of its own.
     kept = [Kept(part, getattr(layer, "parameter_name", None)) for part in (base, *inner)]
-    first = layer.__dict__.get(KEPT) if before else kept  # merging on top of PEFT's own merge keeps nothing
+    kept = [part for part in kept if part.parameters]
+    on_top = bool(undos := layer.__dict__.get(KEPT)) and undos[-1].fits(layer)  # merging one by one keeps one copy
     try:
         with torch.inference_mode(False), torch.no_grad():
-            peft_merge(safe_merge=True, adapter_names=names)
+            merge_layer(safe_merge=True, adapter_names=names)
             weight: Any = base._parameters.get("weight")
             # PEFT looks at torchao's weights before it adds the delta, not after.
             if type(weight).__module__.startswith("torchao.") and not torch.isfinite(weight.dequantize()).all():
@@ -244,22 +120,115 @@ def merge_kept(layer: Any, peft_merge: Callable[..., None], names: list[str] | N
             part.restore()
         layer.merged_adapters[:] = before
         raise
-    if layer.merged_adapters and first is not None:
-        layer.__dict__[KEPT] = first
+    added = layer.merged_adapters[len(before) :]
+    if not added or (before and not on_top and len(kept) > 1):
+        return
+    undos = layer.__dict__.setdefault(KEPT, [])  # DoRA's merge on top of another takes that back, and does it again
+    if not (on_top and undos):
+        undos.append(_Undo(len(before), [], kept, []))
+    undos[-1].names += added
+    undos[-1].fingerprints = [part.fingerprint() for part in undos[-1].parts]
 
 
 def unmerge_kept(layer: Any, peft_unmerge: Callable[[], None]) -> None:
-    """Takes back what `merge_kept` merged, bit for bit, or else by PEFT's own unmerge."""
-    kept = layer.__dict__.pop(KEPT, None)
-    if kept is None or not layer.merged_adapters:
-        return peft_unmerge()
-    if len(kept) > 1:
-        peft_unmerge()  # for the notes of the layers within
-    for name in layer.merged_adapters:
-        getattr(layer, "_caches", {}).pop(f"{name}-weight_norm", None)  # DoRA's
-    layer.merged_adapters.clear()
-    for part in kept:
-        part.restore()
+    """Takes back what `merge_kept` merged, bit for bit, and what PEFT merged before, or has been changed since, by
+    PEFT's own unmerge."""
+    merged = bool(layer.merged_adapters)
+    _restore(layer, peft_unmerge)
+    if layer.merged_adapters or not merged:
+        peft_unmerge()
+    tie_again(layer)
+
+
+def _restore(layer: Any, peft_unmerge: Callable[[], None]) -> None:
+    undos = layer.__dict__.pop(KEPT, [])
+    while undos and undos[-1].fits(layer):
+        undo = undos.pop()
+        if len(undo.parts) > 1:
+            peft_unmerge()  # for the notes of the layers within
+        for name in undo.names:
+            getattr(layer, "_caches", {}).pop(f"{name}-weight_norm", None)  # DoRA's
+        del layer.merged_adapters[undo.start :]
+        for part in undo.parts:
+            part.restore()
+
+
+def take_back(layer: Any) -> list[str]:
+    """Of a fused layer that becomes PEFT's again: takes back what was merged into plain weights, and says which
+    adapters that were. What PEFT has merged into quantised ones stays."""
+    merged, undos = list(layer.merged_adapters), layer.__dict__.get(KEPT, [])
+    if any(None in undo.fingerprints for undo in undos):
+        del layer.__dict__[KEPT]
+    else:
+        _restore(layer, layer.unmerge)
+    return merged[len(layer.merged_adapters) :]
+
+
+class ExactMerge(LoraLayer):
+    """What comes before a PEFT layer's own class, so that its merges are taken back bit for bit."""
+
+    fan_in_fan_out: bool
+
+    def low_rank(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, float]:
+        """(A (r, in), B (out, r), the bias next to B or None, s): an adapter adds s·B A, and s times the bias."""
+        raise NotImplementedError
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds adapters' deltas to the base weight, in fp32 and rounded once; `unmerge` gives the very same bits back.
+
+        Arguments as in PEFT, except that a merge is always safe: raises ValueError, with nothing changed, where the
+        merged weights would not be finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        own = _why_not_merge(self.get_base_layer()) is None and not any(name in self.lora_variant for name in names)
+        if names:
+            merge_kept(self, self._merge if own else super().merge, names)
+
+    def unmerge(self) -> None:
+        """Takes back every merge: this class's bit for bit, what PEFT merged before it by PEFT's subtraction."""
+        unmerge_kept(self, super().unmerge)
+
+    def _merge(self, safe_merge: bool, adapter_names: list[str]) -> None:
+        weight, bias = parameters(self.get_base_layer())
+        device, wide = weight.device, torch.promote_types(weight.dtype, torch.float32)
+        with torch.autocast(device.type, enabled=False):
+            total = weight.detach().to(wide, copy=True)
+            total_bias = bias.detach().to(wide, copy=True) if bias is not None else None
+            for name in adapter_names:
+                down, up, lora_bias, scaling = self.low_rank(name)
+                lora_a, lora_b = down.to(device, wide), up.to(device, wide)
+                if self.fan_in_fan_out:
+                    total.addmm_(lora_a.t(), lora_b.t(), alpha=scaling)
+                else:
+                    total.addmm_(lora_b, lora_a, alpha=scaling)
+                if lora_bias is not None:
+                    if total_bias is None:
+                        raise RuntimeError(
+                            f"fastlora: merge: adapter {name!r} has lora_bias=True and the base layer has no bias "
+                            "to merge it into"
+                        )
+                    total_bias.add_(lora_bias.to(device, wide), alpha=scaling)
+            merged = [(weight, total.to(weight.dtype))]
+            if bias is not None and total_bias is not None:
+                merged.append((bias, total_bias.to(bias.dtype)))
+        if not all(torch.isfinite(values).all() for _, values in merged):
+            raise ValueError(
+                # PEFT's own words come first: scripts look for them.
+                f"NaNs detected in the merged weights. The adapter {', '.join(adapter_names)} seems to be broken: "
+                f"scaled by {[float(self.scaling[name]) for name in adapter_names]} it would make the {weight.dtype} "
+                "base weights infinite or NaN, want finite weights; nothing was changed"
+            )
+        for parameter, values in merged:
+            parameter.data.copy_(values)  # in place: tied weights and views of them follow
+        self.merged_adapters.extend(adapter_names)
+
+
+class ExactMergeLinear(ExactMerge, PeftLinear):
+    """PEFT's LoRA `Linear` whose merges are taken back bit for bit."""
+
+    def low_rank(self, name: str) -> tuple[Tensor, Tensor, Tensor | None, float]:
+        (down, _), (up, bias) = parameters(self.lora_A[name]), parameters(self.lora_B[name])
+        return down, up, bias, float(self.scaling[name])
 
 
 def merge(layer: Any, names: list[str] | None, untie: bool) -> None:
@@ -275,8 +244,8 @@ def merge(layer: Any, names: list[str] | None, untie: bool) -> None:
     if untie:
         base.weight = own_copy(weight)
     try:
-        if keeps_bits(layer):
-            layer.merge(safe_merge=True, adapter_names=names)
+        if isinstance(layer, FusedPeftLayer):  # whose own merge is exact
+            layer.merge(safe_merge=True, adapter_names=names)  # type: ignore[attr-defined]
         else:
             merge_kept(layer, layer.merge, names)
     except BaseException:
@@ -289,21 +258,15 @@ def merge(layer: Any, names: list[str] | None, untie: bool) -> None:
 
 def unmerge(layer: Any) -> None:
     """Takes back what `merge` did."""
-    if keeps_bits(layer):
-        layer.unmerge()
+    if isinstance(layer, FusedPeftLayer):
+        layer.unmerge()  # type: ignore[attr-defined]
     else:
         unmerge_kept(layer, layer.unmerge)
-        tie_again(layer)
 
 
 def own_copy(weight: Tensor) -> nn.Parameter:
     with torch.inference_mode(False), torch.no_grad():
         return nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-
-
-def keeps_bits(layer: Any) -> bool:
-    """Whether a layer's own `merge` and `unmerge` are exact: those that run fused."""
-    return isinstance(layer, FusedPeftLayer)
 
 
 def tie_again(layer: Any) -> None:
@@ -341,25 +304,3 @@ def parameters(base: nn.Module) -> tuple[Tensor, Tensor | None]:
     if weight is None:  # DataParallel's replicas hold plain tensors as attributes, a `StartedLinear` puts it together
         return cast(Tensor, base.weight), cast("Tensor | None", base.bias)
     return weight, found.get("bias")
-
-
-def _write(base: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
-    """In place: tied weights and views of them follow."""
-    old_weight, old_bias = parameters(base)
-    old_weight.data.copy_(weight)
-    if old_bias is not None and bias is not None:
-        old_bias.data.copy_(bias)
-
-
-def _fingerprint(base: nn.Module) -> tuple[int, int | None]:
-    """The bits' sum as integers, modulo 2^64: the same on every device and in any order."""
-    sums = [
-        int(tensor.detach().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)) if tensor is not None else None
-        for tensor in parameters(base)
-    ]
-    return cast("tuple[int, int | None]", tuple(sums))
-
-
-def _is_current(undo: _Undo, base: nn.Module) -> bool:
-    """Whether the weights are those the merge left. After a change of dtype the old weights, cast, are best."""
-    return parameters(base)[0].dtype != undo.weight.dtype or _fingerprint(base) == undo.fingerprint

@@ -45,11 +45,6 @@ class FusedQuantisedLayer(PeftFusedLayer):
     def plan_of(layer: Any, x: Tensor | None) -> Plan | str:
         return read_plan(layer, x)
 
-    def take_back_merges(self) -> list[str]:
-        """Nothing: PEFT merged the weights, and they stay as they are."""
-        self.__dict__.pop(merge.KEPT, None)
-        return []
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = cast(Any, self)
         if torch.compiler.is_compiling():  # a graph has no place for a buffer that layers share
