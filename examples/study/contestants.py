@@ -69,6 +69,11 @@ CONTESTANTS: dict[str, Contestant] = {
     ),
     "lora_ga": Contestant("LoRA-GA, γ = 16", start="lora_ga", numbers={"gamma": 16.0}),
     "lora_ga_64": Contestant("LoRA-GA, γ = 64", start="lora_ga", numbers={"gamma": 64.0}),
+    "lora_ga_ranks": Contestant(
+        "LoRA-GA, ranks for 90 %",
+        start="lora_ga",
+        numbers={"gamma": 16.0, "captured": 0.9, "most": 4},  # at most 4r: how many parameters is the gradient's choice
+    ),
     "sign": Contestant(
         "LoRA-GA for Adam, γ = 64",
         start="sign",

@@ -78,6 +78,8 @@ class Learner:
         rates = {group["name"]: group["initial_lr"] for group in self.optimizers[0].param_groups if "name" in group}
         if rates:
             notes["rates"] = rates
+        if "captured" in self.entry.numbers:
+            notes["ranks"] = {name: layer.r["default"] for name, layer in lora_layers(self.adapted).items()}
         if self.entry.uses("use_dora"):
             notes["magnitudes"] = sum(m.numel() for m in parameters_named(self.adapted, "lora_magnitude_vector"))
         if self.allocator is not None:
@@ -136,7 +138,7 @@ def prepared_model(task: Task, entry: Contestant, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     if entry.library == "peft":
         inject_peft(adapted, arguments)
-    else:
+    elif "captured" not in entry.numbers:  # else the gradients say with which ranks
         fastlora.patch(adapted, **{**arguments, "strict": True, **entry.patch})
     if entry.start:
         batches = task.gradient_batches(seed)
@@ -144,8 +146,7 @@ def prepared_model(task: Task, entry: Contestant, seed: int) -> nn.Module:
         def passes() -> None:
             task.backward_passes(model, batches)
 
-        gamma = entry.numbers["gamma"]
-        start_from_gradients(entry.start, adapted, passes, settings.r, gamma, seed, task.targets)
+        start_from_gradients(task, entry, adapted, passes, seed)
         model.zero_grad(set_to_none=True)
     return model
 
@@ -226,28 +227,29 @@ def set_training(model: nn.Module, training: bool) -> None:
 
 
 def start_from_gradients(
-    start: str,
-    adapted: nn.Module,
-    passes: Callable[[], object],
-    r: int,
-    gamma: float,
-    seed: int,
-    targets: Mapping[str, Any] | None = None,
+    task: Task, entry: Contestant, adapted: nn.Module, passes: Callable[[], object], seed: int
 ) -> dict[str, float]:
-    """Sets the adapters of the patched module `adapted` from the gradient of `passes`, which runs backward passes of
-    equal weight: "lora_ga", "sign" (`fastlora.sign_factors` by direct minimisation) or "sign_svd" (by the SVD of
-    sign(G)). `targets`: which layers, as `fastlora.patch` was told. Returns `init_lora_ga`'s relative sizes.
+    """Sets the adapters of the module `adapted` from the gradient of `passes`, which runs backward passes of equal
+    weight. The entry's start: "lora_ga", "sign" (`fastlora.sign_factors` by direct minimisation) or "sign_svd" (by the
+    SVD of sign(G)). Its number "captured": patches the module too, each layer with the least rank, at most "most" times
+    r, that holds this share of its gradient. Returns `init_lora_ga`'s relative sizes.
     """
+    settings, numbers = task.settings, entry.numbers
     # The loss is a mean over equally many examples in each batch, and not every model is called with its labels.
-    chosen = {**(targets or {}), "r": r, "seed": seed, "weighting": "equal"}
-    if start == "lora_ga":
-        with fastlora.GradientSketch(adapted, **chosen) as found:
+    chosen = {**task.targets, "r": settings.r, "seed": seed, "weighting": "equal"}
+    how: dict[str, Any] = {"gamma": numbers["gamma"], "seed": seed}
+    if entry.start == "lora_ga":
+        most = numbers.get("most", 0) * settings.r
+        with fastlora.GradientSketch(adapted, **chosen, width=2 * most or None) as found:
             passes()
+        if "captured" in numbers:
+            how |= {"lora_alpha": settings.lora_alpha, "lora_dropout": settings.dropout}
+            how["ranks"] = fastlora.allocate_ranks(found, captured=numbers["captured"], max_rank=most)
     else:
-        method = "svd" if start == "sign_svd" else "direct"
+        method = "svd" if entry.start == "sign_svd" else "direct"
         every_layer = sum(1 for _ in adapted.modules())  # their gradients fit side by side in models of this size
         found = fastlora.sign_factors(adapted, passes, method=method, layers_at_once=every_layer, **chosen)
-    return fastlora.init_lora_ga(adapted, found, gamma=gamma, seed=seed)
+    return fastlora.init_lora_ga(adapted, found, **how)
 
 
 def peak_growth(step: Callable[[], object], device: torch.device) -> int:

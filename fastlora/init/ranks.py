@@ -1,4 +1,4 @@
-"""A rank per layer from the gradient's singular values, under a budget.
+"""A rank per layer from the gradient's singular values, under a budget or for a share of each gradient.
 
 An adapter of rank r that starts by LoRA-GA moves along 2r singular triplets of G, so the k-th rank of a layer is worth
 σ²₂ₖ₋₁ + σ²₂ₖ: what it adds to ‖captured gradient‖², the first-order fall of the loss in a step of SGD. Worth never
@@ -9,9 +9,11 @@ water does: for costs that are alike no other choice captures more, else none by
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 
-from ..runtime.checks import check_choice, check_integer, is_integer
+from ..runtime.checks import check, check_choice, check_integer, is_integer, is_number
+from ..runtime.messages import some
 from .sketch import GradientSketch
 
 WORTHS = ("gradient", "share")
@@ -20,6 +22,7 @@ WORTHS = ("gradient", "share")
 def allocate_ranks(
     sketch: GradientSketch,
     *,
+    captured: float | None = None,
     parameters: int | None = None,
     total_rank: int | None = None,
     min_rank: int = 1,
@@ -31,28 +34,39 @@ def allocate_ranks(
     Args:
         sketch: after its passes. σ are known for its `width` leading triplets only, the last ones poorly: sketch with
             a `width` of 4 to 6 times the largest rank that is wanted.
+        captured: a share in (0, 1): the least ranks r whose 2r leading triplets hold that share of each layer's
+            ‖G‖²; instead of a budget.
         parameters: the budget, in parameters of A and B: rank·(n + m) a layer. By default what the sketch's r costs in
             every layer.
         total_rank: the budget as the sum of the ranks, instead.
         min_rank: what every layer gets; layers without a gradient get no more.
-        max_rank: by default 2r. Never more than half of a layer's triplets, or of the sketch's width.
+        max_rank: by default 2r, with `captured` as many as there are: half of a layer's triplets or of the sketch's
+            width, the most in any case.
         by: "gradient", σ² as it is: layers with larger gradients get more. "share": σ²/‖G‖², each layer's own share.
 
     Returns:
         Layer -> rank, in the model's order.
 
     Raises:
-        ValueError: both budgets, one that is below min_rank in every layer, ranks out of range, an unknown `by`.
+        ValueError: more than one of captured, parameters and total_rank; a share that is not in (0, 1), or that the
+            sketch's width does not hold of some layers (a max_rank accepts less); a budget that is below min_rank in
+            every layer, ranks out of range, an unknown `by`.
 
     Examples:
         >>> ranks = fastlora.allocate_ranks(sketch, total_rank=8 * len(sketch.names), max_rank=32)
         >>> fastlora.init_lora_ga(model, sketch, ranks=ranks)
     """
     check_choice("allocate_ranks", "by", by, WORTHS)
-    if parameters is not None and total_rank is not None:
-        raise ValueError("allocate_ranks: parameters, total_rank: got both, want one of them")
+    goals = {"captured": captured, "parameters": parameters, "total_rank": total_rank}
+    if len(given := [goal for goal, value in goals.items() if value is not None]) > 1:
+        raise ValueError(f"allocate_ranks: {', '.join(given)}: got {len(given)} of them, want one")
+    if captured is not None:
+        right = is_number(captured) and 0 < captured < 1
+        check(right, "allocate_ranks", "captured", captured, "a share in (0, 1)")
     check_integer("allocate_ranks", "min_rank", min_rank)
-    max_rank = max(2 * sketch.r, min_rank) if max_rank is None else max_rank
+    clip = max_rank is not None
+    if max_rank is None:
+        max_rank = max(min_rank, 2 * sketch.r if captured is None else sketch.width)
     check_integer("allocate_ranks", "max_rank", max_rank, min_rank)
     # All experts of a weight have one rank, the sketch's: it is the file's.
     sizes = {name: size for name, size in sketch.sizes.items() if name.rpartition("[")[0] not in sketch.experts}
@@ -67,6 +81,8 @@ def allocate_ranks(
             f"allocate_ranks: min_rank: got {min_rank}, but {small[0]!r} can have at most {limits[small[0]]} (half of "
             f"its {min(sizes[small[0]])} triplets, or of the sketch's width {sketch.width})"
         )
+    if captured is not None:
+        return _least(sketch, limits, min_rank, captured, clip)
     least = min_rank * sum(costs.values())
     if not is_integer(budget, least):
         what = "parameters" if total_rank is None else "total_rank"
@@ -98,6 +114,26 @@ def fill(worths: dict[str, list[float]], costs: dict[str, int], budget: int, min
             ranks[name] += 1
             left -= costs[name]
             offer(name)
+    return ranks
+
+
+def _least(
+    sketch: GradientSketch, limits: dict[str, int], min_rank: int, captured: float, clip: bool
+) -> dict[str, int]:
+    """The least ranks that hold a share of every layer's gradient. Raises ValueError where the sketch is too narrow."""
+    ranks, short = {}, {}
+    for name, limit in limits.items():
+        held = list(itertools.accumulate(_worths(sketch, name, limit, "share")))
+        enough = next((rank for rank, share in enumerate(held, 1) if share >= captured), limit)
+        ranks[name] = max(min_rank, enough) if held[-1] else min_rank
+        if 0 < held[-1] < captured and 2 * limit < min(sketch.sizes[name]) - 1:
+            short[name] = held[-1]
+    if short and not clip:
+        raise ValueError(
+            f"allocate_ranks: captured: got {captured}, and a sketch of width {sketch.width} holds less of "
+            f"{some(f'{name} ({share:.2f})' for name, share in short.items())}; sketch with a larger width, or give a "
+            "max_rank, at which such layers then stay"
+        )
     return ranks
 
 

@@ -45,7 +45,11 @@ def kinds(learner):
 
 
 ADAPTERS = {"dora": {"lora_A", "lora_B", "lora_magnitude_vector"}, "adalora": {"lora_A", "lora_B", "lora_E"}}
-COUNTS = {"dora": R * PER_RANK + sum(n for n, _ in SIZES), "adalora": 6 * (PER_RANK + len(SIZES))}
+COUNTS = {
+    "dora": R * PER_RANK + sum(n for n, _ in SIZES),
+    "adalora": 6 * (PER_RANK + len(SIZES)),
+    "lora_ga_ranks": PER_RANK,  # two triplets hold 90 % of each layer's gradient
+}
 
 
 @pytest.mark.parametrize("name", CONTESTANTS)

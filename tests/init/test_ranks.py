@@ -94,10 +94,45 @@ def test_ranks_follow_the_exact_singular_values():
     assert allocate_ranks(sketch, parameters=700, max_rank=6) == fill(exact, costs, 700, 1)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.99])
+def test_the_least_ranks_for_a_share_are_those_of_the_exact_singular_values(share):
+    """Spectra that differ: 0.6ⁱ, 0.85ⁱ and flat but for rounding."""
+    model = make_model()
+    sketch, wanted = GradientSketch(model, r=2, width=40), {}
+    for (name, (n, m)), decay in zip(SIZES.items(), (0.6, 0.85, 0.999)):
+        x, dy = torch.randn(60, m), torch.randn(60, n)
+        u, _, vh = torch.linalg.svd(dy.t() @ x, full_matrices=False)
+        gradient = u * decay ** torch.arange(min(n, m)) @ vh
+        sketch.layer(name, n, m).update(torch.eye(m), gradient.t().contiguous())
+        squares = torch.linalg.svdvals(gradient.double()).square()
+        held = (squares.cumsum(0) / squares.sum())[1::2]
+        wanted[name] = int((held < share).sum()) + 1
+    assert allocate_ranks(sketch, captured=share) == wanted
+    assert allocate_ranks(sketch, captured=share, min_rank=3, max_rank=4) == {
+        name: min(max(rank, 3), 4) for name, rank in wanted.items()
+    }
+
+
+def test_a_share_that_the_sketch_does_not_hold_is_an_error():
+    model = make_model()
+    sketch = sketch_of(model, width=4)
+    sketch.layer("2", 20, 30).scale_by(0.0)
+    assert allocate_ranks(sketch, captured=0.5) == {"0": 1, "1": 1, "2": 1}
+    message = (
+        r"allocate_ranks: captured: got 0.99, and a sketch of width 4 holds less of 0 \(0.9\d\), 1 \(0.9\d\); sketch"
+    )
+    with pytest.raises(ValueError, match=message):
+        allocate_ranks(sketch, captured=0.99)
+    assert allocate_ranks(sketch, captured=0.99, max_rank=2) == {"0": 2, "1": 2, "2": 1}
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"parameters": 1000, "total_rank": 6}, "parameters, total_rank: got both, want one of them"),
+        ({"parameters": 1000, "total_rank": 6}, "parameters, total_rank: got 2 of them, want one"),
+        ({"captured": 0.9, "total_rank": 6}, "captured, total_rank: got 2 of them, want one"),
+        ({"captured": 1}, r"captured: got 1, want a share in \(0, 1\)"),
+        ({"captured": float("nan")}, r"captured: got nan, want a share in \(0, 1\)"),
         ({"parameters": 100}, "parameters: got 100, want at least 184, which min_rank=1 costs"),
         ({"total_rank": 2}, "total_rank: got 2, want at least 3, which min_rank=1 costs"),
         ({"total_rank": 6.5}, "total_rank: got 6.5, want at least 3"),
