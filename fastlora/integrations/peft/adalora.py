@@ -16,8 +16,8 @@ from torch import Tensor
 from ...layers.checks import is_overridden, tensors_of
 from ...layers.fused import Terms
 from ...ops import call
-from .lora import FusedForward, read_dropout, why_not_dtype
-from .merge import DTYPES, PLAIN_TENSORS, ExactMerge
+from .lora import FusedForward, read_dropout, why_not_factors
+from .merge import PLAIN_TENSORS, ExactMerge
 
 EPSILON = 1e-5  # PEFT's, added to ranknum
 
@@ -39,9 +39,9 @@ class FusedSVDLinear(FusedForward, ExactMerge, SVDLinear):
             if name not in lora_a:
                 continue
             factors = (lora_a[name], lora_b[name], lora_e[name])
-            reason = _why_not_factors(factors, ranknum[name], layer.scaling[name]) or why_not_dtype(
-                layer, x, factors[0].dtype
-            )
+            reason = why_not_factors(layer, x, factors, layer.scaling[name])
+            if type(ranknum[name]) not in PLAIN_TENSORS or ranknum[name].numel() != 1:
+                reason = "adapter weights are sharded or offloaded"
             if reason is not None:
                 return reason
             dropout_p = read_dropout(dropouts[name])
@@ -64,18 +64,3 @@ class FusedSVDLinear(FusedForward, ExactMerge, SVDLinear):
         scaling = float(self.scaling[name]) / (float(self.ranknum[name]) + EPSILON)
         values = self.lora_E[name].float() if self.lora_E[name].element_size() < 4 else self.lora_E[name]
         return self.lora_A[name] * values, self.lora_B[name], None, scaling
-
-
-def _why_not_factors(factors: Sequence[Tensor], ranknum: Tensor, scaling: Any) -> str | None:
-    """Why the call is left to PEFT, or None."""
-    for tensor in (*factors, ranknum):
-        if type(tensor) not in PLAIN_TENSORS:
-            return f"adapter weights of class {type(tensor).__name__}"
-    if any(factor.dim() != 2 for factor in factors) or ranknum.numel() != 1:
-        return "adapter weights are sharded or offloaded"
-    if not isinstance(scaling, (int, float)):
-        return f"scaling is a {type(scaling).__name__}"
-    dtypes = [factor.dtype for factor in factors]
-    if len(set(dtypes)) > 1 or dtypes[0] not in DTYPES:
-        return f"adapter dtypes {', '.join(map(str, dtypes))}"
-    return None

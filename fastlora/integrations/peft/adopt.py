@@ -17,7 +17,6 @@ from typing import Any, cast
 from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...introspect.fused import has_own_forward, rebind_forward
@@ -25,7 +24,7 @@ from ...layers.checks import keep_off_the_fast_path
 from ...layers.fused import CallCounts
 from .adalora import FusedSVDLinear
 from .experts import FusedParamWrapper
-from .lora import QUANTISED_LAYERS, FusedPeftLinear, PeftFusedLayer, class_name
+from .lora import QUANTISED_LAYERS, FusedPeftLinear, PeftFusedLayer, class_name, why_not
 from .merge import take_back
 
 # PEFT's classes, and what their instances become; those on quantised bases are imported where a model has them.
@@ -57,10 +56,7 @@ def unsupported(layer: nn.Module) -> str | None:
         return hooked or "its forward was replaced on the instance"
     if isinstance(layer, ParamWrapper):
         return fused.why_not_base(layer)
-    base = cast(Any, layer).base_layer
-    if isinstance(base, BaseTunerLayer):
-        return f"nested in another PEFT layer ({type(base).__name__})"
-    return fused.why_not_base(base)
+    return why_not(cast(Any, layer).base_layer, fused.why_not_base)
 
 
 def called(name: str, layer: Any) -> str:

@@ -62,8 +62,7 @@ class FusedParamWrapper(PeftFusedLayer, ParamWrapper):
         plan = self.plan_of(self, x) if len(args) == 2 else "not called with tokens, experts and weights"
         plan = why_not_arguments((), kwargs) or plan
         if isinstance(plan, str):
-            self.count_fallback(plan)
-            return super().forward(x, *args, **kwargs)
+            return self.fall_back(plan, x, *args, **kwargs)
         if not any(plan.values()):
             return self.base_forward(x, *args, **kwargs)
         if not torch.compiler.is_compiling():

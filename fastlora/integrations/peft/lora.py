@@ -8,7 +8,7 @@ at every call: PEFT changes them at run time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,9 +48,39 @@ class PeftFusedLayer(FusedPeftLayer, FusedLayer):
     def extra_repr(self) -> str:
         return "fused by fastlora"
 
-    def count_fallback(self, reason: str) -> None:
+    @classmethod
+    def plan_of(cls, layer: Any, x: Tensor | None) -> Any:
+        """What a layer, fused or still PEFT's, would run (`Terms`), or why the call is left to PEFT's forward. Without
+        x: as far as is known."""
+        raise NotImplementedError
+
+    def run(self, x: Tensor, plan: Any) -> Tensor:
+        """Runs a plan that has adapters."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer: Any = self
+        plan: Any = why_not_arguments(args, kwargs) if args or kwargs else None
+        if plan is None:
+            if layer._disable_adapters or layer.merged_adapters:
+                return self.base_forward(x, **kwargs)
+            plan = self.plan_of(layer, x)
+        if isinstance(plan, str):
+            return self.fall_back(plan, x, *args, **kwargs)
+        if self.loss_trust is not None and (lazy := lazy_logits(layer, x, plan, self.loss_trust)) is not None:
+            self.calls.fused += 1
+            return lazy
+        if not plan.adapters:
+            return self.base_forward(x, **kwargs)
         if not torch.compiler.is_compiling():  # a changing count would be a new graph for every call
+            self.calls.fused += 1
+        return self.run(x, plan)
+
+    def fall_back(self, reason: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's own forward, and why."""
+        if not torch.compiler.is_compiling():
             self.calls.fell_back(reason)
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
     def base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's own forward where it comes down to the base layer; it unmerges first where adapters are disabled."""
@@ -77,9 +107,7 @@ class FusedForward(PeftFusedLayer):
 
     @classmethod
     def plan_of(cls, layer: Any, x: Tensor | None, mixed: Sequence[str] | None = None) -> Terms | str:
-        """What a layer, fused or still PEFT's, would run, read off PEFT's attributes now, or why the call is left to
-        PEFT. Without x: as far as is known. `mixed`: the adapters of a batch that mixes them, rather than the active
-        ones."""
+        """`mixed`: the adapters of a batch that mixes them, rather than the active ones."""
         plan = read_base(layer, x)
         if isinstance(plan, str):
             return plan
@@ -97,26 +125,15 @@ class FusedForward(PeftFusedLayer):
             batch = layers_batch.current(layer) if names is None else layers_batch.of_names(tuple(names))
             if batch is not None:
                 return self._mixed_forward(x, batch, args, kwargs)
-        plan: Terms | str | None = why_not_arguments(args, kwargs) if args or kwargs else None
-        if plan is None:
-            if layer._disable_adapters or layer.merged_adapters:
-                return self.base_forward(x, **kwargs)
-            plan = self.plan_of(layer, x)
-        if isinstance(plan, str):
-            self.count_fallback(plan)
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if self.loss_trust is not None and (lazy := lazy_logits(layer, x, plan, self.loss_trust)) is not None:
-            self.calls.fused += 1
-            return lazy
-        if not plan.adapters:
-            return self.base_forward(x, **kwargs)
-        if not torch.compiler.is_compiling():
-            self.calls.fused += 1
-            if self.group is not None and (y := self.group[0].run(self, x, plan)) is not None:
-                return y
-        return ops_layer.multi_lora_linear(
-            x, plan.weight, plan.adapters, plan.bias, training=True, backend=self.backend
-        )
+        return super().forward(x, *args, **kwargs)
+
+    def run(self, x: Tensor, plan: Terms) -> Tensor:
+        y = None
+        if self.group is not None and not torch.compiler.is_compiling():
+            y = self.group[0].run(self, x, plan)
+        if y is None:
+            y = ops_layer.multi_lora_linear(x, plan.weight, plan.adapters, plan.bias, backend=self.backend)
+        return y
 
     def _mixed_forward(self, x: Tensor, batch: layers_batch.MixedBatch, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """PEFT's `adapter_names`: every sequence with its own adapter."""
@@ -127,8 +144,7 @@ class FusedForward(PeftFusedLayer):
         others = {name: value for name, value in kwargs.items() if name != "adapter_names"}
         plan = why_not_arguments(args, others) or self.plan_of(layer, x, names)
         if isinstance(plan, str):
-            self.count_fallback(plan)
-            return super().forward(x, *args, **given)  # type: ignore[misc]
+            return self.fall_back(plan, x, *args, **given)
         if not torch.compiler.is_compiling():
             self.calls.fused += 1
         return mixed_op.run_segments(x, plan.weight, plan.adapters, segments, plan.bias, self.backend)
@@ -143,17 +159,27 @@ def why_not_arguments(args: tuple, kwargs: dict[str, Any]) -> str | None:
     return None
 
 
+def why_not(base: Any, why_not_base: Callable[[Any], str | None]) -> str | None:
+    """Why a layer with this base stays with PEFT, or None."""
+    if isinstance(base, BaseTunerLayer):
+        return f"nested in another PEFT layer ({type(base).__name__})"
+    return why_not_base(base)
+
+
+def why_not_called(base: Any, why_not_base: Callable[[Any], str | None]) -> str | None:
+    """Why a call of a layer with this base is left to PEFT, whatever its adapters and input, or None."""
+    if (reason := why_not(base, why_not_base)) is not None:
+        return reason
+    if is_overridden(base):
+        return "hooks on the base layer, or its forward replaced"
+    return "global module hooks" if nn_module._has_any_global_hook() else None
+
+
 def read_base(layer: Any, x: Tensor | None) -> Terms | str:
     """A plan without adapters, or why the call is left to PEFT."""
     base = layer._modules["base_layer"]
-    assert base is not None
-    reason = why_not_base(base)
-    if reason is not None:
-        return f"nested in another PEFT layer ({type(base).__name__})" if isinstance(base, BaseTunerLayer) else reason
-    if is_overridden(base):
-        return "hooks on the base layer, or its forward replaced"
-    if nn_module._has_any_global_hook():
-        return "global module hooks"
+    if (reason := why_not_called(base, why_not_base)) is not None:
+        return reason
     weight, bias = parameters(base)
     if weight.dim() != 2:
         return "base weight is sharded or offloaded"
@@ -186,8 +212,18 @@ def read_dropout(dropout: nn.Module) -> float | str:
     return f"lora_dropout is a {type(dropout).__name__}"
 
 
-def why_not_dtype(layer: Any, x: Tensor | None, dtype: torch.dtype) -> str | None:
-    """Why an adapter of this dtype is left to PEFT, or None."""
+def why_not_factors(layer: Any, x: Tensor | None, factors: Sequence[Tensor], scaling: Any) -> str | None:
+    """Why an adapter of these factors (A and B first) is left to PEFT, or None."""
+    dtype = factors[0].dtype
+    for factor in factors:
+        if type(factor) not in PLAIN_TENSORS:
+            return f"adapter weights of class {', '.join(type(one).__name__ for one in factors)}"
+        if factor.dim() != 2:
+            return "adapter weights are sharded or offloaded"
+        if factor.dtype != dtype or dtype not in DTYPES:
+            return f"adapter dtypes {', '.join(str(one.dtype) for one in factors)}"
+    if not isinstance(scaling, (int, float)):
+        return f"scaling is a {type(scaling).__name__}"
     if x is not None and dtype != x.dtype and not layer.cast_input_dtype_enabled:
         return f"casting the input is disabled, and the adapter is {dtype} for a {x.dtype} input"
     return None
@@ -289,17 +325,9 @@ def _add_adapter(
     if is_overridden(down) or is_overridden(up) or is_overridden(dropout):
         return "hooks on lora_A, lora_B or lora_dropout, or their forward replaced"
     (lora_a, lora_a_bias), (lora_b, lora_b_bias) = parameters(down), parameters(up)
-    if type(lora_a) not in PLAIN_TENSORS or type(lora_b) not in PLAIN_TENSORS:
-        return f"adapter weights of class {type(lora_a).__name__}, {type(lora_b).__name__}"
-    if lora_a.dim() != 2 or lora_b.dim() != 2:
-        return "adapter weights are sharded or offloaded"
     if lora_a_bias is not None:
         return "lora_A has a bias"
-    if not isinstance(scaling, (int, float)):
-        return f"scaling is a {type(scaling).__name__}"
-    if lora_a.dtype != lora_b.dtype or lora_a.dtype not in DTYPES:
-        return f"adapter dtypes {lora_a.dtype}, {lora_b.dtype}"
-    if (reason := why_not_dtype(layer, x, lora_a.dtype)) is not None:
+    if (reason := why_not_factors(layer, x, (lora_a, lora_b), scaling)) is not None:
         return reason
     plan.adapters.append(call.Adapter(lora_a, lora_b, float(scaling), dropout_p))
     if lora_b_bias is not None and x is not None:  # lora_bias=True: s·(S Bᵀ + c) + b = s·S Bᵀ + (b + s·c)

@@ -17,11 +17,8 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.lora.torchao import TorchaoLoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from torch.nn.modules import module as nn_module
 
-from ...layers.checks import is_overridden
 from ...layers.fused import Terms
 from ...ops import call
 from ...ops.quant import weights
@@ -41,26 +38,17 @@ class FusedQuantisedLayer(PeftFusedLayer):
     shares_input = False
     why_not_base = staticmethod(weights.why_not)
 
-    @staticmethod
-    def plan_of(layer: Any, x: Tensor | None) -> Plan | str:
+    @classmethod
+    def plan_of(cls, layer: Any, x: Tensor | None) -> Plan | str:
         return read_plan(layer, x)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer = cast(Any, self)
         if torch.compiler.is_compiling():  # a graph has no place for a buffer that layers share
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        plan: Plan | str | None = lora.why_not_arguments(args, kwargs) if args or kwargs else None
-        if plan is None:
-            if layer._disable_adapters or layer.merged_adapters:
-                return self.base_forward(x, **kwargs)
-            plan = read_plan(layer, x)
-        if isinstance(plan, str):
-            self.count_fallback(plan)
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        if not plan.adapters:
-            return self.base_forward(x, **kwargs)
-        self.calls.fused += 1
-        weight, (adapter,) = weights.snapshot(layer.base_layer, plan.dtype), plan.adapters
+            return self.fall_back("torch.compile", x, *args, **kwargs)
+        return super().forward(x, *args, **kwargs)
+
+    def run(self, x: Tensor, plan: Plan) -> Tensor:
+        weight, (adapter,) = weights.snapshot(cast(Any, self).base_layer, plan.dtype), plan.adapters
         if adapter.magnitude is not None:
             magnitude, factors = adapter.magnitude, adapter[:3]
             return quantised_dora_linear(x, weight, plan.bias, *factors, magnitude, self.backend, plan.out_dtype)
@@ -93,28 +81,19 @@ class FusedTorchaoLinear(FusedQuantisedLayer, TorchaoLoraLinear):  # type: ignor
 
 
 @dataclass
-class Plan:
-    """What a call runs: the dtype it is computed in and that of its output, the bias in the former, and the adapters,
-    as one (or none)."""
+class Plan(Terms):
+    """What a call runs: the adapters as one (or none), the bias in the dtype that it is computed in, and that of its
+    output."""
 
     dtype: torch.dtype
     out_dtype: torch.dtype
-    bias: Tensor | None
-    adapters: list[call.Adapter]
 
 
 def read_plan(layer: Any, x: Tensor | None) -> Plan | str:
     """What to run, read off PEFT's attributes now, or why the call is left to PEFT. Without x: as far as is known."""
     base = layer.base_layer
-    if isinstance(base, BaseTunerLayer):
-        return f"nested in another PEFT layer ({type(base).__name__})"
-    reason = weights.why_not(base)
-    if reason is not None:
+    if (reason := lora.why_not_called(base, weights.why_not)) is not None:
         return reason
-    if is_overridden(base):
-        return "hooks on the base layer, or its forward replaced"
-    if nn_module._has_any_global_hook():
-        return "global module hooks"
     dtype = out_dtype = torch.float32
     if x is not None:
         if not (torch.is_grad_enabled() or layer.training):
@@ -124,22 +103,22 @@ def read_plan(layer: Any, x: Tensor | None) -> Plan | str:
             return dtypes
         dtype, out_dtype = dtypes
     bias = base._parameters.get("bias")
-    read = Terms(base._parameters["weight"], bias if bias is None else bias.to(dtype), [])
-    reason = lora.add_adapters(read, layer, x, dora=True)
-    if reason is not None:
+    plan = Plan(base._parameters["weight"], bias if bias is None else bias.to(dtype), [], dtype, out_dtype)
+    if (reason := lora.add_adapters(plan, layer, x, dora=True)) is not None:
         return reason
-    if any(adapter.magnitude is not None for adapter in read.adapters):
-        (adapter,) = read.adapters
+    if any(adapter.magnitude is not None for adapter in plan.adapters):
+        (adapter,) = plan.adapters
         if adapter.dropout_p > 0.0:
             return "DoRA with dropout, whose second product needs the weight twice"
     else:
-        adapter = call.as_one_adapter(read.adapters)
-    if adapter is None and read.adapters:
+        adapter = call.as_one_adapter(plan.adapters)
+    if adapter is None and plan.adapters:
         return "several adapters, of which one drops something"
     if adapter is not None and x is not None and adapter.lora_A.device != x.device:
         return f"adapters on {adapter.lora_A.device}, input on {x.device}"
-    adapters = [] if adapter is None else [adapter]
-    return Plan(dtype, out_dtype, read.bias if read.bias is None else read.bias.to(dtype), adapters)
+    plan.adapters = [] if adapter is None else [adapter]
+    plan.bias = plan.bias if plan.bias is None else plan.bias.to(dtype)
+    return plan
 
 
 def _dtypes(base: Any, x: Tensor) -> tuple[torch.dtype, torch.dtype] | str:
