@@ -34,7 +34,6 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # whether and whe
 
 __version__ = "0.1.0"
 
-
 __all__ = [
     "AdapterCheck",
     "AlignmentMonitor",

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..integrations.peft.starts import PLAIN_INITS
 from ..introspect.names import from_pattern
 from ..layers.checks import check_adapter_arguments
 from ..layers.schedule import Allocation, RankSchedule
@@ -29,15 +30,11 @@ from ..runtime.messages import some
 
 CONFIG_NAME = "adapter_config.json"
 
-
 WEIGHTS_NAME = "adapter_model.safetensors"
-
 
 PICKLE_NAME = "adapter_model.bin"
 
-
 PREFIX = "base_model.model."
-
 
 # Settings of PEFT's LoraConfig under which the files hold something else than plain LoRA matrices.
 _UNSUPPORTED = (
@@ -55,7 +52,6 @@ _UNSUPPORTED = (
     "ensure_weight_tying",
 )
 
-
 # The fields of PEFT 0.21's LoraConfig and AdaLoraConfig besides those above.
 _KNOWN = {
     *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config"),
@@ -66,15 +62,9 @@ _KNOWN = {
     *("beta1", "beta2", "deltaT", "init_r", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"),
 }
 
-
-# Initialisations that leave the base weights alone; the others' adapters are right on the changed weights only.
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-
-# Those among the others whose change of the base weights can be found again from the original ones, as PEFT does when
+# Initialisations that change the base weights in a way that can be found again from the original ones: PEFT does so when
 # it loads them. Not "pissa_niter_N" (PEFT draws it at random, at each load), nor what depends on data.
 _REPEATABLE_INITS = ("pissa", "olora")
-
 
 # By peft_type the tensors of one module, by the name of the layer's own dictionary: PEFT's suffix, and how many
 # dimensions.
@@ -82,7 +72,6 @@ FACTORS = {
     "LORA": {"lora_A": (".weight", 2), "lora_B": (".weight", 2), "lora_magnitude_vector": ("", 1)},
     "ADALORA": {"lora_A": ("", 2), "lora_B": ("", 2), "lora_E": ("", 2)},
 }
-
 
 _KEYS = {
     kind: re.compile(
@@ -93,15 +82,11 @@ _KEYS = {
     for kind, factors in FACTORS.items()
 }
 
-
 _EMBEDDING = re.compile(r"(?P<module>.+\.)?lora_embedding_(?P<factor>[AB])")
-
 
 _WHOLE = re.compile(r"(?:base_model\.model\.)?(?P<module>.+?)(?:\.base_layer|\.modules_to_save)?\.(?P<parameter>[^.]+)")
 
-
 RANK_DIMS = {"lora_A": 0, "lora_B": 1, "lora_E": 0}
-
 
 # AdaLoraConfig's names of a `RankSchedule`'s fields, and its defaults.
 SCHEDULE = {
@@ -212,7 +197,7 @@ def changes_base(config: dict[str, Any]) -> bool:
     if config.get("peft_type") == "ADALORA":
         return False
     init = config.get("init_lora_weights", True)
-    return not any(init is plain or (isinstance(plain, str) and init == plain) for plain in _PLAIN_INITS)
+    return not any(init is plain or (isinstance(plain, str) and init == plain) for plain in PLAIN_INITS)
 
 
 def places_of_experts(weights: Sequence[tuple[str, Any, str]]) -> dict[str, str]:

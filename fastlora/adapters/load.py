@@ -30,7 +30,7 @@ from ..runtime import progress
 from ..runtime.messages import some
 from . import format, patch
 from .format import AdapterFile, Spec
-from .save import is_peft_model, modules_outside_adapters, most_common
+from .save import is_peft_model, modules_outside_adapters
 from .switch import follow_ties
 
 
@@ -368,7 +368,7 @@ def _added(
     was_patched = patch.is_patched(model)
     fused: list[Any] = [layer for _, layer in introspect_targets.lora_layers(model)]
     linear = [name for name in names if not isinstance(layers[name], ExpertWeight)]
-    common = most_common(file.spec(name) for name in names)
+    common = introspect_names.most_common(file.spec(name) for name in names)
     others: dict[int, list[str]] = {}  # by rank; the other settings are set with the weights
     for name in names:
         if (r := file.spec(name).r) != common.r:

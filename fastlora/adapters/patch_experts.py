@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..introspect.names import from_pattern
+from ..introspect.names import as_integer, from_pattern
 from ..introspect.targets import Selection, target_parameters, why_not_experts
 from ..layers.experts import LORA, ExpertWeight, check_start
 from .report import ModuleReport
@@ -63,7 +63,7 @@ def settings_of(
             f"patch: r: got {r} for {name!r}, want at most {most}, the smaller side of an expert's weight "
             f"{layer.out_features}×{layer.in_features} (rank_pattern gives it a rank of its own)"
         )
-    return settings | {"r": r, "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha}
+    return settings | {"r": r, "lora_alpha": as_integer(alpha)}
 
 
 def _top_k(name: str, experts: Any) -> int:

@@ -9,8 +9,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from ..integrations.peft import ranks as peft_ranks
 from ..introspect import names as introspect_names
 from ..introspect import sharding, targets
 from ..introspect.fused import PATCHED, OwnLayer
+from ..introspect.names import most_common
 from ..introspect.targets import lora_layers
 from ..layers.checks import scale_of
 from ..layers.experts import ExpertWeight
@@ -132,8 +132,8 @@ class _AdaLoraPlan:
         }
         # PEFT's scale is alpha over the rank that all began with, or 1 for an alpha that is not positive. What differs
         # from that in a layer goes into its singular values.
-        alpha = float(f"{most_common(scales.values()) * self.init_r:.12g}")
-        self.alpha = (int(alpha) if alpha.is_integer() else alpha) if alpha > 0 else self.init_r
+        alpha = introspect_names.as_integer(float(f"{most_common(scales.values()) * self.init_r:.12g}"))
+        self.alpha = alpha if alpha > 0 else self.init_r
         self.factors = {name: scale * self.init_r / self.alpha for name, scale in scales.items()}
 
     def pruned(self, name: str, factors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,10 +166,6 @@ class _AdaLoraPlan:
             "alpha_pattern": {},
             "use_rslora": False,
         }
-
-
-def most_common(values: Iterable[Any]) -> Any:
-    return Counter(values).most_common(1)[0][0]
 
 
 def _config(
@@ -206,7 +202,8 @@ def _config(
             stacklevel=4,
         )
         dropout = 0.0
-    r, alpha = most_common(ranks.values()), most_common(alphas.values())
+    r, rank_pattern = introspect_names.common_and_pattern(ranks)
+    alpha, alpha_pattern = introspect_names.common_and_pattern(alphas)
     return {
         "peft_type": "ADALORA" if kind == "use_adalora" else "LORA",
         "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
@@ -221,8 +218,8 @@ def _config(
             set(linear), {name for name, module in modules.items() if not isinstance(module, ExpertWeight)}
         ),
         "exclude_modules": None,
-        "rank_pattern": {introspect_names.pattern(name): rank for name, rank in ranks.items() if rank != r},
-        "alpha_pattern": {introspect_names.pattern(name): value for name, value in alphas.items() if value != alpha},
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
         "fan_in_fan_out": bool(in_out) and all(in_out),
         "bias": "none",
         "use_rslora": use_rslora,
@@ -295,10 +292,9 @@ def save_adapter(
     Weights are saved in the dtype they have. What is saved of the scale is alpha, not a changed `scaling`, as in PEFT.
 
     Raises:
-        ValueError: no adapters, PEFT's others than LoRA or around fastlora's,
-            patched layers that have been replaced, an unknown name, a directory that is a file, parameters sharded by
-            ZeRO-3; `as_lora` of
-            a PeftModel, which saves itself.
+        ValueError: no adapters, PEFT's others than LoRA or around fastlora's, patched layers that have been replaced,
+            an unknown name, a directory that is a file, parameters sharded by ZeRO-3; `as_lora` of a PeftModel, which
+            saves itself.
         OSError: the directory cannot be written (PermissionError, no space left, ...); nothing in it was changed.
 
     Examples:

@@ -29,6 +29,11 @@ class FusedPeftTuner:
     """The mark of a PEFT tuner that fuses the adapters it adds later."""
 
 
+def class_name(thing: Any) -> str:
+    """The full name of an object's class: a class can be known by it without its library."""
+    return f"{type(thing).__module__}.{type(thing).__name__}"
+
+
 def has_own_forward(module: nn.Module) -> bool:
     """Whether calling a module runs its class's forward: nothing on the instance replaces it but accelerate's hook that
     only moves inputs to the weight's device (`device_map`), or what such a hook leaves when it is removed."""

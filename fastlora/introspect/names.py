@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -111,6 +112,21 @@ def from_pattern(pattern: Mapping[str, Any] | None, name: str, default: Any) -> 
 def pattern(name: str) -> str:
     """A key of rank_pattern or alpha_pattern for this module and no other: PEFT reads it as a regular expression."""
     return f"^{re.escape(name)}"
+
+
+def as_integer(number: float) -> float:
+    """An integer where it is one: so PEFT writes its alphas."""
+    return int(number) if float(number).is_integer() else number
+
+
+def most_common(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def common_and_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Settings by module as PEFT writes them: the most common one, and a pattern for each module with another."""
+    common = most_common(values.values())
+    return common, {pattern(name): value for name, value in values.items() if value != common}
 
 
 def target_parameters(targets: set[str], parameters: set[str]) -> list[str]:

@@ -58,7 +58,6 @@ def llama() -> Any:
 
 IDS = torch.arange(8)[None]
 
-
 FAMILIES = pytest.mark.parametrize("family", ["plain", "PEFT", "PEFT patched"])
 
 

@@ -20,7 +20,6 @@ from fastlora import FusedLoraLinear
 K, N = 24, 40
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-
 KINDS = {"lora": {}, "dora": {"use_dora": True}, "adalora": {"use_adalora": True}}
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 

@@ -19,7 +19,6 @@ from fastlora.layers import mlp as mlps
 
 K, N = 12, 20
 
-
 the_function = pytest.fixture(autouse=True)(through_the_function)
 
 

@@ -20,7 +20,6 @@ from fastlora.layers.group import dissolve_groups, watching
 
 NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
-
 every_size = pytest.fixture(autouse=True)(at_every_size)
 shrinks = pytest.fixture(counted_rounds)
 

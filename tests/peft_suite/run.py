@@ -43,13 +43,11 @@ FULL = (
     ("test_initialization.py", "Lora and not Hotswap"),
 )
 
-
 # What PEFT's tests import at their top and these selections do not use.
 STAND_INS = {
     "datasets": "class Dataset: pass\ndef load_dataset(*_, **__): raise RuntimeError('datasets is not installed')\n",
     "diffusers": "__version__ = '0'\nclass StableDiffusionPipeline: pass\n",
 }
-
 
 # Want the outputs of two adapters in either order to agree to 1e-5 where they are near 500, which float32 does not
 # resolve. PEFT adds the same numbers in another order; fused, a layer's products are summed onto its output. Against

@@ -19,12 +19,12 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from ...introspect.fused import has_own_forward, rebind_forward
+from ...introspect.fused import class_name, has_own_forward, rebind_forward
 from ...layers.checks import keep_off_the_fast_path
 from ...layers.fused import CallCounts
 from .adalora import FusedSVDLinear
 from .experts import FusedParamWrapper
-from .lora import QUANTISED_LAYERS, FusedPeftLinear, PeftFusedLayer, class_name, why_not
+from .lora import QUANTISED_LAYERS, FusedPeftLinear, PeftFusedLayer, why_not
 from .merge import take_back
 
 # PEFT's classes, and what their instances become; those on quantised bases are imported where a model has them.

@@ -231,7 +231,6 @@ def why_not_factors(layer: Any, x: Tensor | None, factors: Sequence[Tensor], sca
 
 FACTORS = (nn.Linear, StartedLinear)
 
-
 # PEFT's layers on quantised bases -> where their fused forms are.
 QUANTISED_LAYERS = {
     "peft.tuners.lora.bnb.Linear4bit": ("bnb", "FusedLinear4bit"),
@@ -263,11 +262,6 @@ class FusedPeftLinear(FusedForward, ExactMergeLinear):
             if tensor is not None
         ]
         return sources, tuple(down.__dict__.get("beside") for down in running)
-
-
-def class_name(thing: Any) -> str:
-    """The full name of an object's class."""
-    return f"{type(thing).__module__}.{type(thing).__name__}"
 
 
 def add_adapters(

@@ -23,7 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...introspect.fused import FusedPeftLayer
+from ...introspect.fused import FusedPeftLayer, class_name
 
 BASE_CLASSES = (nn.Linear, Conv1D)
 PLAIN_TENSORS = (Tensor, nn.Parameter)
@@ -278,8 +278,7 @@ def tie_again(layer: Any) -> None:
 
 def why_not_base(base: nn.Module) -> str | None:
     if type(base) not in BASE_CLASSES:
-        name = f"{type(base).__module__}.{type(base).__name__}"
-        return f"base layer class {name}: only torch.nn.Linear and transformers' Conv1D are fused"
+        return f"base layer class {class_name(base)}: only torch.nn.Linear and transformers' Conv1D are fused"
     weight, _ = parameters(base)
     if type(weight) not in PLAIN_TENSORS:
         return f"base weight of class {type(weight).__name__}"

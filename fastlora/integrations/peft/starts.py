@@ -1,16 +1,12 @@
 """Where a start goes in a PEFT layer, quantised or not, and how the layer and PEFT's configuration are put back.
 
 PEFT keeps rank and alpha next to the factors, on the layers and in the configuration: there they are those of the
-adapter of rank 2r that is saved.
-
-PEFT's lora_A and lora_B where an adapter did not start at zero: a trained half, and a frozen one that takes the
-start away again.
-
-LoRA-GA with an untouched base runs s·(B A − B₀A₀) = s·[B, −B₀][A; A₀]. `begin` makes that of PEFT's two linear layers,
-in place, by a change of their class: their `weight` is then the whole factor of rank 2r, so that whatever PEFT does
-with it (forwards of every kind of base layer, merging, saving, status) is right without knowing, and one dropout mask
-serves both halves. Only the trained half is a parameter, and it is the one that was there: optimisers keep theirs. On
-disk and in state_dicts there is one `weight` of rank 2r, an ordinary adapter of the original base.
+adapter of rank 2r that is saved. LoRA-GA with an untouched base runs s·(B A − B₀A₀) = s·[B, −B₀][A; A₀]. `begin` makes
+that of PEFT's two linear layers, in place, by a change of their class: their `weight` is then the whole factor of rank
+2r, so that whatever PEFT does with it (forwards of every kind of base layer, merging, saving, status) is right without
+knowing, and one dropout mask serves both halves. Only the trained half is a parameter, and it is the one that was
+there: optimisers keep theirs. On disk and in state_dicts there is one `weight` of rank 2r, an ordinary adapter of the
+original base.
 
 Nothing of PEFT is imported here.
 """
@@ -19,14 +15,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...introspect import names, sharding, targets
+from ...introspect.fused import class_name
 from ...ops.quant.weights import dequantised, kind_of
 
 
@@ -141,9 +137,7 @@ LAYERS = (
     "fastlora.integrations.peft.quantised.FusedTorchaoLinear",
 )
 
-
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base weights alone
-
 
 SHIFT = "_fastlora_weight_before_shift"  # on a PEFT layer: by which adapter, and the weight's bits on the host
 
@@ -272,7 +266,7 @@ class PeftStart:
 
     def _set_rank(self, r: int, alpha: float) -> None:
         self.layer.r[self.adapter_name] = r
-        self.layer.lora_alpha[self.adapter_name] = _as_integer(alpha)
+        self.layer.lora_alpha[self.adapter_name] = names.as_integer(alpha)
 
     @property
     def _alpha_factor(self) -> float:
@@ -293,7 +287,7 @@ def saved_rank(layer: Any, adapter_name: str) -> tuple[int, float]:
     """(r, alpha) of a PEFT layer's adapter in the file: of both halves, where it has a start."""
     r, alpha = layer.r[adapter_name], layer.lora_alpha[adapter_name]
     if has_start(layer, adapter_name) and not layer.lora_A[adapter_name].beside:
-        return 2 * r, _as_integer(alpha * _alpha_factor(layer, adapter_name))
+        return 2 * r, names.as_integer(alpha * _alpha_factor(layer, adapter_name))
     return r, alpha
 
 
@@ -324,10 +318,8 @@ class PeftConfiguration:
             if self.adapter_name in layer.r
         }
         config = copy.copy(self.configurations[self.adapter_name])  # the user's own object stays as it is
-        config.r = _most_common(r for r, _ in saved.values())
-        config.lora_alpha = _most_common(alpha for _, alpha in saved.values())
-        config.rank_pattern = {names.pattern(n): r for n, (r, _) in saved.items() if r != config.r}
-        config.alpha_pattern = {names.pattern(n): a for n, (_, a) in saved.items() if a != config.lora_alpha}
+        config.r, config.rank_pattern = names.common_and_pattern({name: r for name, (r, _) in saved.items()})
+        config.lora_alpha, config.alpha_pattern = names.common_and_pattern({name: a for name, (_, a) in saved.items()})
         config.init_lora_weights = True
         self.configurations[self.adapter_name] = config
 
@@ -378,16 +370,3 @@ def _check_layer(name: str, layer: Any, adapter_name: str) -> None:
         tensors = [p for p in linear._parameters.values() if p is not None]
         if any(type(t) is not nn.Parameter or t.is_meta or not t.numel() for t in tensors):
             raise ValueError(f"init_lora_ga: model: {side} of {name!r} is sharded, offloaded or not materialised")
-
-
-def class_name(thing: Any) -> str:
-    """The full name of an object's class."""
-    return f"{type(thing).__module__}.{type(thing).__name__}"
-
-
-def _as_integer(number: float) -> float:
-    return int(number) if float(number).is_integer() else number
-
-
-def _most_common(values: Iterable[Any]) -> Any:
-    return Counter(values).most_common(1)[0][0]
