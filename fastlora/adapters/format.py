@@ -62,8 +62,8 @@ _KNOWN = {
     *("beta1", "beta2", "deltaT", "init_r", "orth_reg_weight", "target_r", "tfinal", "tinit", "total_step"),
 }
 
-# Initialisations that change the base weights in a way that can be found again from the original ones: PEFT does so when
-# it loads them. Not "pissa_niter_N" (PEFT draws it at random, at each load), nor what depends on data.
+# Initialisations that change the base weights in a way that can be found again from the original ones, as PEFT finds
+# it at each load. Not "pissa_niter_N" (PEFT draws it at random), nor what depends on data.
 _REPEATABLE_INITS = ("pissa", "olora")
 
 # By peft_type the tensors of one module, by the name of the layer's own dictionary: PEFT's suffix, and how many
