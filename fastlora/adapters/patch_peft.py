@@ -13,7 +13,7 @@ from torch import nn
 from ..integrations.peft import adopt as peft_adopt
 from ..integrations.peft import tuner as peft_tuner
 from ..introspect.fused import FusedPeftLayer
-from ..introspect.targets import Selection
+from ..introspect.targets import Selection, called
 from ..layers.fused import FallbackWatch, FusedLayer
 from ..runtime.messages import by_reason
 from .report import ModuleReport, PatchReport, refusal
@@ -28,7 +28,7 @@ def patch(model: nn.Module, layers: dict[str, Any], selection: Selection, backen
     plan = []
     asked: dict[str, str] = {}
     for name, layer in layers.items():
-        kind, name = type(layer).__name__, peft_adopt.called(name, layer)
+        kind, name = type(layer).__name__, called(name, layer)
         why_not = None
         if not selection.all_linear and not selection.names(name):
             why_not = "not among target_modules"

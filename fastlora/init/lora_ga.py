@@ -22,13 +22,12 @@ from .. import linalg
 from ..adapters import patch
 from ..integrations.peft.starts import PeftConfiguration, PeftStart, has_start
 from ..introspect import names, sharding, targets
-from ..layers.linear import FusedLoraLinear
 from ..layers.starts import check_not_shared
 from ..layers.state import AdapterState
 from ..runtime import messages, progress
 from ..runtime.checks import check_choice, check_module, check_positive, is_integer
 from .factors import SPLITS, split_factors
-from .place import ExpertStart, PlainStart
+from .place import ExpertStart, Place, PlainStart
 from .report import DRIFT
 from .sign import SignFactors
 from .sketch import GradientSketch
@@ -84,7 +83,8 @@ def init_lora_ga(
         seed: of the "random" split.
         ranks: layer -> rank where it is not the sketch's r, as from `allocate_ranks`; 2·rank <= the sketch's width. A
             plain model is patched with them, and with such alphas that every layer has the s that it has at r; other
-            models' adapters must have them.
+            models' adapters must have them. The adapter of a weight of experts has the largest of their ranks, and
+            zeros that stay zero where an expert's is lower.
 
     Returns:
         Per layer ‖s·B₀A₀‖_F/‖W0‖_F, how large the start is relative to the weight (0 for a layer without a gradient,
@@ -95,9 +95,9 @@ def init_lora_ga(
         ValueError: a model that DistributedDataParallel or `fully_shard` has wrapped already; an unknown split, scale,
             base or missing; γ <= 0; layers without a gradient; adapters whose r or shape does not match the sketch, or
             that are merged; a layer with fewer than 2r singular triplets; ranks of layers that are not in the sketch,
-            or out of range; "weight_svd" for a weight of zeros; "offset" for a quantised weight, or one that several
-            modules use; DoRA and PEFT's other variants of LoRA, and its layers other than linear ones. The model is
-            then as it was, as after any other error.
+            or out of range; "weight_svd" for a weight of zeros; "offset" for experts, a quantised weight, or one that
+            several modules use; DoRA and PEFT's other variants of LoRA, and its layers other than linear ones and
+            experts. The model is then as it was, as after any other error.
 
     Examples:
         >>> with fastlora.GradientSketch(model, r=8) as sketch:
@@ -117,9 +117,9 @@ def init_lora_ga(
     if missing == "error":
         sketch.check_complete()
     plain = not any(True for _ in targets.lora_layers(model))
-    weights = sketch.experts if isinstance(sketch, GradientSketch) else {}
-    linear = [name for name in sketch.names if name.rpartition("[")[0] not in weights]
     if plain:
+        linear, weights = list(_linear_sizes(sketch)), _weights(sketch)
+        shapes = _weights_ranks(ranks, sketch)
         patch.patch(
             model,
             r=sketch.r,
@@ -130,10 +130,10 @@ def init_lora_ga(
             target_parameters=list(weights) or None,
             adapter_name=adapter_name,
             strict=True,
-            rank_pattern={names.pattern(name): rank for name, rank in ranks.items()},
+            rank_pattern={names.pattern(name): rank for name, rank in shapes.items()},
             alpha_pattern={
                 names.pattern(name): lora_alpha * (math.sqrt(rank / sketch.r) if use_rslora else rank / sketch.r)
-                for name, rank in ranks.items()
+                for name, rank in shapes.items()
             },
         )
     undo: list[Callable[[], None]] = []
@@ -217,7 +217,7 @@ def undo_lora_ga(model: nn.Module, adapter_name: str = "default") -> None:
             if adapter_name in layer.lora_A0:
                 places.append(PlainStart(name, layer, adapter_name))
         elif has_start(layer, adapter_name):
-            places.append(PeftStart(name, layer, adapter_name))
+            places.append(PeftStart(targets.called(name, layer), layer, adapter_name))
     for place in places:
         place.check(exact=True)
     for place in places:
@@ -247,7 +247,7 @@ def _check_models(model: nn.Module, sketch: GradientSketch | SignFactors) -> Non
     modules = dict(names.named_modules(model))
     lora_layers = dict(targets.lora_layers(model))
     there = {name: parameter.shape for name, *_, parameter in targets.parameters_outside_adapters(model)}
-    for name, (module, key) in (sketch.experts if isinstance(sketch, GradientSketch) else {}).items():
+    for name, (module, key) in _weights(sketch).items():
         if there.get(name) != module._parameters[key].shape:
             raise ValueError(f"init_lora_ga: model: no experts' weight {name!r} of the sketch's shape is in this model")
     for name, size in _linear_sizes(sketch).items():
@@ -273,19 +273,29 @@ def _check_models(model: nn.Module, sketch: GradientSketch | SignFactors) -> Non
 
 def _linear_sizes(sketch: GradientSketch | SignFactors) -> dict[str, tuple[int, int]]:
     """(n, m) of what was sketched but for experts."""
-    experts = sketch.experts if isinstance(sketch, GradientSketch) else {}
-    return {name: size for name, size in sketch.sizes.items() if name.rpartition("[")[0] not in experts}
+    weights = _weights(sketch)
+    return {name: size for name, size in sketch.sizes.items() if name.rpartition("[")[0] not in weights}
+
+
+def _weights(sketch: GradientSketch | SignFactors) -> Mapping[str, tuple[Any, str]]:
+    """(module, key) of the sketched weights of experts."""
+    return sketch.experts if isinstance(sketch, GradientSketch) else {}
+
+
+def _weights_ranks(ranks: Mapping[str, int], sketch: GradientSketch | SignFactors) -> dict[str, int]:
+    """The ranks of layers, and of weights of experts the largest of theirs, where some are given."""
+    found = dict(ranks)
+    for weight, (module, _) in _weights(sketch).items():
+        experts = [f"{weight}[{expert}]" for expert in range(module.num_experts)]
+        if any(name in ranks for name in experts):
+            found[weight] = max(found.pop(name, sketch.r) for name in experts)
+    return found
 
 
 def _checked_ranks(ranks: Mapping[str, int] | None, sketch: GradientSketch | SignFactors) -> dict[str, int]:
     ranks = dict(ranks or {})
     if ranks and isinstance(sketch, SignFactors):
         raise ValueError("init_lora_ga: ranks: got some with SignFactors, whose ranks are what they are; want None")
-    if experts := set(ranks) & (set(sketch.names) - set(_linear_sizes(sketch))):
-        raise ValueError(
-            f"init_lora_ga: ranks: got one for {messages.some(experts)}, and experts all have the sketch's r: a file "
-            "has one rank for a weight"
-        )
     unknown = [name for name in ranks if name not in sketch.names]
     if unknown:
         raise ValueError(f"init_lora_ga: ranks: got {messages.some(unknown)}, which the sketch has not seen")
@@ -301,28 +311,33 @@ def _checked_ranks(ranks: Mapping[str, int] | None, sketch: GradientSketch | Sig
 
 def _places(
     model: nn.Module, sketch: GradientSketch | SignFactors, adapter_name: str, base: str, ranks: dict[str, int]
-) -> dict[str, PlainStart | PeftStart]:
+) -> dict[str, Place]:
     """Where the starts go. Raises ValueError where one cannot."""
-    lora_layers = dict(targets.lora_layers(model))
-    places: dict[str, PlainStart | PeftStart] = {}
+    lora_layers = {targets.called(name, layer): layer for name, layer in targets.lora_layers(model)}
+    linear, shapes = _linear_sizes(sketch), _weights_ranks(ranks, sketch)
+    wholes: dict[str, PlainStart | PeftStart] = {}
+    places: dict[str, Place] = {}
     for name, size in sketch.sizes.items():
-        layer = lora_layers.get(name) or lora_layers.get(name.rpartition("[")[0])
+        whole = name if name in linear else name.rpartition("[")[0]
+        layer = lora_layers.get(whole)
         if layer is None:
             raise ValueError(
                 f"init_lora_ga: model: {name!r} was sketched and is not patched, as others here are; patch it too, or "
                 "sketch again with target_modules"
             )
-        own: Any = PlainStart if isinstance(layer, FusedLoraLinear) else ExpertStart
-        kind = own if isinstance(layer, AdapterState) else PeftStart
-        place = kind(name, layer, adapter_name)
-        r = ranks.get(name, sketch.r)
-        may_be_lower = kind is PeftStart and name not in ranks and isinstance(sketch, GradientSketch)
+        kind = PlainStart if isinstance(layer, AdapterState) else PeftStart
+        place: Place = wholes.get(whole) or kind(whole, layer, adapter_name)
+        r = shapes.get(whole, sketch.r)
+        may_be_lower = kind is PeftStart and whole not in shapes and isinstance(sketch, GradientSketch)
         if place.r > r or (place.r != r and not may_be_lower):
-            what = "ranks say" if name in ranks else "the sketch has"
+            what = "ranks say" if whole in shapes else "the sketch has"
             raise ValueError(
-                f"init_lora_ga: r: {what} r={r}, but the adapter {adapter_name!r} of {name!r} has "
+                f"init_lora_ga: r: {what} r={r}, but the adapter {adapter_name!r} of {whole!r} has "
                 f"r={place.r}; sketch with that r"
             )
+        if name not in linear:
+            wholes[whole] = place
+            place = ExpertStart(name, place, min(place.r, ranks.get(name, sketch.r)))
         if 2 * place.r > min(size):
             raise ValueError(
                 f"init_lora_ga: r: {name!r} is {size[0]}×{size[1]} and has fewer than 2r = {2 * place.r} singular "
@@ -341,7 +356,7 @@ def _is_peft(model: nn.Module) -> bool:
 
 
 def _factors(
-    places: dict[str, PlainStart | PeftStart], sketch: GradientSketch | SignFactors, split: str, seed: int
+    places: dict[str, Place], sketch: GradientSketch | SignFactors, split: str, seed: int
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(layer, A, B) before scaling, of the layers that have a gradient."""
     seen = [name for name in places if sketch.has_gradient(name)]
@@ -359,13 +374,13 @@ def _factors(
     sketch.warn_of_cancelled("init_lora_ga", cancelled)
 
 
-def _halves(place: PlainStart | PeftStart, u: Tensor, vh: Tensor, split: str, seed: int) -> tuple[Tensor, Tensor]:
+def _halves(place: Place, u: Tensor, vh: Tensor, split: str, seed: int) -> tuple[Tensor, Tensor]:
     u, vh = u[:, : 2 * place.r], vh[: 2 * place.r]
     return split_factors(u.to(place.device), vh.to(place.device), place.r, split, seed)
 
 
 def _scaled(
-    place: PlainStart | PeftStart,
+    place: Place,
     a: Tensor,
     b: Tensor,
     scale: str,

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..integrations.peft.starts import PeftStart
 from ..layers import starts
-from ..layers.experts import ExpertWeight, by_expert
+from ..layers.experts import by_expert
 from ..layers.state import AdapterState
 
 
@@ -28,6 +29,28 @@ class PlainStart:
     def base_parameter(self) -> Tensor:
         """The parameter that base="offset" writes to."""
         return self.layer.weight
+
+    @property
+    def num_experts(self) -> int:
+        return getattr(self.layer, "num_experts", 1)
+
+    def trained(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.layer.lora_A[self.adapter_name], self.layer.lora_B[self.adapter_name]
+
+    def frozen(self) -> tuple[Tensor, Tensor] | None:
+        """A₀ and −B₀, where there are some."""
+        started, name = self.adapter_name in self.layer.lora_A0, self.adapter_name
+        return (self.layer.lora_A0[name], self.layer.lora_B0[name]) if started else None
+
+    def begin_with_zeros(self) -> None:
+        """Frozen halves that take nothing away yet."""
+        zeros = (torch.zeros_like(part.detach()) for part in self.trained())
+        self.layer.set_frozen_factors(self.adapter_name, *zeros)
+
+    def forget(self) -> None:
+        """Takes a start back, but for the values of A and B."""
+        self.layer.forget_initial_factors(self.adapter_name)
 
     def weight(self) -> Tensor:
         """W0 as it is without this adapter's shift, in either layout."""
@@ -71,56 +94,68 @@ class PlainStart:
         return restore
 
 
-class ExpertStart(PlainStart):
-    """One expert's part of a weight's adapter. The frozen half is there for all experts as soon as for one; those that
-    have no start of their own have zeros in it."""
+class ExpertStart:
+    """One expert's part of an adapter, plain or PEFT's (`whole`). The frozen half is there for all experts as soon as
+    for one; those that have no start of their own have zeros in it, and so has an expert of a rank below the weight's.
+    """
 
-    layer: ExpertWeight
-
-    def __init__(self, name: str, layer: ExpertWeight, adapter_name: str) -> None:
-        super().__init__(name, layer, adapter_name)
+    def __init__(self, name: str, whole: PlainStart | PeftStart, r: int) -> None:
+        self.name, self.whole, self.r = name, whole, r
+        self.scaling, self.out_features, self.device = whole.scaling, whole.out_features, whole.device
         self.expert = int(name.rpartition("[")[2].removesuffix("]"))
 
+    @property
+    def base_parameter(self) -> Tensor:
+        return self.whole.base_parameter
+
     def weight(self) -> Tensor:
-        return self.layer.weight[self.expert].detach()
+        """The expert's W0."""
+        return self.base_parameter[self.expert].detach()
 
     def check(self, exact: bool) -> None:
+        """Raises ValueError where `set` cannot work in the layer's present state."""
         if not exact:
             raise ValueError(f'init_lora_ga: base: got "offset", and {self.name!r} is an expert; want "exact"')
-        super().check(exact)
+        self.whole.check(exact)
 
-    def _parts(self, *factors: str) -> list[Tensor]:
+    def _parts(self, factors: tuple[Tensor, Tensor] | None) -> list[Tensor]:
         """The expert's views of an adapter's factors."""
-        a, b = (getattr(self.layer, factor)[self.adapter_name].detach() for factor in factors)
-        return [part[self.expert] for part in by_expert(a, b, self.layer.num_experts)]
+        if factors is None:
+            return []
+        a, b = (part.detach() for part in factors)
+        return [part[self.expert] for part in by_expert(a, b, self.whole.num_experts)]
 
     def set(self, a: Tensor, b: Tensor, exact: bool) -> None:
-        layer, name = self.layer, self.adapter_name
-        if name not in layer.lora_A0:
-            zeros = (torch.zeros_like(factors[name].detach()) for factors in (layer.lora_A, layer.lora_B))
-            layer.set_frozen_factors(name, *zeros)
-        for part, value in zip(self._parts("lora_A", "lora_B"), (a, b), strict=True):
-            part.copy_(value)
-        (own_a, own_b), (a0, b0) = self._parts("lora_A", "lora_B"), self._parts("lora_A0", "lora_B0")
+        """Starts the expert at A₀ = a (r, in), B₀ = b (out, r)."""
+        if self.whole.frozen() is None:
+            self.whole.begin_with_zeros()
+        own_a, own_b = self._parts(self.whole.trained())
+        for part, value in ((own_a, a), (own_b.t(), b.t())):
+            part[: self.r].copy_(value)
+            part[self.r :].zero_()
+        a0, b0 = self._parts(self.whole.frozen())
         a0.copy_(own_a)
         b0.copy_(own_b).neg_()
 
     def reset(self) -> None:
-        a, b = self._parts("lora_A", "lora_B")
+        """LoRA's ordinary start, at the expert's rank."""
+        a, b = self._parts(self.whole.trained())
         starts.draw(a, b, True)
-        if self.adapter_name in self.layer.lora_A0:
-            for part in self._parts("lora_A0", "lora_B0"):
-                part.zero_()
+        for part in (a[self.r :], *self._parts(self.whole.frozen())):
+            part.zero_()
 
     def remember(self) -> Callable[[], None]:
-        started = self.adapter_name in self.layer.lora_A0
-        factors = [("lora_A", "lora_B"), *([("lora_A0", "lora_B0")] if started else [])]
-        copies = [part.to("cpu", copy=True) for pair in factors for part in self._parts(*pair)]
+        """What puts the expert back as it is now, to the bit; it holds copies on the host."""
+        whole, started = self.whole, self.whole.frozen() is not None
+        copies = [part.to("cpu", copy=True) for part in self._parts(whole.trained()) + self._parts(whole.frozen())]
 
         def restore() -> None:
             if not started:
-                self.layer.forget_initial_factors(self.adapter_name)
-            for part, copy in zip((part for pair in factors for part in self._parts(*pair)), copies, strict=True):
+                whole.forget()
+            for part, copy in zip(self._parts(whole.trained()) + self._parts(whole.frozen()), copies, strict=True):
                 part.copy_(copy)
 
         return restore
+
+
+Place = PlainStart | PeftStart | ExpertStart

@@ -29,15 +29,16 @@ def allocate_ranks(
     max_rank: int | None = None,
     by: str = "gradient",
 ) -> dict[str, int]:
-    """A rank of every linear layer of a sketch, for `init_lora_ga(model, sketch, ranks=...)`. Experts keep r.
+    """A rank of every layer and expert of a sketch, for `init_lora_ga(model, sketch, ranks=...)`. Experts that see
+    many tokens have large gradients, and get more; all of a weight take the room of the largest of their ranks.
 
     Args:
         sketch: after its passes. σ are known for its `width` leading triplets only, the last ones poorly: sketch with
             a `width` of 4 to 6 times the largest rank that is wanted.
         captured: a share in (0, 1): the least ranks r whose 2r leading triplets hold that share of each layer's
             ‖G‖²; instead of a budget.
-        parameters: the budget, in parameters of A and B: rank·(n + m) a layer. By default what the sketch's r costs in
-            every layer.
+        parameters: the budget, in parameters of A and B that can learn: rank·(n + m) a layer. By default what the
+            sketch's r costs in every layer.
         total_rank: the budget as the sum of the ranks, instead.
         min_rank: what every layer gets; layers without a gradient get no more.
         max_rank: by default 2r, with `captured` as many as there are: half of a layer's triplets or of the sketch's
@@ -68,8 +69,7 @@ def allocate_ranks(
     if max_rank is None:
         max_rank = max(min_rank, 2 * sketch.r if captured is None else sketch.width)
     check_integer("allocate_ranks", "max_rank", max_rank, min_rank)
-    # All experts of a weight have one rank, the sketch's: it is the file's.
-    sizes = {name: size for name, size in sketch.sizes.items() if name.rpartition("[")[0] not in sketch.experts}
+    sizes = sketch.sizes
     costs = {name: 1 if total_rank is not None else n + m for name, (n, m) in sizes.items()}
     budget = total_rank if parameters is None else parameters
     if budget is None:

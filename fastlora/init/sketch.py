@@ -72,7 +72,7 @@ class GradientSketch:
         freeze: False leaves `requires_grad` alone, so that the backward passes of a training run can be sketched as
             they are (with dropout=True, which leaves its dropout alone too).
         target_parameters: weights of a mixture's experts, as in `fastlora.patch`; each expert is a layer of its own,
-            called "<weight>[<expert>]", that sees the tokens that are routed to it. Not on PEFT models.
+            called "<weight>[<expert>]", that sees the tokens that are routed to it.
 
     Raises:
         ValueError: nothing to sketch, r < 1, width < 2r, an unknown weighting, a discount that is not positive, a
@@ -120,7 +120,7 @@ class GradientSketch:
         self.dropout, self.weighting, self.discount, self.freeze = dropout, weighting, float(discount), freeze
         self.accumulate = accumulate
         self._modules = dict(targets.sketchable(model, target_modules, exclude_modules))
-        self.experts = _experts(model, target_parameters)
+        self.experts = experts_of(model, target_parameters, "GradientSketch")
         if not self.names:
             raise ValueError(
                 f"GradientSketch: target_modules: {target_modules!r} selects no linear layer of this "
@@ -154,10 +154,7 @@ class GradientSketch:
                 self._restore.append(taps.freeze(self._model))
             if not self.dropout:
                 self._restore.append(taps.turn_dropout_off(self._model))
-            weights: dict[nn.Module, dict[str, str]] = {}
-            for name, (module, key) in self.experts.items():
-                weights.setdefault(module, {})[key] = name
-            others = functools.partial(experts.tap, weights, observe=self._observe)
+            others = functools.partial(experts.tap, self.experts, observe=self._observe)
             self._restore.append(taps.attach(self._model, self._modules, self._observe, others))
             self._shown = progress.counter("sketch, pass 1")
             if self._shown is not None:
@@ -299,11 +296,7 @@ class GradientSketch:
     def sizes(self) -> dict[str, tuple[int, int]]:
         """(n, m) = (out_features, in_features) of every layer looked at."""
         sizes = {name: targets.layer_sizes(module) for name, module in self._modules.items()}
-        for name, (module, key) in self.experts.items():
-            count, n, m = module._parameters[key].shape
-            size = (m, n) if module.is_transposed else (n, m)
-            sizes |= {f"{name}[{expert}]": size for expert in range(count)}
-        return sizes
+        return sizes | experts.sizes_of(self.experts)
 
     def layer(self, name: str, n: int, m: int, device: torch.device | None = None) -> StreamingSketch:
         """One layer's sketch, an empty one (on the layer's device) where it has seen nothing yet."""
@@ -457,15 +450,12 @@ class GradientSketch:
         return sketch
 
 
-def _experts(model: nn.Module, target_parameters: Sequence[str] | None) -> dict[str, tuple[Any, str]]:
-    """(module, key) of the experts' weights to look at, by name."""
+def experts_of(model: nn.Module, target_parameters: Sequence[str] | None, caller: str) -> dict[str, tuple[Any, str]]:
+    """(module, key) of the experts' weights to look at, by name. Raises ValueError for what is no such weight."""
     found = {}
-    for name, module, key in targets.target_parameters(model, target_parameters, "GradientSketch"):
-        why_not = targets.why_not_experts(module, key)
-        if any(True for _ in targets.peft_lora_layers(model)):
-            why_not = "this is a PEFT model, whose experts PEFT starts; want a plain model, or one patched without PEFT"
-        if why_not is not None:
-            raise ValueError(f"GradientSketch: target_parameters: {name!r}: {why_not}")
+    for name, module, key in targets.target_parameters(model, target_parameters, caller):
+        if (why_not := targets.why_not_experts(module, key)) is not None:
+            raise ValueError(f"{caller}: target_parameters: {name!r}: {why_not}")
         found[name] = module, key
     return found
 

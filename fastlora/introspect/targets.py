@@ -149,13 +149,14 @@ def expert_weights(model: nn.Module, selection: Selection) -> Iterator[tuple[str
 
 
 def parameters_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """(name, module, key, parameter) of every parameter but for adapters'."""
+    """(name, module, key, parameter) of every parameter but for adapters', called as before PEFT wrapped its module."""
     inside: set[int] = set()
     for name, module in named_modules(model):
         if isinstance(module, OwnLayer):
             inside.update(id(child) for child in module.modules() if child is not module)
         if id(module) in inside or isinstance(module, nn.ParameterDict):
             continue
+        name = name.replace(".base_layer", "")
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 yield f"{name}.{key}" if name else key, module, key, parameter
@@ -356,6 +357,12 @@ def modules_of(model: nn.Module, kinds: tuple[type, ...]) -> list[tuple[str, Any
 
     walk("", unwrapped(model))
     return found
+
+
+def called(name: str, layer: Any) -> str:
+    """A LoRA layer's name, or, of PEFT's wrapper of a parameter, that parameter's in the plain model."""
+    key = getattr(layer, "parameter_name", None)
+    return name if key is None else f"{name.replace('.base_layer', '')}.{key}"
 
 
 def peft_lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -306,13 +306,25 @@ def _linear(
     return y if tap is None else tap(key, y, x, routing, gathered)
 
 
+def sizes_of(weights: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[int, int]]:
+    """(n, m) of every expert, "<weight>[<expert>]", of weights that are (module, key) by name."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, (module, key) in weights.items():
+        count, n, m = module._parameters[key].shape
+        sizes |= {f"{name}[{expert}]": (m, n) if module.is_transposed else (n, m) for expert in range(count)}
+    return sizes
+
+
 def tap(
-    experts: Mapping[nn.Module, Mapping[str, str]],
+    weights: Mapping[str, tuple[Any, str]],
     shown: Callable[[Tensor, Tensor, Callable[..., None]], Tensor],
     observe: Callable[..., None],
 ) -> Callable[[], None]:
     """Calls `observe(f"{name}[{e}]", X, dY, pass)` for each expert that has tokens, in the backward passes that `shown`
-    is made for (`introspect.taps`). `experts`: by module the names of weights by key. Returns what undoes it."""
+    is made for (`introspect.taps`). `weights`: (module, key) by name. Returns what undoes it."""
+    experts: dict[nn.Module, dict[str, str]] = {}
+    for name, (module, key) in weights.items():
+        experts.setdefault(module, {})[key] = name
 
     def tapped(names: Mapping[str, str], key: str, y: Tensor, x: Tensor, routing: Routing, gathered: bool) -> Tensor:
         def deliver(x: Tensor, dy: Tensor, now: Any) -> None:

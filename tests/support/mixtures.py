@@ -79,7 +79,7 @@ def mixture(family: str, seed: int = 0, **settings: Any) -> Any:
 def experts_in(model: nn.Module) -> list[str]:
     """What its experts' weights are called within a layer, for `target_parameters`."""
     names = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and ".experts." in name]
-    return sorted({".".join(name.split(".")[-3:]) for name in names})
+    return sorted({".".join(name.replace(".base_layer", "").split(".")[-3:]) for name in names})
 
 
 def peft_mixture(base: nn.Module, r: int = 3, **settings: Any) -> Any:

@@ -59,15 +59,6 @@ def unsupported(layer: nn.Module) -> str | None:
     return why_not(cast(Any, layer).base_layer, fused.why_not_base)
 
 
-def called(name: str, layer: Any) -> str:
-    """What a report calls a layer of this name: an expert weight by the parameter's own name in the plain model."""
-    if not isinstance(layer, ParamWrapper):
-        return name
-    while name.endswith(".base_layer"):
-        name = name.removesuffix(".base_layer")
-    return f"{name}.{layer.parameter_name}"
-
-
 def prediction(layer: Any) -> str | None:
     """None where a call (with gradients) would be fused now, or why it would be left to PEFT's forward. Inputs may add
     reasons."""

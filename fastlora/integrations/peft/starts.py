@@ -37,6 +37,7 @@ class StartedLinear(nn.Linear):
     dim: int  # along which the halves are put together: 0 in lora_A (r, in), 1 in lora_B (out, r)
     beside: bool  # the start runs next to the trained half; otherwise the base weight was shifted by it, and it is kept
     # for the file only
+    experts: int  # of a lora_A (E·r, in), whose halves go together expert by expert; 1 elsewhere
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -45,7 +46,10 @@ class StartedLinear(nn.Linear):
     def _both_halves(self, trained: Tensor) -> Tensor:
         """FSDP2 shards the trained half, a parameter, and gives it another dtype while its module runs; the frozen
         one, a buffer, it leaves alone."""
-        return torch.cat((trained, sharding.replicated(self.start.to(trained.dtype), trained)), self.dim)
+        halves = trained, sharding.replicated(self.start.to(trained.dtype), trained)
+        if self.experts == 1:
+            return torch.cat(halves, self.dim)
+        return torch.cat([half.unflatten(0, (self.experts, -1)) for half in halves], 1).flatten(0, 1)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         trained = self.trained if keep_vars else self.trained.detach()
@@ -74,7 +78,8 @@ class StartedLinear(nn.Linear):
                     f"current model is {tuple(wanted)}: a trained half and LoRA-GA's frozen start."
                 )
                 return
-            trained, start = (half.clone() for half in whole.chunk(2, self.dim))
+            parts = whole.unflatten(self.dim, (self.experts, -1)).chunk(2, self.dim + 1)
+            trained, start = (part.flatten(self.dim, self.dim + 1).clone() for part in parts)
             if not self.beside and not _nearly_equal(start, self.start):
                 error_msgs.append(
                     f"{prefix}weight has another start than the one that this base weight was shifted by "
@@ -88,7 +93,7 @@ class StartedLinear(nn.Linear):
         missing_keys.extend(dict.fromkeys(prefix + "weight" if key in halves else key for key in missing))
 
 
-def begin(down: nn.Linear, up: nn.Linear, a0: Tensor, minus_b0: Tensor, beside: bool) -> None:
+def begin(down: nn.Linear, up: nn.Linear, a0: Tensor, minus_b0: Tensor, beside: bool, experts: int = 1) -> None:
     """Gives lora_A and lora_B their frozen halves A₀ (r, in) and −B₀ (out, r), of their own dtypes, in place."""
     for linear, start, dim in ((down, a0, 0), (up, minus_b0, 1)):
         _rename(linear, "weight", "trained")
@@ -96,6 +101,7 @@ def begin(down: nn.Linear, up: nn.Linear, a0: Tensor, minus_b0: Tensor, beside: 
         started = cast(StartedLinear, linear)
         started.register_buffer("start", start)
         started.dim, started.beside = dim, beside
+        started.experts = 1 if dim else experts  # lora_B (out, r·E) has the expert fastest: its halves just follow
     if beside:
         down.out_features, up.in_features = 2 * a0.shape[0], 2 * a0.shape[0]
 
@@ -105,7 +111,7 @@ def end(down: nn.Linear, up: nn.Linear) -> None:
     for linear, dim in ((down, 0), (up, 1)):
         if isinstance(linear, StartedLinear):
             linear._buffers.pop("start", None)
-            for attribute in ("dim", "beside"):
+            for attribute in ("dim", "beside", "experts"):
                 linear.__dict__.pop(attribute, None)
             cast(nn.Module, linear).__class__ = nn.Linear
             _rename(linear, "trained", "weight")
@@ -126,12 +132,14 @@ def _nearly_equal(a: Tensor, b: Tensor) -> bool:
 
 
 # By name, so that PEFT and bitsandbytes need not be there.
+EXPERTS = ("peft.tuners.lora.layer.ParamWrapper", "fastlora.integrations.peft.experts.ParamWrapper")
 LAYERS = (
     "peft.tuners.lora.layer.Linear",
     "fastlora.integrations.peft.lora.FusedPeftLinear",
     "peft.tuners.lora.bnb.Linear4bit",
     "peft.tuners.lora.bnb.Linear8bitLt",
     "peft.tuners.lora.torchao.TorchaoLoraLinear",
+    *EXPERTS,
     "fastlora.integrations.peft.bnb.FusedLinear4bit",
     "fastlora.integrations.peft.bnb.FusedLinear8bitLt",
     "fastlora.integrations.peft.quantised.FusedTorchaoLinear",
@@ -160,14 +168,20 @@ class PeftStart:
         self.down, self.up = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
         self.scaling = layer.scaling[adapter_name]
         self.out_features = layer.out_features
-        self.base_parameter: Tensor = layer.base_layer._parameters["weight"]
+        self.num_experts: int = getattr(layer, "num_experts", 1)
+        self.base_parameter: Tensor = layer.get_base_layer()._parameters[getattr(layer, "parameter_name", "weight")]
         self.device = self.base_parameter.device
+        self.r = len(self.trained()[0]) // self.num_experts  # the trained rank
 
-    @property
-    def r(self) -> int:
-        """The trained rank."""
-        down = self.down
-        return len(down.trained if isinstance(down, StartedLinear) else down.weight)
+    def trained(self) -> tuple[Tensor, Tensor]:
+        """A and B as they train."""
+        a, b = (x.trained if isinstance(x, StartedLinear) else x.weight for x in (self.down, self.up))
+        return a, b
+
+    def frozen(self) -> tuple[Tensor, Tensor] | None:
+        """A₀ and −B₀, where there are some."""
+        down, up = self.down, self.up
+        return (down.start, up.start) if isinstance(down, StartedLinear) and isinstance(up, StartedLinear) else None
 
     def weight(self) -> Tensor:
         """W0 as it is without this adapter's shift, in either layout; a quantised one dequantised, for as long as the
@@ -200,7 +214,7 @@ class PeftStart:
 
     def set(self, a: Tensor, b: Tensor, exact: bool) -> None:
         """Starts the adapter at A₀ = a (r, in), B₀ = b (out, r)."""
-        self._forget()
+        self.forget()
         down, up = self.down, self.up
         with torch.inference_mode(False), torch.no_grad():
             down.weight.copy_(a)
@@ -210,13 +224,23 @@ class PeftStart:
             a0, minus_b0 = down.weight.detach().clone(), up.weight.detach().neg()
             if not exact:
                 self._shift(a0, minus_b0)
-        begin(down, up, a0, minus_b0, beside=exact)
+        self._begin(a0, minus_b0, exact)
+
+    def _begin(self, a0: Tensor, minus_b0: Tensor, exact: bool) -> None:
+        begin(self.down, self.up, a0, minus_b0, exact, self.num_experts)
         if exact:
-            self._set_rank(2 * self.r, self.layer.lora_alpha[self.adapter_name] * self._alpha_factor)
+            rank, alpha = self.layer.r[self.adapter_name], self.layer.lora_alpha[self.adapter_name]
+            self._set_rank(2 * rank, alpha * self._alpha_factor)
+
+    def begin_with_zeros(self) -> None:
+        """Frozen halves that take nothing away yet."""
+        with torch.inference_mode(False):
+            a, b = self.trained()
+            self._begin(torch.zeros_like(a.detach()), torch.zeros_like(b.detach()), True)
 
     def reset(self) -> None:
         """LoRA's ordinary start."""
-        self._forget()
+        self.forget()
         self.layer.reset_lora_parameters(self.adapter_name, True)
 
     def remember(self) -> Callable[[], None]:
@@ -241,19 +265,21 @@ class PeftStart:
             if shift is not None:
                 setattr(layer, SHIFT, shift)
             if starts is not None:
-                begin(down, up, *starts)
+                begin(down, up, *starts, self.num_experts)
             self._set_rank(*rank)
 
         return restore
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Takes back a former start, but for the values of A and B."""
         take_back_shift(self.layer, self.adapter_name)
         if isinstance(self.down, StartedLinear):
-            beside, r = self.down.beside, self.r
+            beside = self.down.beside
             end(self.down, self.up)
             if beside:
-                self._set_rank(r, self.layer.lora_alpha[self.adapter_name] / self._alpha_factor)
+                self._set_rank(
+                    self.layer.r[self.adapter_name] // 2, self.layer.lora_alpha[self.adapter_name] / self._alpha_factor
+                )
 
     def _shift(self, a0: Tensor, minus_b0: Tensor) -> None:
         """W0 − s·B₀A₀, in float32 at least and rounded once."""
@@ -298,11 +324,11 @@ class PeftConfiguration:
         self.model, self.adapter_name = model, adapter_name
         self.prefix, self.configurations = _find(model, adapter_name)
         config = self.configurations[adapter_name]
-        for setting in ("target_parameters", "layer_replication", "ensure_weight_tying"):
+        for setting in ("layer_replication", "ensure_weight_tying"):
             if getattr(config, setting, None):
                 raise ValueError(
                     f"init_lora_ga: model: the adapter {adapter_name!r} has {setting}="
-                    f"{getattr(config, setting)!r}, with which factors are shared or no linear layer's: not supported"
+                    f"{getattr(config, setting)!r}, with which factors are shared: not supported"
                 )
         if config.init_lora_weights not in PLAIN_INITS:
             raise ValueError(
@@ -313,7 +339,7 @@ class PeftConfiguration:
     def update(self) -> None:
         """Ranks and alphas as they are in the layers now, those of both halves where an adapter has a start."""
         saved = {
-            name.removeprefix(self.prefix): saved_rank(layer, self.adapter_name)
+            targets.called(name, layer).removeprefix(self.prefix): saved_rank(layer, self.adapter_name)
             for name, layer in targets.peft_lora_layers(self.model)
             if self.adapter_name in layer.r
         }
@@ -355,7 +381,7 @@ def _check_layer(name: str, layer: Any, adapter_name: str) -> None:
         )
     if adapter_name not in layer.lora_A:
         raise ValueError(f"init_lora_ga: adapter_name: got {adapter_name!r}, but {name!r} has {list(layer.lora_A)}")
-    if hasattr(layer.base_layer, "base_layer"):
+    if kind not in EXPERTS and hasattr(layer.base_layer, "base_layer"):
         raise ValueError(
             f"init_lora_ga: model: {name!r} is nested around another PEFT layer ({class_name(layer.base_layer)})"
         )
