@@ -1,7 +1,8 @@
 """How well LoRA-GA's ways of starting are aligned with the gradient, and what they cost: `python -m bench lora_ga`.
 
 On the gradients of MiniLM-L6, or with --model smollm2 of SmolLM2-135M, for their tasks (examples/): every linear layer
-but a language model's head. Seconds are the processor's, beyond the backward passes of the frozen model. The error is
+but a language model's head. Seconds are the processor's, beyond the backward passes of the frozen model. The peak is
+what the process occupies at most above what it did before, passes included, in a second run of each. The error is
 what one step of SGD leaves of the gradient, ‖G − c·(B Bᵀ G + G Aᵀ A)‖²/‖G‖² with the best step size c, over what the
 best update of rank 2r leaves (Eckart and Young): 1 is perfect. With --shapes: bench/starts/shapes.py.
 """
@@ -10,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from fastlora.init.factors import split_factors
 from fastlora.linalg import orthonormal
 
 from ..harness import machine
+from ..harness.turns import write_json
 from . import shapes
 
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -52,11 +56,17 @@ class Task:
 
 @dataclass
 class Result:
-    """`seconds` beyond the backward passes of the frozen model; `held` bytes that live until the factors are there."""
+    """`seconds` beyond the backward passes of the frozen model; `held` bytes that live until the factors are there;
+    `peak` bytes above those of before, None where it was not measured."""
 
     seconds: float
     held: int
+    peak: int | None = None
     errors: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, float]:
+        """The median and the worst layer's error over the optimum."""
+        return {"median": statistics.median(self.errors), "worst": max(self.errors)} if self.errors else {}
 
 
 def docstring_task(micro_batches: int, batch_size: int, max_length: int = 64, model: str = "minilm") -> Task:
@@ -236,16 +246,32 @@ def measure(task: Task, r: int, widths: list[int | None]) -> dict[str, Result]:
             continue
         result.errors = errors(gradients, factors, r)
         results[name] = result
+    del gradients, factors
+    # Last, because memory can be seen only where malloc gives all of it back, which takes time.
+    again: dict[str, Callable[[], object]] = {**contenders, "backward passes alone": lambda: frozen_passes(task)}
+    for name, result in results.items():
+        result.peak = peak_of(again[name]) if result.seconds > 0 else None
     return results
 
 
+def peak_of(run: Callable[[], object]) -> int | None:
+    """The most bytes that the process occupies while it runs, above those of before."""
+    gc.collect()
+    meter = shapes.Meter(torch.device("cpu"))
+    before = meter.allocated()
+    meter.start()
+    run()
+    meter.stop(before)
+    return meter.result()["peak_bytes"]
+
+
 def table(results: dict[str, Result]) -> str:
-    rows = [("", "error / optimum: median", "worst", "s beyond backward", "MB held")]
+    rows = [("", "error / optimum: median", "worst", "s beyond backward", "MB held", "MB at the peak")]
     for name, result in results.items():
-        worst = f"{max(result.errors):.4f}" if result.errors else ""
-        median = f"{statistics.median(result.errors):.4f}" if result.errors else ""
-        rows.append((name, median, worst, f"{result.seconds:.2f}", f"{result.held / 1e6:.1f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        median, worst = (f"{error:.4f}" for error in result.summary().values()) if result.errors else ("", "")
+        peak = "" if result.peak is None else f"{result.peak / 1e6:.0f}"
+        rows.append((name, median, worst, f"{result.seconds:.2f}", f"{result.held / 1e6:.1f}", peak))
+    widths = [max(len(row[column]) for row in rows) for column in range(6)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
@@ -263,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--whole", action="store_true", help="every layer of --shapes, next to the comparison")
     parser.add_argument("--device", default="cpu", help="with --shapes")
     parser.add_argument("--dtype", help="of X and dY, with --shapes; bfloat16 on a GPU, else float32")
-    parser.add_argument("--out", help="a JSON file for the result, with --shapes")
+    parser.add_argument("--out", help="a JSON file for the result")
     options = parser.parse_args(arguments)
     if options.shapes:
         dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
@@ -277,6 +303,12 @@ def main(arguments: list[str] | None = None) -> int:
     print(", ".join(f"{key} {value}" for key, value in facts.items() if value is not None), flush=True)
     task = docstring_task(options.micro_batches, options.batch_size, options.max_length, options.model)
     tokens = sum(int(batch.attention_mask.sum()) for batch in task.batches)
-    print(f"{len(linear_layers(task))} layers, {len(task.batches)} micro-batches, {tokens} tokens, r = {options.r}")
-    print(table(measure(task, options.r, [None, *(options.widths or [])])))
+    sizes = {"layers": len(linear_layers(task)), "micro-batches": len(task.batches), "tokens": tokens}
+    print(", ".join(f"{count} {what}" for what, count in sizes.items()) + f", r = {options.r}", flush=True)
+    results = measure(task, options.r, [None, *(options.widths or [])])
+    print(table(results))
+    if options.out:
+        found = {name: asdict(result) | result.summary() for name, result in results.items()}
+        settings = {"model": options.model, "r": options.r, **sizes}
+        write_json(Path(options.out), {"machine": facts, "settings": settings, "results": found})
     return 0

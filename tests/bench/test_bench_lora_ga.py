@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from tiny_models import tiny_batch, tiny_model
+from transformers import BatchEncoding
 
 from bench.starts import lora_ga
 from bench.starts import shapes as lora_ga_shapes
@@ -19,6 +21,23 @@ def test_the_measure_is_the_one_of_full_gradients(tokens):
     expected = lora_ga.errors({"": gradient}, {"": (a, b)}, 4)[0]  # type: ignore[dict-item]
     assert lora_ga_shapes.Truth(batches, 4).error(a, b) == pytest.approx(expected, rel=1e-6)
     assert expected > 1
+
+
+def test_a_models_gradients(monkeypatch, tmp_path, capsys):
+    """Ours next to PEFT's in one run, with seconds, bytes and errors."""
+    model, batch = tiny_model("llama"), BatchEncoding(tiny_batch("llama"))
+    task = lora_ga.Task(model.requires_grad_(False), [batch, batch], lambda model, batch: model(**batch).loss)
+    monkeypatch.setattr(lora_ga, "docstring_task", lambda *settings: task)
+    assert lora_ga.main(["--r", "2", "--out", str(tmp_path / "out.json")]) == 0
+    result = json.loads((tmp_path / "out.json").read_text())
+    rows, printed = result["results"], capsys.readouterr().out
+    assert result["settings"]["layers"] == 14 and all(name in printed for name in rows)
+    frozen, refined, peft = (
+        rows[name] for name in ("backward passes alone", "GradientSketch, c = 32, refined", "PEFT's LoRA-GA")
+    )
+    assert frozen["seconds"] > 0 and frozen["errors"] == [] and frozen["peak"] is not None
+    assert len(refined["errors"]) == 14 and 0.9999 < refined["median"] <= refined["worst"] < 1.001 < peft["median"]
+    assert peft["held"] == 4 * sum(layer.weight.numel() for layer in lora_ga.linear_layers(task).values())
 
 
 def test_the_whole_command(tmp_path, capsys):
