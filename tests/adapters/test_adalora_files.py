@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from pathlib import Path
@@ -190,71 +189,6 @@ def test_only_adaloras_cut_files_leave_layers_out(tmp_path):
         load_adapter(other, tmp_path)
 
 
-def train_on(model: Any, steps: int = STEPS) -> None:
-    """Without an allocator."""
-    optimizer = optimizer_of(model)
-    for step in range(steps):
-        loss_of(model, step).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-@pytest.mark.parametrize("how", ["no more steps", "released", "started anew"])
-def test_masked_ranks_that_are_trained_on_are_saved(how, tmp_path):
-    """What is saved is what the model computes, whatever was masked once."""
-    model, allocator = allocated()
-    if how == "released":
-        model = patched()
-        optimizer = optimizer_of(model)
-        allocator = RankAllocator(model, TARGET, STEPS, t_final=2).follow(optimizer)
-        for step in range(STEPS):
-            loss_of(model, step).backward()
-            optimizer.step()
-        allocator.release()
-    elif how == "started anew":
-        for layer in model.layers:
-            layer.reset_adapter("default")
-    assert allocator.is_final
-    train_on(model)
-    want = model(X)
-    save_adapter(model, tmp_path)
-    assert config_of(tmp_path)["rank_pattern"] == {f"{name}.lora_E": [True] * R for name in NAMES}
-    here = plain()
-    load_adapter(here, tmp_path)
-    torch.testing.assert_close(here(X), want, **CLOSE)
-    torch.testing.assert_close(from_peft(plain(), tmp_path)(X), want, **CLOSE)
-    masked = next(name for name, kept in allocator.rank_pattern.items() if not all(kept))
-    index = allocator.rank_pattern[masked].index(False)
-    triplets(model)[masked]["e"].data[index] = 0.0  # and is out of the file again
-    save_adapter(model, tmp_path)
-    assert config_of(tmp_path)["rank_pattern"][f"{masked}.lora_E"] == [i != index for i in range(R)]
-
-
-def test_a_state_from_before_the_end_takes_the_masks_back(tmp_path):
-    model = patched()
-    optimizer = optimizer_of(model)
-    allocator = RankAllocator(model, TARGET, STEPS, t_final=2)
-    parts, states = (model, optimizer, allocator), []
-    for step in range(STEPS):
-        if step == 4:
-            states = copy.deepcopy([part.state_dict() for part in parts])
-            want = model(X)
-        loss_of(model, step).backward()
-        optimizer.step()
-        allocator.step()
-        optimizer.zero_grad()
-    assert allocator.is_final
-    for part, state in zip(parts, states, strict=True):
-        part.load_state_dict(state)
-    assert not allocator.is_final
-    save_adapter(model, tmp_path)
-    assert config_of(tmp_path)["rank_pattern"] is None
-    here = plain()
-    load_adapter(here, tmp_path)
-    assert torch.equal(here(X), want)
-    assert [len(factors["e"]) for factors in triplets(here).values()] == [R] * len(NAMES)
-
-
 def test_ranks_and_scales_that_the_format_has_one_of(tmp_path):
     """Layers may begin with other ranks and alphas: the largest rank and the usual alpha are the file's."""
     model = random_adapter(rank_pattern={NAMES[0]: 2}, alpha_pattern={NAMES[2]: -3.0})
@@ -310,31 +244,6 @@ def test_what_peft_saved_after_it_dealt_ranks_out_loads_here(tmp_path):
     differing = {key for key in kept[1] if kept[0][key] != kept[1][key]}
     assert differing <= {"task_type", "target_modules"}
     torch.testing.assert_close(from_peft(plain(), tmp_path / "ours")(X), model(X), **CLOSE)
-
-
-def test_a_peft_model_with_our_allocator_saves_what_is_left(tmp_path):
-    model = peft_model()
-    optimizer = optimizer_of(model)
-    allocator = RankAllocator(model, TARGET, STEPS, t_final=2).follow(optimizer)
-    for step in range(STEPS):
-        loss_of(model, step).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    want = model(X)
-    save_adapter(model, tmp_path)
-    pattern = config_of(tmp_path)["rank_pattern"]
-    assert {name: sum(kept) for name, kept in pattern.items()} == {
-        f"{name.removeprefix('base_model.model.')}.lora_E": rank for name, rank in allocator.ranks.items()
-    }
-    torch.testing.assert_close(from_peft(plain(), tmp_path)(X), want, **CLOSE)
-    here = plain()
-    load_adapter(here, tmp_path)
-    torch.testing.assert_close(here(X), want, **CLOSE)
-    assert shrink_to_ranks(model, allocator) == allocator.ranks
-    torch.testing.assert_close(model(X), want, **CLOSE)
-    save_adapter(model, tmp_path / "shrunk")
-    assert config_of(tmp_path / "shrunk")["rank_pattern"] == pattern
-    torch.testing.assert_close(from_peft(plain(), tmp_path / "shrunk")(X), want, **CLOSE)
 
 
 def test_names_with_the_adapter_s_in_them(tmp_path):

@@ -1,4 +1,5 @@
-"""AdaLoRA's ranks in PEFT's models: whatever an allocator has masked or cut, a file computes what the model does."""
+"""AdaLoRA's ranks, in PEFT's models above all: whatever an allocator has masked or cut, a file computes what the model
+does."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adalora_problem import NAMES, TARGET, R, batch, loss_of, optimizer_of, plain, triplets
+from adalora_problem import NAMES, TARGET, R, batch, loss_of, optimizer_of, patched, plain, triplets
 
 import fastlora
 from fastlora.integrations.peft import ranks as peft_ranks
@@ -19,13 +20,22 @@ X = batch(99)[0]
 STEPS, LAST = 8, 6
 
 
-@pytest.fixture(params=[False, True], ids=["unpatched", "patched"])
-def model(request) -> Any:
+def peft_model(run_fused: bool) -> Any:
     config = peft.AdaLoraConfig(init_r=R, target_r=TARGET, total_step=STEPS, target_modules=NAMES)
     model = peft.get_peft_model(plain(), config)
-    if request.param:
+    if run_fused:
         fastlora.patch(model)
     return model
+
+
+@pytest.fixture(params=[False, True], ids=["unpatched", "patched"])
+def model(request) -> Any:
+    return peft_model(request.param)
+
+
+@pytest.fixture(params=["plain", "unpatched", "patched"])
+def any_model(request) -> Any:
+    return patched() if request.param == "plain" else peft_model(request.param == "patched")
 
 
 def train(model: Any, optimizer: torch.optim.Optimizer, allocator: RankAllocator | None, steps: int = STEPS) -> None:
@@ -48,12 +58,14 @@ def reloaded(model: Any, directory: Path, save: Any = None) -> Any:
 
 
 def assert_the_files_are_the_model(model: Any, directory: Path) -> None:
-    want = model(X)
+    want, config = model(X), getattr(model, "peft_config", {}).get("default")
     for name, save in (("peft", None), ("fastlora", fastlora.save_adapter)):
-        pattern = model.peft_config["default"].rank_pattern
+        if save is None and config is None:
+            continue  # a plain model
+        pattern = getattr(config, "rank_pattern", None)
         torch.testing.assert_close(reloaded(model, directory / name, save)(X), want, rtol=1e-5, atol=1e-6)
         if save is not None:
-            assert model.peft_config["default"].rank_pattern is pattern
+            assert getattr(config, "rank_pattern", None) is pattern
         here = plain()
         fastlora.load_adapter(here, directory / name)
         torch.testing.assert_close(here(X), want, rtol=1e-4, atol=1e-5)  # PEFT's 1e-5 beside the rank
@@ -73,7 +85,8 @@ def ranks_of(model: Any) -> dict[str, int]:
     return {name.removeprefix("base_model.model."): len(factors["e"]) for name, factors in triplets(model).items()}
 
 
-def test_masked_ranks_that_are_trained_on_are_saved(model, tmp_path):
+def test_masked_ranks_that_are_trained_on_are_saved(any_model, tmp_path):
+    model = any_model
     optimizer, allocator = begin(model)
     train(model, optimizer, allocator)
     assert_the_files_are_the_model(model, tmp_path / "masked")
@@ -89,7 +102,8 @@ def test_masked_ranks_that_are_trained_on_are_saved(model, tmp_path):
     assert pattern_of(loaded) == {name: [kept[0], True, True, True] for name, kept in by_layer(allocator).items()}
 
 
-def test_a_state_from_before_the_end_takes_the_masks_back(model, tmp_path):
+def test_a_state_from_before_the_end_takes_the_masks_back(any_model, tmp_path):
+    model = any_model
     optimizer, allocator = begin(model)
     train(model, optimizer, allocator, 3)
     parts = (model, optimizer, allocator)
@@ -105,7 +119,8 @@ def test_a_state_from_before_the_end_takes_the_masks_back(model, tmp_path):
     assert pattern_of(reloaded(model, tmp_path, fastlora.save_adapter)) == by_layer(allocator)
 
 
-def test_a_second_allocator_begins_with_all_ranks_that_are_there(model, tmp_path):
+def test_a_second_allocator_begins_with_all_ranks_that_are_there(any_model, tmp_path):
+    model = any_model
     train(model, *begin(model))
     optimizer, second = begin(model, steps=20)
     train(model, optimizer, second, 3)
