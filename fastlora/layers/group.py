@@ -133,7 +133,7 @@ class Round:
                 members[one], states[one] = member, _State(one, found)
         if layer not in members:
             return None
-        shared = group_op.open_group(x, list(members.values()))
+        shared = group_op.open_group(x, list(members.values()), 1)
         if shared is None:
             return None
         opened = Round(group, x, shared)
@@ -158,6 +158,8 @@ class Round:
 
     def call(self, layer: Layer, reading: Reading) -> Tensor:
         index, _ = self.seats.pop(id(layer))
+        if index == 0:  # the member that opened it
+            return self.shared.ys[0]
         adapter = call.as_one_adapter(reading.adapters)
         assert adapter is not None, "its state was compared"
         return self.shared.call(index, reading.weight, reading.bias, adapter.lora_B, adapter.scaling)
@@ -209,7 +211,7 @@ def _member(reading: Reading, backend: str) -> group_op.Member | None:
     adapter = call.as_one_adapter(reading.adapters)
     if adapter is None or any(source.is_inference() for source in reading.sources):
         return None
-    return group_op.Member(reading.weight, reading.bias, *adapter[:2], adapter.dropout_p, backend)
+    return group_op.Member(reading.weight, reading.bias, *adapter[:4], backend)
 
 
 def _may_be_foreseen(layer: nn.Module, group: LayerGroup) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import reference
 from .call import Adapter, GroupLayer, as_one_adapter, check_call, check_probability, concatenate
 from .dora.dora import run
-from .group.group import Member, open_group
+from .group.group import Member, known_group, open_group
 from .lora.linear import fused_linear
 
 
@@ -69,7 +69,7 @@ def run_layer(
     terms = ([concatenate(plain)] if plain else []) + dropped
     if len(terms) == 1:
         return fused_linear(x, weight, terms[0], bias, backend, caller)
-    shared = open_group(x, [Member(weight, bias, a, b, p, backend) for a, b, _, p, *_ in terms])
+    shared = open_group(x, [Member(weight, bias, *term[:4], backend) for term in terms], 0)
     if shared is None:
         return _composed(x, weight, terms, bias)
     return shared.sum(weight, bias, [term.lora_B for term in terms], [term.scaling for term in terms])
@@ -124,6 +124,8 @@ def run_group(
     x: Tensor, layers: Sequence[GroupLayer], training: bool, backend: str, shared_mask: bool, caller: str
 ) -> tuple[Tensor, ...]:
     """`lora_group`; `caller` is named by what it raises."""
+    if not shared_mask and (ys := known_group(x, layers, training, backend)) is not None:
+        return ys
     layers = [
         layer if training else layer._replace(adapters=[a._replace(dropout_p=0.0) for a in layer.adapters])
         for layer in layers
@@ -139,22 +141,21 @@ def run_group(
     shared_mask = shared_mask and probabilities != {0.0}
     merged = [as_one_adapter(layer.adapters) for layer in layers]
     members = {
-        i: Member(layer.weight, layer.bias, *adapter[:2], adapter.dropout_p, backend)
+        i: Member(layer.weight, layer.bias, *adapter[:4], backend)
         for i, (layer, adapter) in enumerate(zip(layers, merged, strict=True))
         if adapter is not None
     }
     whole = len(members) == len(layers) or not shared_mask
-    shared = open_group(x, list(members.values()), shared_mask) if whole else None
+    shared = open_group(x, list(members.values()), len(members), shared_mask) if whole else None
     if shared is None and shared_mask:
         return tuple(_with_one_mask(x, layers, probabilities.pop()))
-    outputs = []
-    seats = {i: seat for seat, i in enumerate(members)}
-    for i, (layer, adapter) in enumerate(zip(layers, merged, strict=True)):
-        if shared is None or adapter is None:
-            outputs.append(run_layer(x, layer.weight, layer.adapters, layer.bias, backend, caller))
-        else:
-            outputs.append(shared.call(seats[i], layer.weight, layer.bias, adapter.lora_B, adapter.scaling))
-    return tuple(outputs)
+    ys = iter(() if shared is None else shared.ys)
+    return tuple(
+        run_layer(x, layer.weight, layer.adapters, layer.bias, backend, caller)
+        if shared is None or adapter is None
+        else next(ys)
+        for layer, adapter in zip(layers, merged, strict=True)
+    )
 
 
 def _with_one_mask(x: Tensor, layers: Sequence[GroupLayer], dropout_p: float) -> Iterator[Tensor]:

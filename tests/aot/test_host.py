@@ -42,8 +42,8 @@ def test_launches(counted, plans):
 @pytest.mark.parametrize(
     "plans, most",
     [
-        ("python", {"cublas": 82, "triton": 125, "FusedLoraLinear": 102, "group of 3": 285}),
-        ("c++", {"cublas": 48, "triton": 59, "FusedLoraLinear": 68, "group of 3": 200}),
+        ("python", {"cublas": 82, "triton": 125, "FusedLoraLinear": 102, "group of 3": 205}),
+        ("c++", {"cublas": 48, "triton": 59, "FusedLoraLinear": 68, "group of 3": 81}),
     ],
 )
 def test_python_calls(counted, plans, most):
@@ -51,13 +51,15 @@ def test_python_calls(counted, plans, most):
     if plans == "python" and triton.__version__.startswith("3.6."):  # one more a launch
         most = {name: number + launches[name] for name, number in most.items()}
     assert {name: calls[name] for name in most if calls[name] > most[name]} == {}, calls
+    if plans == "c++":
+        assert calls["group of 3"] <= 1.7 * calls["cublas"]
 
 
 @BY
 def test_a_plan_launches_what_the_launchers_do(counted, plans):
     """The driver checks each launch's alignment against what its kernel was compiled for; here it is the same one."""
     found = counted[plans]
-    assert min(found["kept"]) >= 4
+    assert min(found["kept"]) >= 2
     assert min(found["variants"]) >= 2 if plans == "c++" else not any(found["variants"])
     for several, without in zip(found["by_plan"], counted["without"], strict=True):
         assert len(without) >= 5
@@ -66,10 +68,11 @@ def test_a_plan_launches_what_the_launchers_do(counted, plans):
 
 
 @BY
-def test_calls_of_a_known_kind(counted, plans):
+@pytest.mark.parametrize("which, caller", list(enumerate(["lora_linear", "lora_group"])))
+def test_calls_of_a_known_kind(counted, plans, which, caller):
     """They skip the checks and the choice, launch the same, and what is of another kind is checked as ever."""
-    found = counted[plans]["function"]
+    found = counted[plans]["functions"][which]
     first, *later = found["calls"]
     assert len(first) >= 4 and later == [first] * 3
     assert (found["known"] > 0) == (plans == "c++") and found["after reset"] == 0
-    assert found["errors"] == ["lora_linear:"] * 4
+    assert found["errors"] == [caller] * 4

@@ -423,7 +423,6 @@ class LoraLinear(Contract):
 
 class Group(Contract):
     modules = "fastlora.ops.group"
-    checked = ("shrink", "shared_gradients")
     sizes: ClassVar = {
         "three": {"shape": (19,), "k": 33, "sizes": (24, 17, 17), "ranks": (5, 2, 8)},
         "alike": {"shape": (2, 9), "k": 40, "sizes": (8, 8), "ranks": (4, 4)},

@@ -180,7 +180,7 @@ class Groups:
         self.check((alone, grouped), itself, [3, 2], shrinks)
         assert grouping._here.round is None
         y = self.inner(grouped).attn.q_proj(randn(3, K).requires_grad_())
-        assert type(y.grad_fn).__name__ == "GroupMemberBackward"
+        assert type(y.grad_fn).__name__ == "GroupFunctionBackward"
 
     @pytest.mark.parametrize("name", CALLS)
     def test_what_models_do(self, name, shrinks):

@@ -7,6 +7,7 @@ dA; dX is accumulated in place (`addmm_`, beta = 1) instead of being made once a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,14 +43,53 @@ def shrink(
     return out, states
 
 
-def forward(
+def forward(x, lora_As, weights, biases, lora_Bs, settings) -> tuple[list[Tensor], list[Tensor], Tensors]:
+    """(y of the members that `settings` (group.Settings) names, S of all, dropout states); the arguments: group.py,
+    `GroupFunction`."""
+    ss, states = shrink(x, lora_As, settings.dropout_ps, settings.shared_mask, settings.narrow)
+    first = zip(weights, biases, ss, lora_Bs, settings.scalings, settings.names)
+    return [member_forward(x, *one) for one in first], ss, states
+
+
+def backward(
+    dx: Tensor | None,
+    x: Tensor | None,
+    dys: Sequence[Tensor | None],
+    dss: Sequence[Tensor | None],
+    lora_As: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    lora_Bs: Sequence[Tensor],
+    ss: Sequence[Tensor | None],
+    states: Sequence[Tensor | None],
+    settings: Any,
+    needs: tuple[bool, Sequence[bool], Sequence[bool]],
+) -> tuple[Tensor | None, Tensors, Tensors]:
+    """(dX, dAs, dBs) of what `forward` has run: dys are of the first members, dss of the others, and dX, in place where
+    dx is given, is theirs and dx. `needs`: x, every A, every B."""
+    needs_x, needs_as, needs_bs = needs
+    every: Tensors = []
+    grad_bs: Tensors = []
+    for i, dy in enumerate(dys):
+        ds = grad_b = None
+        if dy is not None:
+            wanted = (needs_x, needs_x or needs_as[i], needs_bs[i])
+            member = (weights[i], ss[i], lora_Bs[i], settings.scalings[i])
+            dx, ds, grad_b = member_backward(dy, *member, dx, wanted, settings.narrow)
+        every.append(ds)
+        grad_bs.append(grad_b)
+    every += dss
+    shared = (dx, x, every, lora_As, states, settings.dropout_ps, settings.shared_mask, needs_x, needs_as)
+    return *shared_gradients(*shared), grad_bs
+
+
+def member_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, lora_B: Tensor, scaling: float, name: str
 ) -> Tensor:
     """One member's y (M, N) = x W0ᵀ + b + s·S Bᵀ."""
     return lora_aten.add_product(F.linear(x, weight, bias), s, lora_B.to(s.dtype).t(), scaling)
 
 
-def backward(
+def member_backward(
     dy: Tensor,
     weight: Tensor | None,
     s: Tensor | None,

@@ -107,7 +107,7 @@ _choices: dict[Any, Choice] = {}
 _provisional: dict[Any, Choice] = {}  # made where nothing could be checked or measured: made again when that is over
 
 
-known: dict[tuple[str, float], tuple[ModuleType, int]] = {}  # autograd.known_call's
+known: dict[tuple[str, Any], tuple[Any, int]] = {}  # autograd.known_call's and, by several scales, group.known_group's
 
 
 _refused: dict[tuple[torch.device, measure.Key], str] = {}  # what could not be measured, and why: not tried again

@@ -48,7 +48,7 @@ class ActivatedLinear(torch.autograd.Function):
     ) -> Tensor:
         gate2, up2 = as_2d(gate), None if up is None else as_2d(up)
         h, s, state = choice.mlp.activate(gate2, up2, activation, lora_A, dropout_p)
-        y = choice.layer.forward(h, weight, bias, s, lora_B, scaling, choice.name)
+        y = choice.layer.member_forward(h, weight, bias, s, lora_B, scaling, choice.name)
         need_gate, need_up, _, _, need_a, need_b = ctx.needs_input_grad[:6]
         need_h = need_gate or need_up
         ctx.save_for_backward(
@@ -71,7 +71,7 @@ class ActivatedLinear(torch.autograd.Function):
         need_gate, need_up, _, need_bias, need_a, need_b = ctx.needs_input_grad[:6]
         need_h = need_gate or need_up
         dy2 = as_2d(dy)
-        dh, ds, grad_b = choice.layer.backward(
+        dh, ds, grad_b = choice.layer.member_backward(
             dy2, weight, s, lora_B, scaling, None, (need_h, need_h or need_a, need_b)
         )
         dgate = dup = grad_a = None
@@ -280,7 +280,7 @@ def fused(
     """y by what `select` chooses, under autograd; None where it chooses nothing. Arguments are checked already."""
     a, b, scaling, dropout_p, *_ = adapter
     rows = as_2d(gate)
-    choice = select(rows, activation, group_op.Member(weight, bias, a, b, dropout_p, backend))
+    choice = select(rows, activation, group_op.Member(weight, bias, *adapter[:4], backend))
     if isinstance(choice, str):
         return None
     if torch.is_grad_enabled():
@@ -288,7 +288,7 @@ def fused(
             gate, up, weight, bias, a, b, scaling, dropout_p, activation, choice
         )
     h, s, _ = choice.mlp.activate(rows, None if up is None else as_2d(up), activation, a, dropout_p)
-    return as_shaped(choice.layer.forward(h, weight, bias, s, b, scaling, choice.name), gate)
+    return as_shaped(choice.layer.member_forward(h, weight, bias, s, b, scaling, choice.name), gate)
 
 
 def _may_activate(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> bool:

@@ -14,13 +14,16 @@ from typing import Any
 import torch
 
 from bench.layers import host
-from fastlora.functional import lora_linear
+from fastlora.functional import Adapter, GroupLayer, lora_group, lora_linear
 from fastlora.kernels import launch
+from fastlora.ops.group import group
+from fastlora.ops.group import triton as group_kernels
 from fastlora.ops.lora import choice, cublas, triton
 from fastlora.runtime import compiled
 
 M, N, K, R = 200, 96, 160, 7  # unaligned rows of S, B and dS
 BF16, FP32 = torch.bfloat16, torch.float32
+GROUPS = [(BF16, 0.0), (FP32, 0.1)]
 
 
 def python_calls(function) -> int:
@@ -56,6 +59,32 @@ def launched(driver, backend, dtype, adapter_dtype, dropout_p, offset) -> list[l
     return found + _logged(driver, named | dict(zip(("dx", "da", "db"), grads, strict=True)))
 
 
+def launched_by_a_group(driver, adapter_dtype, dropout_p) -> list[list]:
+    """`launched` of two members that run together, the second by the Triton GEMM, and a third that shares S."""
+    sizes, x = (N, 80, N), torch.empty(M, K, dtype=BF16)
+    weights, dys = (
+        [torch.empty(n, K, dtype=BF16) for n in sizes[:2]],
+        [torch.empty(M, n, dtype=BF16) for n in sizes[:2]],
+    )
+    lora_As = [torch.empty(r, K, dtype=adapter_dtype) for r in (R, 16, 4)]
+    lora_Bs = [torch.empty(n, r, dtype=adapter_dtype) for n, r in zip(sizes, (R, 16))]
+    settings = group.Settings(group_kernels, ("cublas", "triton"), (1.5, 0.5), (dropout_p,) * 3)
+    named = {"x": x} | {f"a{i}": a for i, a in enumerate(lora_As)} | {f"b{i}": b for i, b in enumerate(lora_Bs)}
+    driver.clear_log()
+    ys, ss, states = group_kernels.forward(x, lora_As, weights, (None, None), lora_Bs, settings)
+    for i in range(3):
+        named |= {f"s{i}": ss[i], f"seed{i}": states[i]} | ({f"w{i}": weights[i], f"y{i}": ys[i]} if i < 2 else {})
+    found = _logged(driver, named)
+    driver.clear_log()
+    needs, last = (True, (True,) * 3, (True,) * 2), torch.empty_like(ss[2])
+    dx, grad_as, grad_bs = group_kernels.backward(
+        None, x, dys, [last], lora_As, weights, lora_Bs, ss[:2], states, settings, needs
+    )
+    named |= {"dx": dx, "ds2": last} | {f"dy{i}": dy for i, dy in enumerate(dys)}
+    named |= {f"da{i}": grad for i, grad in enumerate(grad_as)} | {f"db{i}": grad for i, grad in enumerate(grad_bs)}
+    return found + _logged(driver, named)
+
+
 def _logged(driver, named: dict[str, Any]) -> list[list]:
     names = {tensor.data_ptr(): name for name, tensor in named.items() if tensor is not None}
 
@@ -66,31 +95,40 @@ def _logged(driver, named: dict[str, Any]) -> list[list]:
     return [[*launch[:4], [name_of(value) for value in launch.params]] for launch in driver.log()]
 
 
-def by_function(driver) -> dict[str, Any]:
-    """What `lora_linear` launches in a kind's first four calls, of which the last need no checks; and what it raises
-    for other tensors then."""
+def one_layer(x, weight, a, b):
+    return [lora_linear(x, weight, a, b, 1.5, backend="cublas")]
+
+
+def two_layers(x, weight, a, b):
+    return lora_group(x, [GroupLayer(weight, [Adapter(a, b, s)]) for s in (1.5, 0.5)], backend="cublas")
+
+
+def by_function(driver, run) -> dict[str, Any]:
+    """What a kind's first four calls launch, of which the last need no checks; and what is raised for other tensors
+    then."""
     x, weight = torch.empty(2, M // 2, K, dtype=BF16), torch.empty(N, K, dtype=BF16)
     a, b = torch.empty(R, K, dtype=BF16, requires_grad=True), torch.empty(N, R, dtype=BF16, requires_grad=True)
     calls = []
     for _ in range(4):
         driver.clear_log()
-        y = lora_linear(x, weight, a, b, 1.5, backend="cublas")
-        grads = torch.autograd.grad(y, (a, b), torch.empty_like(y))
-        assert y.shape == (2, M // 2, N) and [grad.shape for grad in grads] == [a.shape, b.shape]
+        ys = run(x, weight, a, b)
+        grads = torch.autograd.grad(ys, (a, b), [torch.empty_like(y) for y in ys])
+        assert {y.shape for y in ys} == {(2, M // 2, N)} and [grad.shape for grad in grads] == [a.shape, b.shape]
         calls.append([list(launch[:4]) for launch in driver.log()])
     known = len(choice.known)
     errors = []
     for wrong in ((x[..., 1:], weight, a, b), (x, weight[1:], a, b), (x.float(), weight, a, b), (x, weight, a[1:], b)):
         try:
-            lora_linear(*wrong, 1.5, backend="cublas")
+            run(*wrong)
         except ValueError as error:
-            errors.append(str(error)[:12])
+            errors.append(str(error).partition(":")[0])
     choice.reset()
     return {"calls": calls, "known": known, "errors": errors, "after reset": len(choice.known)}
 
 
 def main(out: str) -> None:
     compiled.load_if_built = lambda: False
+    group.SMALL = 0
     results: dict[str, Any] = {}
     kinds = [(BF16, BF16, 0.0, 0), (BF16, FP32, 0.1, 0), (BF16, BF16, 0.0, 1), (FP32, FP32, 0.1, 0)]
     with host.stubbed() as driver, tempfile.TemporaryDirectory() as folder:
@@ -100,13 +138,20 @@ def main(out: str) -> None:
             launches = host.launches_of(driver, found)
             calls = {name: python_calls(row.both) for name, row in found.items()}
             by_plan = [[launched(driver, one, *kind) for _ in range(3)] for one in (cublas, triton) for kind in kinds]
+            by_plan += [[launched_by_a_group(driver, *kind) for _ in range(3)] for kind in GROUPS]
             functions = (cublas._low_rank_output, cublas._low_rank_backward, triton._forward, triton._backward)
+            functions += (group_kernels._forward, group_kernels._backward)
             kept = [len(one.plans) - [*one.plans.values()].count(None) for one in functions]
             variants = [len(one.variants) for one in functions]
             results[kind_of_plan] = {"launches": launches, "calls": calls, "by_plan": by_plan}
-            results[kind_of_plan] |= {"kept": kept, "variants": variants, "function": by_function(driver)}
+            results[kind_of_plan] |= {
+                "kept": kept,
+                "variants": variants,
+                "functions": [by_function(driver, one) for one in (one_layer, two_layers)],
+            }
         launch.planned.__call__ = lambda self, *args: self.function(*args)  # type: ignore[method-assign]
         results["without"] = [launched(driver, one, *kind) for one in (cublas, triton) for kind in kinds]
+        results["without"] += [launched_by_a_group(driver, *kind) for kind in GROUPS]
     Path(out).write_text(json.dumps(results))
 
 
