@@ -16,9 +16,10 @@ docs/details/lora_ga_maths.md, "Alignment".
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -27,10 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from ..introspect import taps, targets
-from ..layers.linear import FusedLoraLinear
+from ..layers import experts
+from ..layers.state import AdapterState
 from ..linalg import native
 from ..runtime import messages
 from ..runtime.checks import check_choice, check_integer, check_module
+from .sketch import experts_of
 
 NORMS = ("probes", "exact")
 # Squares of singular values of B or A below this share of the largest are rounding (in the float64 Gram matrix): the
@@ -79,6 +82,7 @@ class AlignmentMonitor:
         model: a patched model, or one with PEFT's LoRA layers, patched or not.
         every: measure the first step and each `every`-th after it.
         target_modules, exclude_modules: which of the LoRA layers, as in `fastlora.patch`.
+        target_parameters: which weights of experts that have adapters, as in `GradientSketch`: a layer for each expert.
         norm: how ‖G‖ is found. "probes": what the adapter captures exactly, the rest estimated from random vectors
             (unbiased; the alignment, which is mostly the captured part where it is high, varies by a few hundredths
             where it is low). "exact": from Σ (dY dYᵀ)∘(X Xᵀ); keeps the step's X and dY and costs as much as forming G
@@ -88,7 +92,7 @@ class AlignmentMonitor:
         on_record: called with each new `AlignmentRecord`: for a logger.
 
     Raises:
-        ValueError: no LoRA layers, AdaLoRA's adapters, every < 1, probes < 1, an unknown norm.
+        ValueError: no LoRA layers, AdaLoRA's adapters, experts without one, every or probes < 1, an unknown norm.
 
     Examples:
         >>> with fastlora.AlignmentMonitor(model, every=50) as monitor:
@@ -112,6 +116,7 @@ class AlignmentMonitor:
         probes: int = 16,
         seed: int = 0,
         on_record: Callable[[AlignmentRecord], object] | None = None,
+        target_parameters: Sequence[str] | None = None,
     ) -> None:
         check_module("AlignmentMonitor", model)
         check_integer("AlignmentMonitor", "every", every)
@@ -123,7 +128,17 @@ class AlignmentMonitor:
                 "first"
             )
         self._modules = dict(targets.sketchable(model, target_modules, exclude_modules))
-        if not self._modules:
+        self._experts = experts_of(model, target_parameters, "AlignmentMonitor")
+        adapted = {targets.called(name, layer): layer for name, layer in targets.lora_layers(model)}
+        if without := [name for name in self._experts if name not in adapted]:
+            raise ValueError(
+                f"AlignmentMonitor: target_parameters: got {messages.some(without)}, which have no adapter"
+            )
+        self._layers = self._modules | {name: adapted[name] for name in self._experts}
+        self._sizes = experts.sizes_of(self._experts)
+        for name, module in self._modules.items():
+            self._sizes[name] = targets.layer_sizes(getattr(module, "base_layer", module))
+        if not self._layers:
             raise ValueError(
                 f"AlignmentMonitor: target_modules: {target_modules!r} selects none of this {type(model).__name__}'s "
                 "LoRA layers"
@@ -190,7 +205,8 @@ class AlignmentMonitor:
 
     def _arm(self) -> None:
         if self.steps % self.every == 0:
-            self._remove_hooks = taps.watch(self._modules, self._observe)
+            others = functools.partial(experts.tap, self._experts, observe=self._observe)
+            self._remove_hooks = taps.watch(self._modules, self._observe, others)
 
     def _disarm(self) -> None:
         if self._remove_hooks is not None:
@@ -198,7 +214,7 @@ class AlignmentMonitor:
             self._remove_hooks = None
         self._watched.clear()
 
-    def _observe(self, name: str, x: Tensor, dy: Tensor) -> None:
+    def _observe(self, name: str, x: Tensor, dy: Tensor, now: taps.Pass) -> None:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
             if x.shape[0]:
@@ -206,17 +222,23 @@ class AlignmentMonitor:
 
     def _layer(self, name: str, device: torch.device) -> _Watched:
         if name not in self._watched:
-            module = self._modules[name]
-            n, m = targets.layer_sizes(getattr(module, "base_layer", module))
+            (layer, expert), (n, m) = self._at(name), self._sizes[name]
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (self.seed + 7919 * self.steps))
             probes = torch.randn(m, self.probes, generator=generator).to(device)
-            self._watched[name] = _Watched(tangent_space(module, n, m), probes, exact=self.norm == "exact")
+            self._watched[name] = _Watched(tangent_space(layer, n, m, expert), probes, exact=self.norm == "exact")
         return self._watched[name]
+
+    def _at(self, name: str) -> tuple[Any, int | None]:
+        """The layer that has the adapters, and which of its experts."""
+        if name in self._modules:
+            return self._modules[name], None
+        weight, _, expert = name.removesuffix("]").rpartition("[")
+        return self._layers[weight], int(expert)
 
     def _record(self) -> AlignmentRecord:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._sum_over_ranks()
-        layers = {name: self._watched[name].alignment() for name in self._modules if name in self._watched}
+        layers = {name: self._watched[name].alignment() for name in self._sizes if name in self._watched}
         return AlignmentRecord(self.steps, overall_alignment(layers), layers)
 
     def _sum_over_ranks(self) -> None:
@@ -224,8 +246,8 @@ class AlignmentMonitor:
             raise ValueError('AlignmentMonitor: norm: got "exact" under torch.distributed, want "probes"')
         nccl = torch.distributed.get_backend() == "nccl"
         device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-        for name, module in self._modules.items():  # a rank may have routed no token to an expert
-            weight = next(module.parameters())
+        for name in self._sizes:  # a rank may have routed no token to an expert
+            weight = next(self._at(name)[0].parameters())
             self._layer(name, weight.device).sum_over_ranks(device)
 
     # Showing.
@@ -236,7 +258,7 @@ class AlignmentMonitor:
     def __repr__(self) -> str:
         last = f", alignment {self.history[-1].overall:.3f} at step {self.history[-1].step}" if self.history else ""
         return (
-            f"AlignmentMonitor({len(self._modules)} layers, every={self.every}, {self.steps} steps, "
+            f"AlignmentMonitor({len(self._sizes)} layers, every={self.every}, {self.steps} steps, "
             f"{len(self.history)} records{last})"
         )
 
@@ -271,14 +293,17 @@ class TangentSpace:
     right_squares: Tensor
 
 
-def tangent_space(layer: Any, n: int, m: int) -> TangentSpace:
+def tangent_space(layer: Any, n: int, m: int, expert: int | None = None) -> TangentSpace:
     """Of the adapters that run and train now: a frozen A leaves nothing for B's columns to be carried by."""
     lefts, rights = [], []
     for a, b, scaling in _running_factors(layer):
+        own_a, own_b = a.detach(), b.detach()
+        if expert is not None:
+            own_a, own_b = (part[expert] for part in experts.by_expert(own_a, own_b, layer.num_experts))
         if a.requires_grad:
-            lefts.append(b.detach().double() * abs(scaling))
+            lefts.append(own_b.double() * abs(scaling))
         if b.requires_grad:
-            rights.append(a.detach().t().double() * abs(scaling))
+            rights.append(own_a.t().double() * abs(scaling))
     device = next(layer.parameters()).device
     left, left_squares = _basis(torch.cat(lefts, dim=1) if lefts else torch.zeros(n, 0, device=device).double())
     right, right_squares = _basis(torch.cat(rights, dim=1) if rights else torch.zeros(m, 0, device=device).double())
@@ -295,7 +320,7 @@ def _running_factors(layer: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
     if layer.merged_adapters or layer.disable_adapters:
         return
     for name in layer.active_adapters:
-        if isinstance(layer, FusedLoraLinear):
+        if isinstance(layer, AdapterState):
             yield layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
         elif name in layer.lora_A:
             down, up = layer.lora_A[name], layer.lora_B[name]

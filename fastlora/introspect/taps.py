@@ -119,15 +119,6 @@ def attach(
         if torch.is_grad_enabled():
             forwards.tokens += tokens_of(args, kwargs)
 
-    def tap(name: str) -> Hook:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            x = _input(args, kwargs)
-            if not isinstance(output, Tensor) or x is None:
-                return output
-            return shown(output, x, lambda x, dy, now: observe(name, x, dy, now))
-
-        return Hook(hook)
-
     def shown(y: Tensor, x: Tensor, deliver: Callable[[Tensor, Tensor, Pass], None]) -> Tensor:
         if not torch.is_grad_enabled():
             return y
@@ -155,36 +146,46 @@ def attach(
         for module in model.modules():
             if isinstance(module, FIRST_LAYERS):
                 handles.append(module.register_forward_hook(Hook(_require_grad)))
-        for name, module in layers.items():
-            handles.append(module.register_forward_hook(tap(name), prepend=True, with_kwargs=True))
+        handles += _tap_each(layers, shown, observe)
     except BaseException:
         restore()
         raise
     return restore
 
 
-def watch(layers: dict[str, nn.Module], observe: Callable[[str, Tensor, Tensor], None]) -> Callable[[], None]:
-    """Calls `observe(name, X, dY)` in the backward passes that run anyway, whatever they are for: unlike `attach` it
-    makes nothing require grad, and looks at no layer whose output does not."""
+def watch(layers: dict[str, nn.Module], observe: Observe, others: Others | None = None) -> Callable[[], None]:
+    """Calls `observe(name, X, dY, pass)` in the backward passes that run anyway, whatever they are for: unlike `attach`
+    it makes nothing require grad, and looks at no layer whose output does not. `others`: as for `attach`."""
 
-    def tap(name: str) -> Hook:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-            x = _input(args, kwargs)
-            if not isinstance(output, Tensor) or not output.requires_grad or x is None:
-                return output
-            return _Watched.apply(output, x.detach(), lambda x, dy: observe(name, x, dy))
+    def shown(y: Tensor, x: Tensor, deliver: Callable[[Tensor, Tensor, Pass], None]) -> Tensor:
+        if not y.requires_grad:
+            return y
+        return _Watched.apply(y, x.detach(), lambda x, dy: deliver(x, dy, Pass(_backward(), 1.0)))
 
-        return Hook(hook)
-
-    handles = [
-        module.register_forward_hook(tap(name), prepend=True, with_kwargs=True) for name, module in layers.items()
-    ]
+    handles, undo = _tap_each(layers, shown, observe), others(shown) if others is not None else None
 
     def restore() -> None:
         for handle in handles:
             handle.remove()
+        if undo is not None:
+            undo()
 
     return restore
+
+
+def _tap_each(layers: dict[str, nn.Module], shown: Callable[..., Tensor], observe: Observe) -> list[Any]:
+    """The handles of hooks that show each layer's output with its input."""
+
+    def tap(name: str) -> Hook:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+            x = _input(args, kwargs)
+            if not isinstance(output, Tensor) or x is None:
+                return output
+            return shown(output, x, lambda x, dy, now: observe(name, x, dy, now))
+
+        return Hook(hook)
+
+    return [module.register_forward_hook(tap(name), prepend=True, with_kwargs=True) for name, module in layers.items()]
 
 
 NO_BACKWARD = -1

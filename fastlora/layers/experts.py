@@ -24,7 +24,7 @@ from .checks import tensors_of
 from .state import AdapterState
 
 LORA = "lora_"  # and the weight's name: the layer's, in its module
-TAP = "_fastlora_tap"  # on a module that a sketch looks at
+TAP = "_fastlora_taps"  # on a module that sketches and monitors look at
 
 
 class ExpertWeight(AdapterState):
@@ -302,8 +302,9 @@ def _linear(
         dropout_p=[adapter.dropout_p for adapter in adapters],
         backend=backend,
     )
-    tap = experts.__dict__.get(TAP)
-    return y if tap is None else tap(key, y, x, routing, gathered)
+    for tap in experts.__dict__.get(TAP, ()):
+        y = tap(key, y, x, routing, gathered)
+    return y
 
 
 def sizes_of(weights: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[int, int]]:
@@ -337,13 +338,17 @@ def tap(
 
         return shown(y, x, deliver) if key in names else y
 
+    own: dict[Any, Callable[..., Tensor]] = {}
     for module, names in experts.items():
         swap_class(module)
-        module.__dict__[TAP] = functools.partial(tapped, names)
+        own[module] = functools.partial(tapped, names)
+        module.__dict__.setdefault(TAP, []).append(own[module])
 
     def restore() -> None:
-        for module in experts:
-            module.__dict__.pop(TAP, None)
-            put_class_back(module)
+        for module, one in own.items():
+            module.__dict__[TAP].remove(one)
+            if not module.__dict__[TAP]:
+                del module.__dict__[TAP]
+                put_class_back(module)
 
     return restore

@@ -240,3 +240,5 @@ def test_what_is_refused():
     adapted = peft.get_peft_model(model, config)
     with pytest.raises(ValueError, match=r"experts.gate_up_proj\[0\]. was sketched and is not patched"):
         fastlora.init_lora_ga(adapted, sketched(adapted, x, r=2))
+    with pytest.raises(ValueError, match=r"AlignmentMonitor: target_parameters: got .*gate_up_proj, .* no adapter"):
+        fastlora.AlignmentMonitor(adapted, target_parameters=["gate_up_proj"])

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from largest import Largest
+from mixtures import experts_in, mixture, peft_mixture, randomise, tokens
 from model_state import ModelState
 from plain_models import LINEARS, Net
 from started_nets import R, patched
@@ -22,6 +23,7 @@ import fastlora
 from fastlora import AlignmentMonitor
 from fastlora.adapters import first_forward
 from fastlora.init.monitor import measure, space_of
+from fastlora.introspect.targets import called, lora_layers
 
 
 def batches(count: int = 2) -> list[Tensor]:
@@ -102,6 +104,61 @@ def test_against_explicit_gradients(make: Callable[[], Any]):
     squares = {name: g.square().sum().item() for name, g in gradients.items()}
     reached = sum(record.layers[name].alignment ** 2 * square for name, square in squares.items())
     assert record.overall == pytest.approx(math.sqrt(reached / sum(squares.values())), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["plain", "peft", "fused peft", "started peft"])
+def test_experts_against_explicit_gradients(kind: str):
+    """Each from its own tokens, next to a linear layer, and with a sketch that looks at the same time."""
+    base, x = mixture("gpt_oss"), tokens(4, 20)
+    chosen: Any = {"target_modules": ["o_proj"], "target_parameters": experts_in(base)}
+    if kind == "plain":
+        model = copy.deepcopy(base)
+        fastlora.patch(model, r=3, **chosen)
+        randomise(model)
+    else:
+        model = peft_mixture(base, **chosen)
+        if kind != "peft":
+            fastlora.patch(model)
+        if kind == "started peft":
+            with fastlora.GradientSketch(model, r=3, **chosen) as sketch:
+                model(input_ids=x, labels=x).loss.backward()
+            fastlora.init_lora_ga(model, sketch, missing="kaiming")
+            randomise(model)
+    kinds = [type(module) for module in model.modules()]
+    with AlignmentMonitor(model, norm="exact", **chosen) as monitor:
+        with fastlora.GradientSketch(model, r=3, freeze=False, **chosen) as sketch:
+            model(input_ids=x, labels=x).loss.backward()
+        record = monitor.step()
+    assert record is not None and [type(module) for module in model.modules()] == kinds
+    merged = copy.deepcopy(model)  # the gradient of W0 at W0 + s·B A
+    fastlora.merge(merged)
+    for module in merged.modules():
+        if hasattr(module, "is_transposed"):
+            module.config._experts_implementation = "eager"  # transformers' others have no float64
+    for parameter in merged.parameters():
+        parameter.requires_grad_(parameter.dim() == 3)
+    merged.double()(input_ids=x, labels=x).loss.backward()
+    whole = {name.replace(".base_layer", ""): p.grad for name, p in merged.named_parameters() if p.grad is not None}
+    seen = 0
+    for name, layer in lora_layers(model):
+        if (weight := called(name, layer)) not in whole:
+            continue
+        a, b = (
+            getattr(f["default"], "trained", getattr(f["default"], "weight", f["default"]))
+            for f in (layer.lora_A, layer.lora_B)
+        )
+        for e, gradient in enumerate(whole[weight].mT):
+            line = record.layers.get(f"{weight}[{e}]")
+            assert (line is None) == (not gradient.any())
+            if line is not None:
+                seen += 1
+                own = a.detach().double().view(4, -1, a.shape[1])[e], b.detach().double().view(len(b), -1, 4)[:, :, e]
+                alignment, cosine = expected(gradient, *own)
+                assert line.alignment == pytest.approx(alignment, rel=1e-4)
+                assert line.cosine == pytest.approx(cosine, rel=1e-3, abs=1e-5)
+                assert line.norm == pytest.approx(gradient.norm().item(), rel=1e-4)
+                assert line.tokens == sketch.layers[f"{weight}[{e}]"].tokens
+    assert seen >= 8 and any(name.endswith("o_proj") for name in record.layers)
 
 
 def test_probes_estimate_the_norm():

@@ -82,7 +82,7 @@ def test_a_sketch_sees_what_the_layer_itself_made():
         loss_of(model).backward()
     assert_holds(sketch, wanted)
     seen: dict[str, Tensor] = {}
-    undo = taps.watch({"0": model[0]}, lambda name, x, dy: seen.update({name: dy.mT @ x}))
+    undo = taps.watch({"0": model[0]}, lambda name, x, dy, _: seen.update({name: dy.mT @ x}))
     loss_of(model).backward()
     undo()
     assert torch.allclose(seen["0"], wanted["0"])
