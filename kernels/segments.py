@@ -6,7 +6,8 @@
 Rows are sorted by adapter into segments (segment_plan.py), and no program's rows lie in two of them. x, dY and what is
 written of y and dX stay in their own order and are reached through `rows`; S and dS (positions, largest rank) lie in
 the sorted one, zero beyond an adapter's rank. A's and B's are where they are: the kernels get their addresses. Dropout
-counts positions. A segment of rank 0 is written as zeros: routed tokens that no expert takes.
+counts positions. A segment of rank 0 is written as zeros: routed tokens that no expert takes. `segment_expand` weights
+a mixture's rows as it puts them into the order of the tokens.
 The gradients of A and B: segment_grads.py.
 """
 
@@ -131,6 +132,10 @@ def _segment_expand_kernel(
     seed_ptr,  # (1,) int64, read only with DROPOUT
     like_ptr,  # of W's dtype, not read
     bias_ptr,  # (N,), or with a stride a (N,) for each segment; read only with HAS_BIAS
+    base_ptr,  # (P, N) contiguous: what ACCUMULATE reads; None: out
+    weights_ptr,  # (P,), or None
+    x_ptr,  # (P, N) contiguous, or None; with weights
+    dots_ptr,  # (P, programs a row) fp32, written where there is x
     out_ptr,  # (rows, N)
     N,
     R_MAX,
@@ -149,7 +154,8 @@ def _segment_expand_kernel(
     WIDE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """out[rows] (P, N) = [out[rows] +] mask ∘ (scale · S W) + bias, accumulated in fp32 and rounded once."""
+    """out[rows] (P, N) = weights · ([base +] mask ∘ (scale · S W) + bias), accumulated in fp32 and rounded once; dots,
+    summed over a row, = ⟨x, the same unweighted⟩."""
     tile = tiles_ptr + 3 * tl.program_id(0)
     column = tl.program_id(1) * BLOCK_N
     segment = tl.load(tile)
@@ -175,8 +181,17 @@ def _segment_expand_kernel(
         bias = tl.load(bias_ptr + columns.to(tl.int64) * stride_bn, mask=columns < width, other=0.0)
         acc += bias.to(tl.float32)[None, :]
     pointers = tile_pointers(out_ptr, rows, column, stride_om, stride_on, BLOCK_N)
+    positions = start + tl.arange(0, BLOCK_M)
+    mask = tile_mask(inside, column, width, BLOCK_N)
     if ACCUMULATE:
-        acc += tl.load(pointers, mask=tile_mask(inside, column, width, BLOCK_N), other=0.0).to(tl.float32)
+        base = pointers if base_ptr is None else tile_pointers(base_ptr, positions, column, N, 1, BLOCK_N)
+        acc += tl.load(base, mask=mask, other=0.0).to(tl.float32)
+    if weights_ptr is not None:
+        if x_ptr is not None:
+            x = tl.load(tile_pointers(x_ptr, positions, column, N, 1, BLOCK_N), mask=mask, other=0.0)
+            dots_ptr += positions.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+            tl.store(dots_ptr, tl.sum(acc * x.to(tl.float32), axis=1), mask=inside)
+        acc *= tl.load(weights_ptr + positions, mask=inside, other=0.0).to(tl.float32)[:, None]
     tl.store(pointers, acc.to(out_ptr.dtype.element_ty), mask=tile_mask(inside, column, N, BLOCK_N))
 
 
@@ -281,20 +296,30 @@ def segment_expand(
     bias: torch.Tensor | None = None,
     accumulate: bool = True,
     seed: torch.Tensor | None = None,
-) -> None:
+    base: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
+    x: torch.Tensor | None = None,
+) -> torch.Tensor | None:
     """out (rows, N) [+]= s·S Bᵀ + bias in the adapted rows; or drop′(dS A) for S = dS with `by_a`. The bias is (N,), or
     (segments, N).
 
     s (positions, largest rank) is contiguous and selects the arithmetic, as in `expand`; out has any strides. Rows
-    without an adapter are not touched. Needs no workspace.
+    without an adapter are not touched. Needs no workspace. With `base` (positions, N), contiguous, out is written and
+    not read: base + … . `weights` (positions,) then multiply each row, and where x (positions, N), contiguous, is given
+    too, ⟨x, row⟩ before that is returned (positions,) in fp32.
     """
     R, N = factors.max_rank, out.shape[1]
     assert s.shape == (segments.num_positions, R) and s.is_contiguous(), (s.shape, segments.num_positions, R)
+    assert all(t is None or (t.shape == (len(s), N) and t.is_contiguous()) for t in (base, x)), (len(s), N)
     config = _expand_config(s, segments, factors, out)
+    if x is not None and s.dtype != torch.float32:
+        config = replace(config, num_warps=8)  # with 4, two spill on sm_80 where rows are odd and r = 64
     tiles = segments.chunks(config.block_m, s.device)
+    strips = configs.cdiv(N, config.block_n)
+    dots = None if x is None else torch.empty(len(s), strips, dtype=torch.float32, device=s.device)
     launch(
         _segment_expand_kernel,
-        (tiles.count, configs.cdiv(N, config.block_n)),
+        (tiles.count, strips),
         s,
         segments.rows(s.device),
         tiles.table,
@@ -305,6 +330,10 @@ def segment_expand(
         seed,
         factors.like,
         bias,
+        base,
+        weights,
+        x,
+        dots,
         out,
         N,
         R,
@@ -323,3 +352,4 @@ def segment_expand(
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
+    return None if dots is None else dots.sum(1)

@@ -1,4 +1,6 @@
-"""A mixture's expert layer with LoRA on both of its weights, as a case to measure: the router's choice is given."""
+"""A mixture's expert layer with LoRA on both of its weights, as a case to measure: the router's choice is given.
+
+`python -m bench.layers.experts` prints what docs/kernels/experts.md counts."""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ from torch import Tensor, nn
 from fastlora.functional import Routing, lora_grouped_linear
 
 from ..harness.contenders import Contender, Unavailable
-from ..harness.counting import Problem
+from ..harness.counting import H200, Problem, Step, total_time
 from ..harness.turns import Case, Work, rotation
 
 SCALING = 2.0
-Linear = Callable[[int, Tensor, Routing], Tensor]  # (0: gate and up, from x; 1: down, from sorted rows)
+Linear = Callable[[int, Tensor, Routing], Tensor]  # 0: gate and up, from x; 1: down, to each token's weighted sum
 
 
 @dataclass(frozen=True)
@@ -68,18 +70,20 @@ class Experts(nn.Module):
         return self.down_proj if i else self.gate_up_proj
 
     def frozen(self, i: int, x: Tensor, routing: Routing) -> Tensor:
-        return grouped(self.weights(i), i, x, routing)
+        return self.product(self.weights(i), i, x, routing)
+
+    def product(self, weight: Tensor, i: int, x: Tensor, routing: Routing) -> Tensor:
+        y = F.grouped_mm(x if i else x[routing.rows], weight.transpose(1, 2), offs=routing.offsets)
+        if i == 0:
+            return y
+        y = y * self.top.reshape(-1, 1)[routing.order]
+        back = torch.empty_like(routing.order).scatter_(0, routing.order, torch.arange(len(y), device=y.device))
+        return y[back].view(*self.index.shape, -1).sum(1)
 
     def forward(self, x: Tensor, linear: Linear | None = None) -> Tensor:
         linear, routing = linear or self.frozen, Routing(self.index, self.mixture.experts)
         gate, up = linear(0, x, routing).chunk(2, dim=-1)
-        y = linear(1, F.silu(gate) * up, routing) * self.top.reshape(-1, 1)[routing.order]
-        back = torch.empty_like(routing.order).scatter_(0, routing.order, torch.arange(len(y), device=y.device))
-        return y[back].view(*self.index.shape, -1).sum(1)
-
-
-def grouped(weight: Tensor, i: int, x: Tensor, routing: Routing) -> Tensor:
-    return F.grouped_mm(x if i else x[routing.rows], weight.transpose(1, 2), offs=routing.offsets)
+        return linear(1, F.silu(gate) * up, routing)
 
 
 def experts_case(mixture: Mixture, like: Problem, device: torch.device) -> Case:
@@ -96,11 +100,14 @@ def experts_case(mixture: Mixture, like: Problem, device: torch.device) -> Case:
 
     def eager(i: int, x: Tensor, routing: Routing) -> Tensor:
         a, b = experts.adapter(i)
-        return grouped((experts.weights(i) + SCALING * (b @ a)).to(x.dtype), i, x, routing)
+        return experts.product((experts.weights(i) + SCALING * (b @ a)).to(x.dtype), i, x, routing)
 
     def fused(i: int, x: Tensor, routing: Routing) -> Tensor:
         a, b = experts.adapter(i)
-        return lora_grouped_linear(x, experts.weights(i), routing, [a], [b], [SCALING], gathered=i == 0)
+        combine = experts.top if i else None
+        return lora_grouped_linear(
+            x, experts.weights(i), routing, [a], [b], [SCALING], gathered=i == 0, combine=combine
+        )
 
     def contender(name: str, linear: Linear | None) -> Contender:
         leaves = () if linear is None else tuple(experts.factors)
@@ -156,3 +163,51 @@ def peft(experts: Experts, like: Problem) -> Contender:
         linear.weight = nn.Parameter(value.detach())
         leaves.append(linear.weight)
     return Contender("peft", outer, tuple(leaves), (experts.gate_up_proj, experts.down_proj))
+
+
+def counted(m: Mixture, r: int = 16) -> tuple[list[Step], list[Step], list[Step]]:
+    """(the frozen products, what transformers does between them, what takes its place here and the adapters' passes)
+    of a training step in bf16: each operand moved once, partial sums written and read, a multiprocessor a program."""
+    rows, inner, sms = m.tokens * m.top_k, m.inner, 132
+    wide, narrow, tokens, thin = (2 * size for size in (rows * m.hidden, rows * inner, m.tokens * m.hidden, rows * r))
+
+    def moved(name: str, *sizes: int) -> Step:
+        return Step(name, 0, sum(sizes))
+
+    def product(columns: int) -> Step:
+        nbytes = wide + 2 * (rows + m.experts * m.hidden) * columns
+        return Step("product", 2 * rows * m.hidden * columns, nbytes)
+
+    def passes(name: str, k: int, n: int, x: int, y: int, dy: int, dx: int, dots: int) -> list[Step]:
+        a, b, strips, blocks = 2 * m.experts * r * k, 2 * m.experts * r * n, -(-n // 256), -(-k // 128)
+        return [
+            moved(f"{name}: S", x, a, thin),
+            moved(f"{name}: y", 2 * y, b, thin),
+            moved(f"{name}: dS, dB", dy, 2 * thin, 2 * b, 8 * r * (rows * strips + n * (m.experts + sms // strips))),
+            moved(f"{name}: dX", 2 * dx, dots, a, thin),
+            moved(f"{name}: dA", x, thin, a, 8 * r * k * (m.experts + 2 * sms // blocks)),
+            moved(f"{name}: lora_B copied", 4 * b),
+        ]
+
+    gating = [moved("gating", 3 * narrow), moved("gating, backward", 5 * narrow)]
+    between = [moved("gather", wide), moved("weights", 2 * wide), moved("order", 2 * wide), moved("sum", wide + tokens)]
+    between += [moved("dY", wide + tokens), moved("dY, weighted", 2 * wide), moved("dweights", 2 * wide)]
+    between += [moved("dx of the gather", wide + tokens), *gating]
+    ours = [moved("gather", wide), moved("sum", wide + tokens), moved("gather of dY", wide), *gating]
+    ours += [moved("sum of dx", wide + tokens), moved("S and dS, weighted", 4 * thin)]
+    ours += passes("gate, up", m.hidden, 2 * inner, tokens, 2 * narrow, 2 * narrow, wide, 0)
+    ours += passes("down", inner, m.hidden, narrow, wide, tokens, narrow, narrow)
+    return [product(2 * inner), product(inner)] * 2, between, ours
+
+
+def main() -> None:
+    for mixture in MIXTURES["cuda"]:
+        products, between, ours = counted(mixture)
+        frozen, own = (total_time([*products, *rest], H200) for rest in (between, ours))
+        print(f"{mixture.tokens} tokens: frozen {1e3 * frozen:.2f} ms, fastlora {own / frozen - 1:+.1%}")
+        for step in [*products[:2], *ours] if mixture.tokens == 8192 else ():
+            print(f"  {step.name:22} {step.bytes / 1e6:6.0f} MB {1e6 * step.time(H200):6.0f} us")
+
+
+if __name__ == "__main__":
+    main()

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from ..introspect.fused import rebind_forward
 from ..ops import call
+from ..ops.experts.aten import combined
 from ..ops.experts.experts import lora_grouped_linear
-from ..ops.experts.routing import Routing, inverse
+from ..ops.experts.routing import Routing
 from . import starts
 from .checks import tensors_of
 from .state import AdapterState
@@ -272,11 +273,13 @@ def run(
         hidden = experts._apply_gate(_linear(experts, "gate_up_proj", *arguments, gathered=True))
     else:
         hidden = experts.act_fn(_linear(experts, "up_proj", *arguments, gathered=True))
-    out = _linear(experts, "down_proj", hidden, *arguments[1:])
-    if getattr(experts, "has_post_expert_norm", False):
-        out = experts.post_expert_norm(out)
-    out = out * top_k_weights.reshape(-1)[routing.order].unsqueeze(-1)
-    return out[inverse(routing.order)].view(*top_k_index.shape, out.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+    normed = getattr(experts, "has_post_expert_norm", False)
+    if normed or TAP in experts.__dict__:  # they want every routed token's row
+        out = _linear(experts, "down_proj", hidden, *arguments[1:])
+        out = combined(experts.post_expert_norm(out) if normed else out, top_k_weights, routing.order)
+    else:
+        out = _linear(experts, "down_proj", hidden, *arguments[1:], combine=top_k_weights)
+    return out.to(hidden_states.dtype)
 
 
 def _linear(
@@ -287,6 +290,7 @@ def _linear(
     terms: Mapping[str, Sequence[call.Adapter]],
     backend: str,
     gathered: bool = False,
+    combine: Tensor | None = None,
 ) -> Tensor:
     adapters, weight = terms.get(key, ()), getattr(experts, key)
     y = lora_grouped_linear(
@@ -300,6 +304,7 @@ def _linear(
         is_transposed=experts.is_transposed,
         gathered=gathered,
         dropout_p=[adapter.dropout_p for adapter in adapters],
+        combine=combine,
         backend=backend,
     )
     for tap in experts.__dict__.get(TAP, ()):

@@ -61,15 +61,16 @@ def test_peft_factors_are_views():
 def test_gradients_of_everything_by_finite_differences(is_transposed):
     x, weight, routing, a, b = make(5, dtype=FP64)
     weight = weight.transpose(1, 2).contiguous() if is_transposed else weight
-    bias = torch.randn(E, N, dtype=FP64)
-    leaves = [t.detach().requires_grad_() for t in (x, weight, a, b, bias)]
+    bias, combine = torch.randn(E, N, dtype=FP64), torch.randn(5, 2, dtype=FP64)
+    leaves = [t.detach().requires_grad_() for t in (x, weight, a, b, bias, combine)]
     for materialise in (False, True):
-        assert torch.autograd.gradcheck(
-            lambda x, w, a, b, bias, m=materialise: run(
-                x, w, routing, a, b, bias=bias, is_transposed=is_transposed, materialise=m
-            ),
-            leaves,
-        )
+        for count in (5, 6):
+            assert torch.autograd.gradcheck(
+                lambda x, w, a, b, bias, combine=None, m=materialise: run(
+                    x, w, routing, a, b, bias=bias, combine=combine, is_transposed=is_transposed, materialise=m
+                ),
+                leaves[:count],
+            )
 
 
 def test_materialised_is_the_same_and_the_default_where_it_is_cheaper(monkeypatch):
@@ -88,9 +89,17 @@ def test_materialised_is_the_same_and_the_default_where_it_is_cheaper(monkeypatc
     assert chosen == [False, True, False, False]
 
 
-@pytest.mark.parametrize("options, most", [({"dropout_p": 0.1}, 16 * 2 * 48), ({"materialise": True}, 48 * 48)])
+@pytest.mark.parametrize(
+    "options, most",
+    [
+        ({"dropout_p": 0.1}, 16 * 2 * 48),
+        ({"materialise": True}, 48 * 48),
+        ({"combine": torch.ones(8, 2, requires_grad=True)}, 16 * 2 * 48),
+    ],
+    ids=["split", "materialised", "combined"],
+)
 def test_nothing_of_the_weights_size_is_made_or_saved(options, most):
-    """Not an expert's gradient either, and no sorted copy of x is saved."""
+    """Not an expert's gradient either, and no sorted copy of x is saved, nor the rows that are weighted."""
     x, weight, routing, a, b = make(8, e=16, n=48, k=48, r=2)
     made, saved = [], []
 
@@ -105,10 +114,11 @@ def test_nothing_of_the_weights_size_is_made_or_saved(options, most):
 
     with Watch(), torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = run(x.requires_grad_(), weight, routing, a, b, **options)
-        torch.autograd.grad(y, (x, a, b), torch.ones(1, 1).expand_as(y))
+        leaves = [x, a, b, *(t for t in options.values() if isinstance(t, torch.Tensor))]
+        torch.autograd.grad(y, leaves, torch.ones(1, 1).expand_as(y))
     assert 0 < max(made) <= most < weight.numel()
     floats = {t.untyped_storage().nbytes() // t.element_size() for t in saved if t.is_floating_point()}
-    assert floats <= {8 * 48, weight.numel(), a.numel(), b.numel(), 16 * 2}
+    assert floats <= {8 * 48, weight.numel(), a.numel(), b.numel(), 16 * 2, 16}
 
 
 def test_every_token_to_one_expert():
@@ -154,13 +164,17 @@ def test_autocast():
     assert all(torch.equal(one, other.to(one.dtype)) for one, other in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": 5}, {"materialise": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"dropout_p": 0.3, "seed": 5, "combine": True}, {"materialise": True}], ids=str
+)
 def test_compiled_in_one_graph(options):
     x, weight, _, a, b = make()
     a_flat, b_flat = a.detach().view(E * R, K).requires_grad_(), b.detach().requires_grad_()
 
     def loss(x, index):
-        return run(x, weight, Routing(index, E), a_flat.view(E, R, K), b_flat, **options).square().sum()
+        weights = x[:, :2].double() if "combine" in options else None
+        factors = a_flat.view(E, R, K), b_flat
+        return run(x, weight, Routing(index, E), *factors, **{**options, "combine": weights}).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (9, 5):
@@ -171,8 +185,23 @@ def test_compiled_in_one_graph(options):
 
 def test_under_torch_func():
     x, weight, routing, a, b = make()
-    got = torch.func.grad(lambda x: run(x, weight, routing, a, b).square().sum())(x)
-    torch.testing.assert_close(got, results(x, weight, routing, a, b)[1])
+    for combine in (None, torch.rand(9, 2)):
+        got = torch.func.grad(lambda x, c=combine: run(x, weight, routing, a, b, combine=c).square().sum())(x)
+        torch.testing.assert_close(got, results(x, weight, routing, a, b, combine=combine)[1])
+
+
+def test_wider_routing_weights_make_wider_sums():
+    """As in eager PyTorch: the sum of bf16 rows by float32 weights is float32, and so is the weights' gradient."""
+    x, weight, routing, a, b = make(40, dtype=BF16)
+    combine = torch.rand(40, 2).requires_grad_()
+    z = run(x, weight, routing, a, b, combine=combine)
+    rows = run(x, weight, routing, a, b)
+    want = rows.float()[routing.order.argsort()].view(40, 2, N)
+    dz = torch.randn(40, N)
+    (grad,) = torch.autograd.grad(z, combine, dz)
+    assert z.dtype == grad.dtype == FP32
+    torch.testing.assert_close(z, (want * combine.detach().unsqueeze(-1)).sum(1))
+    assert (grad - (want * dz.unsqueeze(1)).sum(2)).norm() <= 0.01 * grad.norm()
 
 
 def test_wrong_arguments():
@@ -191,6 +220,7 @@ def test_wrong_arguments():
         (lambda: run(x, weight, routing, a.flatten(0, 1), b), r"lora_A \(12, 8\)"),
         (lambda: run(x, weight, routing, a, b[..., 1:]), r"lora_B \(4, 10, 2\)"),
         (lambda: run(x, weight, routing, a, b, bias=torch.ones(N)), r"bias: got shape \(10,\), want \(4, 10\)"),
+        (lambda: run(x, weight, routing, a, b, combine=x), r"combine: got \(9, 8\) of .*, want floats \(9, 2\)"),
         (lambda: run(x.double(), weight, routing, a, b), "want one dtype"),
         (lambda: run(x, weight, routing, a.long(), b), "dtypes: got torch.float32, torch.int64, want floating-point"),
         (lambda: run(x, weight.to("meta"), routing, a, b), "devices: got cpu, meta, want x, routing, weight"),

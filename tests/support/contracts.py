@@ -99,7 +99,7 @@ class Case:
 
     @property
     def trained(self) -> list[str]:
-        return [name for name in self.tensors if name.split(".")[0] in ("x", "A", "B", "m")]
+        return [name for name in self.tensors if name.split(".")[0] in ("x", "A", "B", "m", "combine")]
 
 
 class Contract:
@@ -525,22 +525,24 @@ class Experts(Contract):
     sizes: ClassVar = {
         "gathered": {"tokens": 13, "top_k": 2, "n": 20, "k": 33, "ranks": (5, 2)},
         "transposed": {"tokens": 9, "top_k": 3, "n": 33, "k": 24, "ranks": (4,), "gathered": False, "transposed": True},
-        "PEFT's strides": {"tokens": 40, "top_k": 1, "n": 18, "k": 16, "ranks": (8,), "strided": True},
+        "PEFT's strides": {"tokens": 40, "top_k": 1, "n": 18, "k": 16, "ranks": (8,), "strided": True, "combine": True},
+        "combined": {"tokens": 12, "top_k": 3, "n": 18, "k": 19, "ranks": (3, 2), "gathered": False, "combine": True},
     }
 
-    def case(self, draw, p, *, tokens, top_k, n, k, ranks, gathered=True, transposed=False, strided=False, shape=None):
+    def case(self, draw, p, *, tokens, top_k, n, k, ranks, gathered=True, shape=None, **flags):
         tokens, top_k = (tokens, top_k) if shape is None else (*shape, 1)
         index = torch.randint(3, (tokens, top_k), generator=torch.Generator().manual_seed(tokens))
-        index = torch.where(index == 2, 3, index)
+        index = index + index // 2  # none to the third
         index[-1:, -1:] = 4 if tokens > 1 else 3
-        size = {"index": index, "gathered": gathered, "is_transposed": transposed}
-        weight = draw(4, n, k, scale=k**-0.5)
-        of = {"x": draw(tokens if gathered else tokens * top_k, k), "bias": draw(4, n)}
-        of |= {"weight": weight.transpose(1, 2).contiguous() if transposed else weight, "dy.0": draw(tokens * top_k, n)}
+        size, rows = {"index": index, "gathered": gathered, "is_transposed": "transposed" in flags}, tokens * top_k
+        of = {"x": draw(tokens if gathered else rows, k), "bias": draw(4, n), "weight": draw(4, n, k, scale=k**-0.5)}
+        of["weight"] = of["weight"].mT.contiguous() if "transposed" in flags else of["weight"]
+        of |= {"combine": draw(tokens, top_k)} if "combine" in flags else {}
+        of["dy.0"] = draw(tokens if "combine" in flags else rows, n)
         for i, r in enumerate(ranks):
             of[f"A.{i}"] = draw(4, r, k, scale=k**-0.5, adapter=True)
             of[f"B.{i}"] = draw(4, n, r, scale=r**-0.5, adapter=True)
-            if strided:
+            if "strided" in flags:
                 of[f"B.{i}"] = of[f"B.{i}"].permute(1, 2, 0).contiguous().permute(2, 0, 1)
         return Case(of, tuple(0.0 if i == 1 else p for i in range(len(ranks))), size)
 
@@ -549,17 +551,17 @@ class Experts(Contract):
         return [of[f"A.{i}"] for i in count], [of[f"B.{i}"] for i in count], [0.5 + i for i in count]
 
     def op(self, of, case, **options):
-        index, rest = case.size["index"].to(of["x"].device), {**case.size, "bias": of["bias"], "dropout_p": case.ps}
-        del rest["index"]
-        factors = self.factors(of, case)
-        return [lora_grouped_linear(of["x"], of["weight"], Routing(index, 4), *factors, **rest, **options)]
+        options |= {**case.size, "bias": of["bias"], "dropout_p": case.ps, "combine": of.get("combine")}
+        routing = Routing(options.pop("index").to(of["x"].device), 4)
+        return [lora_grouped_linear(of["x"], of["weight"], routing, *self.factors(of, case), **options)]
 
     def specification(self, of, case, keeps):
         routing = Routing(case.size["index"].to(of["x"].device), 4)
         rows = of["x"][routing.rows] if case.size["gathered"] else of["x"]
         weight = of["weight"].transpose(1, 2) if case.size["is_transposed"] else of["weight"]
-        factors = self.factors(of, case)
-        return [reference.grouped_lora_linear(rows, weight, routing.ends, *factors, of["bias"], case.ps, keeps)]
+        factors = (*self.factors(of, case), of["bias"])
+        y = reference.grouped_lora_linear(rows, weight, routing.ends, *factors, case.ps, keeps)
+        return [experts_op.aten.combined(y, of["combine"], routing.order) if "combine" in of else y]
 
     def masks(self, case, place):
         x, size = case.tensors["x"], (case.size["index"].numel(), case.tensors["x"].shape[1])
@@ -568,7 +570,7 @@ class Experts(Contract):
         return [module.keep_mask(seed, i, *size, p) for i, p in enumerate(case.ps)]
 
     def self_check(self, module, device, dtypes, dropout):
-        return experts_op.self_check(module, device, *dtypes, dropout)
+        return experts_op.self_check(module, device, *dtypes, dropout, weighted=dropout)
 
 
 class Mlp(Contract):

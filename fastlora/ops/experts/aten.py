@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..call import low_rank_dtype
 from ..lora import aten as lora
-from .routing import Routing
+from .routing import Routing, inverse
 
 Tensors = list[Tensor | None]
 
@@ -43,6 +43,19 @@ class Needs(NamedTuple):
     bias: bool
     lora_As: tuple[bool, ...]
     lora_Bs: tuple[bool, ...]
+    combine: bool = False
+
+    @classmethod
+    def of(cls, wanted: Sequence[bool]) -> Needs:
+        """From the flags of x, weight, bias, combine, and each lora_A and lora_B."""
+        x, weight, bias, combine, *factors = wanted
+        count = len(factors) // 2
+        return cls(x, weight, bias, tuple(factors[:count]), tuple(factors[count:]), combine)
+
+    @property
+    def rows(self) -> bool:
+        """dX before it is weighted, which the weights' gradient is made of too."""
+        return self.x or self.combine
 
 
 def forward(
@@ -54,26 +67,36 @@ def forward(
     order: Tensor,
     offsets: Tensor,
     seed: Tensor | None,
+    combine: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(y (P, N), each adapter's S (P, r) with dropout's scale, or with W + ΔW none) for the P sorted rows."""
+    """(y (P, N), each adapter's S (P, r) with dropout's scale, or with W + ΔW none) for the P sorted rows; with
+    `combine` y (T, N), their weighted sums."""
     num_rows, n = order.shape[0], weight.shape[2 if options.is_transposed else 1]
-    y = x.new_empty(num_rows, n)
+    weights = weights_of(combine, order)
+    y = x.new_empty(num_rows, n, dtype=None if weights is None else torch.promote_types(x.dtype, weights.dtype))
     adapters = _Adapters(x, lora_As, lora_Bs, seed, num_rows, options)
     s = [x.new_empty(num_rows, a.shape[1], dtype=t) for a, t in zip(lora_As, adapters.dtypes, strict=True)]
     end = 0
     for e, span in _experts(offsets, options):
         rows, w, end = rows_of(x, order, options, span), _weight(weight, e, x, options), span.stop
+        own = y[span] if weights is None else x.new_empty(span.stop - span.start, n)
         if options.materialise:
             w = adapters.add_to(w, e)
         if bias is None:
-            torch.mm(rows, w.t(), out=y[span])
+            torch.mm(rows, w.t(), out=own)
         else:
-            torch.addmm(bias[e].to(x.dtype), rows, w.t(), out=y[span])
+            torch.addmm(bias[e].to(x.dtype), rows, w.t(), out=own)
         if not options.materialise:
             for i, (a, b, scaling, p, keep) in enumerate(adapters.of(e, span)):
-                s[i][span] = lora.add_low_rank(y[span], rows, a, b, scaling, p, keep, options.narrow)[1]
-    y[end:].zero_()
+                s[i][span] = lora.add_low_rank(own, rows, a, b, scaling, p, keep, options.narrow)[1]
+        if weights is not None:
+            y.index_copy_(0, order[span], own * weights[span])
+    if weights is None:
+        y[end:].zero_()
+    else:
+        y.index_fill_(0, order[end:], 0.0)
+        y = summed(y, options.top_k)
     if options.materialise:
         return y, []
     for part in s:
@@ -85,20 +108,29 @@ def backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
+    bias: Tensor | None,
     s: Sequence[Tensor],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     order: Tensor,
     offsets: Tensor,
     seed: Tensor | None,
+    combine: Tensor | None,
     options: Options,
     needs: Needs,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensors, Tensors]:
-    """(dX, dW, db, dAs, dBs), None where it is not needed; zero for experts without rows."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensors, Tensors]:
+    """(dX, dW, db, dcombine, dAs, dBs), None where it is not needed; zero for experts without rows.
+
+    With `combine` dY's rows are those of `dy` unweighted, and what the adapters' and dense gradients are made of is
+    weighted instead. y is linear in x but for the bias, so ⟨dy, y⟩, a weight's gradient, is ⟨dX, x⟩ + ⟨dy, b⟩: y is
+    needed no more.
+    """
     num_rows, k = order.shape[0], weight.shape[1 if options.is_transposed else 2]
+    weights = weights_of(combine, order)
     dx = dy.new_empty(num_rows, k) if needs.x else None
     dw = torch.zeros_like(weight) if needs.weight else None
     db = weight.new_zeros(weight.shape[0], dy.shape[1]) if needs.bias else None
+    dots = dy.new_zeros(num_rows, dtype=torch.promote_types(dy.dtype, torch.float32)) if needs.combine else None
     grad_as = [torch.zeros_like(a) if need else None for a, need in zip(lora_As, needs.lora_As, strict=True)]
     grad_bs = [
         torch.zeros_like(b, memory_format=torch.contiguous_format) if need else None
@@ -107,44 +139,79 @@ def backward(
     adapters = _Adapters(dy, lora_As, lora_Bs, seed, num_rows, options)
     end = 0
     for e, span in _experts(offsets, options):
-        d, w, end = dy[span], _weight(weight, e, dy, options), span.stop
+        w, end = _weight(weight, e, dy, options), span.stop
+        d = dy[span] if weights is None else dy.index_select(0, order[span] // options.top_k)
         rows = None if x is None else rows_of(x, order, options, span)
+        weighted = rows if weights is None or rows is None else (rows * weights[span]).to(rows.dtype)
         own = None
-        if options.materialise and needs.x:
+        if options.materialise and needs.rows:
             own = d.mm(adapters.add_to(w, e))
         for i, (a, b, scaling, p, keep) in enumerate(adapters.of(e, span)):
-            needs_x = needs.x and not options.materialise
+            needs_x = needs.rows and not options.materialise
             if not (needs_x or needs.lora_As[i] or needs.lora_Bs[i]):
                 continue
             part = s[i][span] if s else None
+            if part is not None and weights is not None:
+                part = (part * weights[span]).to(part.dtype)
             if part is None and needs.lora_Bs[i]:
-                assert rows is not None
-                part = lora.shrink(rows, a.to(adapters.dtypes[i]))
+                assert weighted is not None
+                part = lora.shrink(weighted, a.to(adapters.dtypes[i]))
             frozen = w if own is None else None
             wants = needs_x, needs.lora_As[i], needs.lora_Bs[i]
-            grads = lora.backward(d, rows, frozen, a, b, part, keep, scaling, p, wants, options.narrow)
+            grads = lora.backward(d, weighted, frozen, a, b, part, keep, scaling, p, wants, options.narrow)
             if needs_x and grads[0] is not None:
                 own = grads[0] if own is None else own.add_(grads[0])
             for grad, to in ((grads[1], grad_as[i]), (grads[2], grad_bs[i])):
                 if to is not None and grad is not None:
                     to[e] = grad
-        if dx is not None:
+        if needs.rows:
             own = d.mm(w) if own is None else own
-            if options.gathered:
-                dx.index_copy_(0, order[span], own)
-            else:
-                dx[span] = own
+            if dots is not None:
+                assert rows is not None
+                dots[span] = torch.sum(own * rows, 1, dtype=dots.dtype)
+                if bias is not None:
+                    dots[span] += d.mv(bias[e].to(d.dtype))
+            if dx is not None:
+                own = own if weights is None else (own * weights[span]).to(own.dtype)
+                if options.gathered:
+                    dx.index_copy_(0, order[span], own)
+                else:
+                    dx[span] = own
         if dw is not None:
-            assert rows is not None
-            (dw[e].t() if options.is_transposed else dw[e]).copy_(d.t().mm(rows))
+            assert weighted is not None
+            (dw[e].t() if options.is_transposed else dw[e]).copy_(d.t().mm(weighted))
         if db is not None:
-            db[e] = d.sum(0)
+            db[e] = d.sum(0) if weights is None else (d * weights[span]).sum(0)
     if dx is not None:
         if end < num_rows:
             dx.index_fill_(0, order[end:] if options.gathered else torch.arange(end, num_rows, device=dx.device), 0.0)
-        if options.gathered:  # rounded once, in an order of its own: the same bits every time
-            dx = dx.view(-1, options.top_k, k).sum(1)
-    return dx, dw, db, grad_as, grad_bs
+        if options.gathered:
+            dx = summed(dx, options.top_k)
+    return dx, dw, db, grad_of(combine, dots, order), grad_as, grad_bs
+
+
+def weights_of(combine: Tensor | None, order: Tensor) -> Tensor | None:
+    """(P, 1), the weight of each sorted row."""
+    return None if combine is None else combine.reshape(-1)[order].unsqueeze(-1)
+
+
+def summed(rows: Tensor, top_k: int, dtype: torch.dtype | None = None) -> Tensor:
+    """(T·k, N) to (T, N) in the wider of the rows' and `dtype`: rounded once, in a fixed order."""
+    dtype = rows.dtype if dtype is None else torch.promote_types(rows.dtype, dtype)
+    return rows.view(-1, top_k, rows.shape[1]).sum(1, dtype=dtype)
+
+
+def grad_of(combine: Tensor | None, dots: Tensor | None, order: Tensor) -> Tensor | None:
+    """The gradient of combine (T, k) from that of each sorted row."""
+    if combine is None or dots is None:
+        return None
+    return torch.empty_like(dots).index_copy_(0, order, dots).view(combine.shape).to(combine.dtype)
+
+
+def combined(y: Tensor, combine: Tensor, order: Tensor) -> Tensor:
+    """(T, N): the sum of each token's sorted rows y (P, N), weighted by combine (T, k)."""
+    weights = combine.reshape(-1)[order].unsqueeze(-1)
+    return summed((y * weights)[inverse(order)], combine.shape[1])
 
 
 class _Adapters:

@@ -1,9 +1,11 @@
 """`lora_grouped_linear`: the linear layer of a mixture's experts, each with its own low-rank adapter.
 
     y_i = x_i W_eᵀ + b_e + Σ_j s_j·(drop_j(x_i) A_j,eᵀ) B_j,eᵀ        e: the expert of sorted row i
+    z_t = Σ_i w_i·y_i over the k rows i of token t                      where routing weights are given
 
 Saved: x in the order in which it came, each adapter's S, and references to W, A, B and the routing: no sorted copy of x
-where it is gathered here, no mask, and nothing of the weights' size but the weights. Never made: ΔW of all experts, dW.
+where it is gathered here, no mask, no y, and nothing of the weights' size but the weights. Never made: ΔW of all
+experts, dW.
 
 Eager calls and `torch.compile` share one `autograd.Function`, whose passes are library ops while compiling.
 """
@@ -42,6 +44,7 @@ def lora_grouped_linear(
     gathered: bool = False,
     dropout_p: float | Sequence[float] = 0.0,
     seed: int | Tensor | None = None,
+    combine: Tensor | None = None,
     materialise: bool | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -51,6 +54,7 @@ def lora_grouped_linear(
 
         row = x[routing.rows[i]] if gathered else x[i]
         y[i] = row @ weight[e].T + bias[e] + sum(s * (F.dropout(row, p) @ A[e].T) @ B[e].T for A, B, s, p in adapters)
+        z[routing.rows[i]] += combine.flatten()[routing.order[i]] * y[i]
 
     Args:
         x: (T·k, K) in the order of `routing`, or with `gathered` (T, K): no sorted copy of it is then kept.
@@ -64,13 +68,16 @@ def lora_grouped_linear(
             each adapter or for all. 0 outside training.
         seed: what the masks are made from (adapter j's from seed + j): a number, or an int64 tensor of one element;
             drawn from torch's generator for None.
+        combine: (T, k) routing weights of any float dtype: each token's k rows are weighted and summed, in a fixed
+            order and rounded once.
         materialise: True: y and dX by W + ΔW, one expert's at a time, rounded to its dtype; dA and dB by the rank-r
             path still. Not with dropout. None: where that is counted to be cheaper, and loses nothing: see
             `is_cheaper_materialised`.
         backend: "auto", "torch", or "triton" or "cublas" (the same here).
 
     Returns:
-        (T·k, N) in x's dtype, in the order of `routing`. Differentiable once in x, lora_As, lora_Bs, weight and bias.
+        y (T·k, N) in x's dtype, in the order of `routing`; with `combine` z (T, N), in the wider of x's and combine's.
+        Differentiable once in x, lora_As, lora_Bs, combine, weight and bias.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, a routing of another size, a probability
@@ -83,26 +90,27 @@ def lora_grouped_linear(
         torch.Size([64, 96])
     """
     ps = tuple(dropout_p) if isinstance(dropout_p, Sequence) else (dropout_p,) * len(lora_As)
-    _check(x, weight, routing, lora_As, lora_Bs, scalings, bias, is_transposed, gathered, ps, materialise)
+    _check(x, weight, routing, lora_As, lora_Bs, scalings, bias, is_transposed, gathered, ps, combine, materialise)
     narrow = call.autocast_enabled(x)
     if narrow:  # the weights are cast an expert at a time
         x = call.cast_for_autocast(x, x, None)[0]
     elif x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         call.check_one_dtype(x, weight, bias, WHERE)
-    if not takes_fused_path(x, weight, bias, *lora_As, *lora_Bs):
+    if not takes_fused_path(x, weight, bias, combine, *lora_As, *lora_Bs):
         rows = x.index_select(0, routing.rows) if gathered else x
         frozen = weight.transpose(1, 2) if is_transposed else weight
-        return reference.grouped_lora_linear(rows, frozen, routing.ends, lora_As, lora_Bs, scalings, bias, ps)
+        y = reference.grouped_lora_linear(rows, frozen, routing.ends, lora_As, lora_Bs, scalings, bias, ps)
+        return y if combine is None else aten.combined(y, combine, routing.order)
     compiling = torch.compiler.is_compiling()
     scales, top_k = tuple(map(float, scalings)), routing.top_k
     options = Options(
         scales, ps, top_k, is_transposed, gathered, narrow, bool(materialise), None if compiling else routing
     )
-    module = None if compiling else select(x, lora_As, lora_Bs, options, backend)
+    module = None if compiling else select(x, lora_As, lora_Bs, combine, options, backend)
     if materialise is None and (compiling or module is aten):
         options = options._replace(materialise=is_cheaper_materialised(x, weight, lora_As, lora_Bs, routing, options))
     seeds = _seed(seed, x.device) if any(ps) else None
-    arguments = (x, weight, bias, routing.order, routing.offsets, seeds)
+    arguments = (x, weight, bias, routing.order, routing.offsets, seeds, combine)
     if module is not None and not torch.is_grad_enabled():
         return module.forward(x, weight, bias, lora_As, lora_Bs, *arguments[3:], options)[0]
     return GroupedLinearFunction.apply(*arguments, module, backend, options, *lora_As, *lora_Bs)  # type: ignore[return-value]
@@ -123,7 +131,12 @@ def is_cheaper_materialised(
 
 
 def select(
-    x: Tensor, lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], options: Options, backend: str
+    x: Tensor,
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    combine: Tensor | None,
+    options: Options,
+    backend: str,
 ) -> ModuleType:
     """ATen on a CPU; on a GPU the kernels, unless they cannot take the call or are wrong on this device."""
     if backend not in env.BACKENDS:
@@ -135,7 +148,7 @@ def select(
     if isinstance(module, str) or module.unsupported(x, lora_As, lora_Bs, options) is not None:
         return aten
     adapter_dtype = call.low_rank_dtype(x, lora_As[0], lora_Bs[0], False) if lora_As else x.dtype
-    key = (x.device, x.dtype, adapter_dtype, any(options.dropout_ps), options.narrow)
+    key = (x.device, x.dtype, adapter_dtype, any(options.dropout_ps), options.narrow, combine is not None)
     if x.is_cuda and _trusted.why_not(key, lambda: self_check(module, *key)) is not None:
         return aten
     return module
@@ -148,9 +161,11 @@ def self_check(
     adapter_dtype: torch.dtype,
     dropout: bool,
     narrow: bool = False,
+    weighted: bool = False,
 ) -> str | None:
-    """Compares y and every gradient with fp64 on a small problem: two adapters, an expert without rows and rows without
-    an expert; None where they agree, else what differs. The generators' states are left as they were."""
+    """Compares y, or its weighted sums, and every gradient with fp64 on a small problem: two adapters, an expert
+    without rows and rows without an expert; None where they agree, else what differs. The generators' states are left
+    as they were."""
     with seeded(device), torch.no_grad():
         n, k, tokens = (392, 264, 301) if device.type == "cuda" else (40, 24, 11)  # more than a tile where it is fast
         experts, ranks, scalings = 5, (10, 24), (1.5, 0.5)
@@ -161,24 +176,28 @@ def self_check(
 
         index = torch.tensor([0, 1, 3, 4, 5], device=device)[torch.randint(5, (tokens, 2), device=device)]
         routing = Routing(index, experts)
-        x, weight, bias, dy = draw(tokens, k), draw(experts, n, k, scale=k**-0.5), draw(experts, n), draw(2 * tokens, n)
+        x, weight, bias = draw(tokens, k), draw(experts, n, k, scale=k**-0.5), draw(experts, n)
+        combine = torch.rand(tokens, 2, device=device).to(dtype) if weighted else None
+        dy = draw(tokens if weighted else 2 * tokens, n)
         lora_As = [draw(experts, r, k, scale=k**-0.5, of=adapter_dtype) for r in ranks]
         lora_Bs = [draw(experts, n, r, scale=r**-0.5, of=adapter_dtype) for r in ranks]
         options = Options(scalings, ps, 2, False, True, narrow, False)
         seed = torch.randint(2**62, (1,), device=device) if dropout else None
-        of = (lora_As, lora_Bs, routing.order, routing.offsets, seed, options)
+        of = (lora_As, lora_Bs, routing.order, routing.offsets, seed, combine, options)
         y, s = module.forward(x, weight, bias, *of)
-        needs = Needs(True, False, False, (True, True), (True, True))
-        dx, _, _, grad_as, grad_bs = module.backward(dy, x, weight, s, *of, needs)
+        needs = Needs(True, False, False, (True, True), (True, True), weighted)
+        dx, _, _, dc, grad_as, grad_bs = module.backward(dy, x, weight, bias, s, *of, needs)
         keeps = [module.keep_mask(seed, i, 2 * tokens, k, p) for i, p in enumerate(ps)]
-        leaves = [t.double().requires_grad_() for t in (x, *lora_As, *lora_Bs)]
+        leaves = [t.double().requires_grad_() for t in (x, *lora_As, *lora_Bs, *([] if combine is None else [combine]))]
     with torch.inference_mode(False), torch.enable_grad():
         rows, frozen = leaves[0].index_select(0, routing.rows), (weight.double(), routing.ends)
-        factors = (leaves[1:3], leaves[3:], scalings, bias.double(), ps, keeps)
+        factors = (leaves[1:3], leaves[3:5], scalings, bias.double(), ps, keeps)
         want = reference.grouped_lora_linear(rows, *frozen, *factors)
+        want = aten.combined(want, leaves[5], routing.order) if weighted else want
         expected = [want.detach(), *torch.autograd.grad(want, leaves, dy.double())]
-    names = ("output", "gradient of x", *(f"gradient of lora_{f} {i}" for f in "AB" for i in range(2)))
-    got = [t.flatten(0, -2) if t.dim() == 3 else t for t in (y, dx, *grad_as, *grad_bs)]
+    names = ["output", *(f"gradient of {name}" for name in ("x", "lora_A 0", "lora_A 1", "lora_B 0", "lora_B 1"))]
+    names += ["gradient of combine"] * weighted
+    got = [t.flatten(0, -2) if t.dim() == 3 else t for t in (y, dx, *grad_as, *grad_bs, dc) if t is not None]
     wanted = [t.flatten(0, -2) if t.dim() == 3 else t for t in expected]
     return first_difference(zip(names, got, wanted, strict=True), dtype)
 
@@ -195,40 +214,42 @@ class GroupedLinearFunction(torch.autograd.Function):
         order: Tensor,
         offsets: Tensor,
         seed: Tensor | None,
+        combine: Tensor | None,
         module: ModuleType | None,
         backend: str,
         options: Options,
         *factors: Tensor,
     ) -> Tensor:
         count = len(factors) // 2
-        inputs = (x, weight, bias, factors[:count], factors[count:], order, offsets, seed)
+        inputs = (x, weight, bias, factors[:count], factors[count:], order, offsets, seed, combine)
         if module is None:
             y, *s = torch.ops.fastlora.grouped_linear(*inputs, *options[:7], backend)
         else:
             y, s = module.forward(*inputs, options)
-        needs_as, needs_bs = any(ctx.needs_input_grad[9 : 9 + count]), any(ctx.needs_input_grad[9 + count :])
-        needs_rows = needs_as or ctx.needs_input_grad[1] or (needs_bs and options.materialise)
-        s = s if needs_bs else []
-        ctx.save_for_backward(x if needs_rows else None, weight, order, offsets, seed, *factors, *s)
-        ctx.arguments = (module, backend, options, count)
+        need = ctx.needs_input_grad
+        needs_as, needs_bs = any(need[10 : 10 + count]), any(need[10 + count :])
+        needs_rows = needs_as or need[1] or need[6] or (needs_bs and options.materialise)
+        s, bias = s if needs_bs else [], bias if need[6] else None
+        ctx.save_for_backward(x if needs_rows else None, weight, bias, order, offsets, seed, combine, *factors, *s)
+        ctx.arguments = (module, backend, options, count, x.dtype)
         return y
 
     @staticmethod
     @backward_pass
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        module, backend, options, count = ctx.arguments
-        x, weight, order, offsets, seed, *rest = ctx.saved_tensors
+        module, backend, options, count, dtype = ctx.arguments
+        x, weight, bias, order, offsets, seed, combine, *rest = ctx.saved_tensors
         lora_As, lora_Bs, s = rest[:count], rest[count : 2 * count], rest[2 * count :]
         need = ctx.needs_input_grad
-        needs = Needs(need[0], need[1], need[2], tuple(need[9 : 9 + count]), tuple(need[9 + count :]))
-        inputs = (dy, x, weight, s, lora_As, lora_Bs, order, offsets, seed)
+        wanted = [*need[:3], need[6], *need[10:]]
+        inputs = (dy.to(dtype), x, weight, bias, s, lora_As, lora_Bs, order, offsets, seed, combine)
         if module is None:
-            wanted = [*needs[:3], *needs.lora_As, *needs.lora_Bs]
             flat = torch.ops.fastlora.grouped_linear_backward(*inputs, *options[:7], wanted, backend)
-            grads = [grad if want else None for grad, want in zip(flat, wanted, strict=True)]
-            return (*grads[:3], *[None] * 6, *grads[3:])
-        dx, dw, db, grad_as, grad_bs = module.backward(*inputs, options, needs)
-        return (dx, dw, db, *[None] * 6, *grad_as, *grad_bs)
+        else:
+            *flat, grad_as, grad_bs = module.backward(*inputs, options, Needs.of(wanted))
+            flat += [*grad_as, *grad_bs]
+        dx, dw, db, dc, *grads = (grad if want else None for grad, want in zip(flat, wanted, strict=True))
+        return (dx, dw, db, None, None, None, dc, None, None, None, *grads)
 
 
 # What a compiled graph calls: the passes as ops.
@@ -236,50 +257,52 @@ _library = torch.library.Library("fastlora", "FRAGMENT")
 _OPTIONS = (
     "float[] scalings, float[] dropout_ps, int top_k, bool is_transposed, bool gathered, bool narrow, bool materialise"
 )
-_TENSORS = "Tensor[] lora_As, Tensor[] lora_Bs, Tensor order, Tensor offsets, Tensor? seed"
+_TENSORS = "Tensor[] lora_As, Tensor[] lora_Bs, Tensor order, Tensor offsets, Tensor? seed, Tensor? combine"
 for _schema in (
     f"grouped_linear(Tensor x, Tensor weight, Tensor? bias, {_TENSORS}, {_OPTIONS}, str backend) -> Tensor[]",
-    f"grouped_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor[] s, {_TENSORS}, {_OPTIONS}, bool[] needs, "
-    "str backend) -> Tensor[]",
+    f"grouped_linear_backward(Tensor dy, Tensor? x, Tensor weight, Tensor? bias, Tensor[] s, {_TENSORS}, {_OPTIONS}, "
+    "bool[] needs, str backend) -> Tensor[]",
 ):
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _op_forward(x, weight, bias, lora_As, lora_Bs, order, offsets, seed, *options_and_backend):
+def _op_forward(x, weight, bias, lora_As, lora_Bs, order, offsets, seed, combine, *options_and_backend):
     options = Options(*options_and_backend[:-1])
-    module = select(x, lora_As, lora_Bs, options, options_and_backend[-1])
-    y, s = module.forward(x, weight, bias, lora_As, lora_Bs, order, offsets, seed, options)
+    module = select(x, lora_As, lora_Bs, combine, options, options_and_backend[-1])
+    y, s = module.forward(x, weight, bias, lora_As, lora_Bs, order, offsets, seed, combine, options)
     return [y, *s]
 
 
-def _op_forward_fake(x, weight, bias, lora_As, lora_Bs, order, offsets, seed, *options_and_backend):
+def _op_forward_fake(x, weight, bias, lora_As, lora_Bs, order, offsets, seed, combine, *options_and_backend):
     options = Options(*options_and_backend[:-1])
     n, num_rows = weight.shape[2 if options.is_transposed else 1], order.shape[0]
     y = x.new_empty(num_rows, n)
+    if combine is not None:
+        y = x.new_empty(combine.shape[0], n, dtype=torch.promote_types(x.dtype, combine.dtype))
     if options.materialise:
         return [y]
     dtypes = [call.low_rank_dtype(x, a, b, options.narrow) for a, b in zip(lora_As, lora_Bs, strict=True)]
     return [y, *(x.new_empty(num_rows, a.shape[1], dtype=t) for a, t in zip(lora_As, dtypes, strict=True))]
 
 
-def _op_backward(dy, x, weight, s, lora_As, lora_Bs, order, offsets, seed, *rest):
+def _op_backward(dy, x, weight, bias, s, lora_As, lora_Bs, order, offsets, seed, combine, *rest):
     *options, needs, backend = rest
-    options, count = Options(*options), len(lora_As)
-    wanted = Needs(needs[0], needs[1], needs[2], tuple(needs[3 : 3 + count]), tuple(needs[3 + count :]))
-    module = select(dy, lora_As, lora_Bs, options, backend)
-    of = (dy, x, weight, s, lora_As, lora_Bs, order, offsets, seed, options)
-    dx, dw, db, grad_as, grad_bs = module.backward(*of, wanted)
+    options = Options(*options)
+    module = select(dy, lora_As, lora_Bs, combine, options, backend)
+    of = (dy, x, weight, bias, s, lora_As, lora_Bs, order, offsets, seed, combine, options)
+    *grads, grad_as, grad_bs = module.backward(*of, Needs.of(needs))
     # An op's outputs are not optional, and have the strides that the fake ones promise.
-    return [dy.new_empty(0) if grad is None else grad.contiguous() for grad in (dx, dw, db, *grad_as, *grad_bs)]
+    return [dy.new_empty(0) if grad is None else grad.contiguous() for grad in (*grads, *grad_as, *grad_bs)]
 
 
-def _op_backward_fake(dy, x, weight, s, lora_As, lora_Bs, order, offsets, seed, *rest):
+def _op_backward_fake(dy, x, weight, bias, s, lora_As, lora_Bs, order, offsets, seed, combine, *rest):
     *options, needs, _ = rest
     options = Options(*options)
     rows = order.shape[0] // options.top_k if options.gathered else order.shape[0]
     shapes = [(rows, weight.shape[1 if options.is_transposed else 2]), weight.shape, (weight.shape[0], dy.shape[1])]
-    shapes += [t.shape for t in (*lora_As, *lora_Bs)]
-    likes = (dy, weight, weight, *lora_As, *lora_Bs)
+    weights = dy if combine is None else combine
+    shapes += [t.shape for t in (weights, *lora_As, *lora_Bs)]
+    likes = (dy, weight, weight, weights, *lora_As, *lora_Bs)
     return [
         dy.new_empty(shape, dtype=like.dtype) if need else dy.new_empty(0)
         for shape, like, need in zip(shapes, likes, needs, strict=True)
@@ -305,7 +328,9 @@ def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return seed
 
 
-def _check(x, weight, routing, lora_As, lora_Bs, scalings, bias, is_transposed, gathered, ps, materialise) -> None:
+def _check(
+    x, weight, routing, lora_As, lora_Bs, scalings, bias, is_transposed, gathered, ps, combine, materialise
+) -> None:
     if not isinstance(routing, Routing):
         raise ValueError(f"{WHERE}: routing: got {type(routing).__name__}, want a Routing")
     if not len(lora_As) == len(lora_Bs) == len(scalings) == len(ps):
@@ -336,7 +361,10 @@ def _check(x, weight, routing, lora_As, lora_Bs, scalings, bias, is_transposed, 
         )
     if bias is not None and bias.shape != (experts, n):
         raise ValueError(f"{WHERE}: bias: got shape {tuple(bias.shape)}, want ({experts}, {n}) for weight {layout}")
-    tensors = [weight, routing.order, *lora_As, *lora_Bs, *([] if bias is None else [bias])]
+    size = (routing.num_tokens, routing.top_k)
+    if combine is not None and (combine.shape != size or not combine.is_floating_point()):
+        raise ValueError(f"{WHERE}: combine: got {tuple(combine.shape)} of {combine.dtype}, want floats {size}")
+    tensors = [weight, routing.order, *lora_As, *lora_Bs, *(t for t in (bias, combine) if t is not None)]
     if any(t.device != x.device for t in tensors):
         found = ", ".join(sorted({str(t.device) for t in (x, *tensors)}))
         raise ValueError(f"{WHERE}: devices: got {found}, want x, routing, weight and adapters on one")

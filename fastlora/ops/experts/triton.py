@@ -55,71 +55,109 @@ def forward(
     order: Tensor,
     offsets: Tensor,
     seed: Tensor | None,
+    combine: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, list[Tensor]]:
-    """(y (P, N), each adapter's S (P, r)), as `aten.forward`."""
+    """(y (P, N), or with `combine` (T, N), each adapter's S (P, r)), as `aten.forward`."""
     with device_of(x):
         y = _frozen(aten.rows_of(x, order, options), weight, order, offsets, options, options.is_transposed)
-        plan, sorted_plan = _plans(order, offsets, options)
-        s = []
+        plans = _plans(order, offsets, options)
+        plan, s = plans["tokens" if options.gathered else "sorted"], []
         for i, (a, b) in enumerate(zip(lora_As, lora_Bs, strict=True)):
             factors, own_seed, _kept = _factors(a, b, seed, i, options)
             s.append(x.new_empty(order.shape[0], a.shape[1], dtype=low_rank_dtype(x, a, b, options.narrow)))
             workspace = new_workspace(x, segment_shrink_workspace(x, plan, factors))
             segment_shrink(x, plan, factors, s[i], workspace, seed=own_seed)
-            segment_expand(s[i], sorted_plan, factors, y, bias=bias if i == 0 else None)
-        return y if s else _finished(y, bias, offsets), s
+            last = combine is not None and i == len(lora_As) - 1
+            out = torch.empty_like(y) if last else y
+            to: dict[str, Any] = {"base": y, "weights": aten.weights_of(combine, order)} if last else {}
+            segment_expand(
+                s[i], plans["order" if last else "sorted"], factors, out, bias=bias if i == 0 else None, **to
+            )
+            y = out
+        if not s:
+            y = _finished(y, bias, offsets)
+            return (y if combine is None else aten.combined(y, combine, order)), s
+        return (y if combine is None else aten.summed(y, options.top_k, combine.dtype)), s
 
 
 def backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
+    bias: Tensor | None,
     s: Sequence[Tensor],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     order: Tensor,
     offsets: Tensor,
     seed: Tensor | None,
+    combine: Tensor | None,
     options: Options,
     needs: Needs,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensors, Tensors]:
-    """(dX, dW, db, dAs, dBs), as `aten.backward`, which makes the dense dW and db."""
-    dw = db = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensors, Tensors]:
+    """(dX, dW, db, dcombine, dAs, dBs), as `aten.backward`, which makes the dense dW and db."""
+    dw = db = dots = None
     if needs.weight or needs.bias:
         dense = options.without_adapters(), Needs(False, needs.weight, needs.bias, (), ())
-        _, dw, db, _, _ = aten.backward(dy, x, weight, [], [], [], order, offsets, None, *dense)
+        _, dw, db, *_ = aten.backward(dy, x, weight, bias, [], [], [], order, offsets, None, combine, *dense)
     grad_as: Tensors = [None] * len(lora_As)
     grad_bs: Tensors = [None] * len(lora_Bs)
     with device_of(dy):
-        plan, sorted_plan = _plans(order, offsets, options)
-        dx = _frozen(dy, weight, order, offsets, options, not options.is_transposed) if needs.x else None
+        plans, weights = _plans(order, offsets, options), aten.weights_of(combine, order)
+        plan_of_x = plans["tokens" if options.gathered else "sorted"]
+        plan_of_dy = plans["sorted" if combine is None else "tokens"]
+        dx = rows = None
+        if needs.rows:
+            unsorted = options._replace(gathered=combine is not None)
+            dx = _frozen(aten.rows_of(dy, order, unsorted), weight, order, offsets, options, not options.is_transposed)
+        if needs.combine:
+            assert x is not None
+            rows = aten.rows_of(x, order, options).contiguous()
         for i, (a, b) in enumerate(zip(lora_As, lora_Bs, strict=True)):
-            if not (needs.x or needs.lora_As[i] or needs.lora_Bs[i]):
+            if not (needs.rows or needs.lora_As[i] or needs.lora_Bs[i]):
                 continue
             factors, own_seed, _kept = _factors(a, b, seed, i, options)
             ds = dy.new_empty(order.shape[0], a.shape[1], dtype=low_rank_dtype(dy, a, b, options.narrow))
             if needs.lora_Bs[i]:
                 grad = factors.like.new_empty(b.shape)
-                workspace = dy.new_empty(segment_ds_db_workspace(dy, sorted_plan, factors), dtype=torch.float32)
-                segment_ds_db(dy, sorted_plan, factors, s[i], ds, grad.view(-1), workspace)
+                workspace = dy.new_empty(segment_ds_db_workspace(dy, plan_of_dy, factors), dtype=torch.float32)
+                segment_ds_db(dy, plan_of_dy, factors, _weighted(s[i], weights), ds, grad.view(-1), workspace)
                 grad_bs[i] = grad.to(b.dtype)
             else:
-                workspace = new_workspace(dy, segment_shrink_workspace(dy, sorted_plan, factors))
-                segment_shrink(dy, sorted_plan, factors, ds, workspace, by_b=True)
+                workspace = new_workspace(dy, segment_shrink_workspace(dy, plan_of_dy, factors))
+                segment_shrink(dy, plan_of_dy, factors, ds, workspace, by_b=True)
             if dx is not None:
-                segment_expand(ds, sorted_plan, factors, dx, by_a=True, seed=own_seed)
+                last = i == len(lora_As) - 1
+                base, to = None, plans["sorted"]
+                if last and options.gathered:  # into the order of the tokens, whose rows are summed below
+                    base, dx, to = dx, torch.empty_like(dx), plans["order"]
+                of: dict[str, Any] = {"base": base, "weights": weights, "x": rows} if last else {}
+                dots = segment_expand(ds, to, factors, dx, by_a=True, seed=own_seed, **of)
             if needs.lora_As[i]:
                 assert x is not None
                 grad = factors.like.new_empty(a.shape)
-                workspace = x.new_empty(segment_weight_grad_workspace(x, plan, factors), dtype=torch.float32)
-                segment_weight_grad(x, plan, factors, ds, grad.view(-1), workspace, seed=own_seed)
+                workspace = x.new_empty(segment_weight_grad_workspace(x, plan_of_x, factors), dtype=torch.float32)
+                segment_weight_grad(
+                    x, plan_of_x, factors, _weighted(ds, weights), grad.view(-1), workspace, seed=own_seed
+                )
                 grad_as[i] = grad.to(a.dtype)
         if dx is not None and not lora_As:
             _finished(dx, None, offsets)
+            dots = None if rows is None else torch.sum(dx * rows, 1, dtype=torch.float32)
+            dx = _weighted(dx, weights)
+            dx = dx[inverse(order)] if options.gathered else dx
+        if dots is not None and bias is not None:
+            expert, none = _experts_of(order, offsets)
+            every = torch.mm(dy, bias.to(dy.dtype).t())[order // options.top_k, expert]
+            dots += every.masked_fill_(none, 0.0)
         if dx is not None and options.gathered:
-            dx = dx.index_select(0, inverse(order)).view(-1, options.top_k, dx.shape[1]).sum(1)
-    return dx, dw, db, grad_as, grad_bs
+            dx = aten.summed(dx, options.top_k)
+    return dx if needs.x else None, dw, db, aten.grad_of(combine, dots, order), grad_as, grad_bs
+
+
+def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
+    return rows if weights is None else (rows * weights).to(rows.dtype)
 
 
 def keep_mask(seed: Tensor | None, adapter: int, num_rows: int, columns: int, p: float) -> Tensor | None:
@@ -138,7 +176,7 @@ def _frozen(
     if all(_fits(t) for t in (rows, w)) and w.shape[2] * w.element_size() % 16 == 0:
         return F.grouped_mm(rows, w, offs=offsets)
     plain = options.without_adapters()._replace(is_transposed=is_transposed, gathered=False)
-    return aten.forward(rows, weight, None, [], [], order, offsets, None, plain)[0]
+    return aten.forward(rows, weight, None, [], [], order, offsets, None, None, plain)[0]
 
 
 def _fits(t: Tensor) -> bool:
@@ -148,25 +186,32 @@ def _fits(t: Tensor) -> bool:
     return strides[0] == 1 and t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in others)
 
 
-def _plans(order: Tensor, offsets: Tensor, options: Options) -> tuple[Routed, Routed]:
-    """(for x, for what is sorted)."""
+def _plans(order: Tensor, offsets: Tensor, options: Options) -> dict[str, Any]:
+    """For what is sorted, for what lies in the order of the tokens (T rows), and in that of the routed ones (T·k)."""
     kept: dict[str, Any] = {}
     capturing = is_capturing(places_of(order.device))  # what a capture makes is there in replays only
     if options.routing is not None and not capturing:
         kept = options.routing.kept
     if not kept:
         kept["sorted"] = Routed(offsets, order.shape[0])
-        kept["gathered"] = kept["sorted"].gathering((order // options.top_k).int())
-    return kept["gathered" if options.gathered else "sorted"], kept["sorted"]
+        kept["tokens"] = kept["sorted"].gathering((order // options.top_k).int())
+        kept["order"] = kept["sorted"].gathering(order.int())
+    return kept
 
 
 def _finished(y: Tensor, bias: Tensor | None, offsets: Tensor) -> Tensor:
     """What `segment_expand` does next to adding the term: the bias, and zeros in rows that no expert takes."""
-    expert = torch.searchsorted(offsets, torch.arange(y.shape[0], device=y.device), right=True)
-    none = expert == offsets.shape[0]
+    expert, none = _experts_of(y, offsets)
     if bias is not None:
-        y.add_(bias[expert.masked_fill(none, 0)])
+        y.add_(bias[expert])
     return y.masked_fill_(none[:, None], 0.0)
+
+
+def _experts_of(rows: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """(the expert of each of the sorted rows, 0 for none; which have none)."""
+    expert = torch.searchsorted(offsets, torch.arange(rows.shape[0], device=rows.device), right=True)
+    none = expert == offsets.shape[0]
+    return expert.masked_fill(none, 0), none
 
 
 def _factors(a: Tensor, b: Tensor, seed: Tensor | None, i: int, options: Options) -> tuple[Factors, Tensor | None, Any]:

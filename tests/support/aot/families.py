@@ -107,26 +107,29 @@ def launch_segments(tokens, ranks, dtype=BF16, adapter_dtype=BF16, n=4096, k=409
 
 
 def launch_experts(r, dtype=BF16, adapter_dtype=BF16, n=1536, k=2048, tokens=M, top_k=8, experts=128):
-    """The gate and up projections of Qwen3-30B-A3B."""
+    """Of Qwen3-30B-A3B: the gate and up projections, and what differs for `down`, which weights its rows."""
     plan = Routed(empty(experts, dtype=torch.int32), tokens * top_k)
     gathering = plan.gathering(empty(plan.num_positions, dtype=torch.int32))
     a, b = empty(experts, r, k, dtype=adapter_dtype), empty(experts, n, r, dtype=adapter_dtype)
     factors = expert_factors(a, b, 2.0, 0.1)
     x, dy = empty(tokens, k, dtype=dtype), empty(plan.num_positions, n, dtype=dtype)
-    segments.segment_expand(s_of(plan, factors), plan, factors, dy, bias=empty(experts, n, dtype=dtype))
-    launch_passes(x, dy, gathering, plan, factors)
+    s, weights, wide = s_of(plan, factors), empty(plan.num_positions, dtype=dtype), empty(len(dy), k, dtype=dtype)
+    of = {"bias": empty(experts, n, dtype=dtype), "base": torch.empty_like(dy), "weights": weights}
+    segments.segment_expand(s, gathering, factors, dy, **of)
+    segments.segment_expand(s, plan, factors, wide, by_a=True, seed=seed(), weights=weights, x=torch.empty_like(wide))
+    launch_passes(x, dy, gathering, plan, factors, torch.empty_like(wide))
 
 
 def s_of(plan, factors):
     return empty(plan.num_positions, factors.max_rank, dtype=factors.like.dtype)
 
 
-def launch_passes(x, dy, plan_of_x, plan, factors):
+def launch_passes(x, dy, plan_of_x, plan, factors, base=None):
     s, ds, dx = s_of(plan, factors), s_of(plan, factors), empty(plan.num_positions, x.shape[1], dtype=x.dtype)
     db, da = (empty(factors.total_rank * t.shape[1], dtype=s.dtype) for t in (dy, x))
     size = segments.segment_shrink_workspace(x, plan_of_x, factors)
     segments.segment_shrink(x, plan_of_x, factors, s, empty(size), seed=seed())
-    segments.segment_expand(ds, plan, factors, dx, by_a=True, seed=seed())
+    segments.segment_expand(ds, plan, factors, dx, by_a=True, seed=seed(), base=base)
     size = segment_grads.segment_ds_db_workspace(dy, plan, factors)
     segment_grads.segment_ds_db(dy, plan, factors, s, ds, db, empty(size))
     size = segment_grads.segment_weight_grad_workspace(x, plan_of_x, factors)
