@@ -24,6 +24,7 @@ from ..runtime.messages import some
 
 _BEFORE = "_fastlora_calls"  # on a model during that forward: (name, layer, its calls before)
 _OWNERS = "_fastlora_owners"  # of a layer's counts: the layer and the model that was patched
+_LOOKS = "_fastlora_looks"  # of a layer's counts: whether it looks for PEFT's adapters in evaluation too: the first, once
 
 
 def watch(model: nn.Module) -> None:
@@ -35,8 +36,9 @@ def watch(model: nn.Module) -> None:
     forget(model)
     model.register_forward_pre_hook(_before)
     model.register_forward_hook(_after, always_call=True)
-    for layer in _own_layers(model):
+    for number, layer in enumerate(_own_layers(model)):
         layer.calls.__dict__[_OWNERS] = weakref.ref(layer), weakref.ref(model)
+        layer.calls.__dict__[_LOOKS] = number == 0
         layer.calls.__class__ = _noticing(type(layer.calls))
 
 
@@ -58,12 +60,21 @@ def _noticing(plain: Any) -> Any:
         def fused(self, value: int) -> None:
             self.__dict__["fused"] = value
             layer, model = (reference() for reference in self.__dict__[_OWNERS])
-            if layer is not None and model is not None and _trains(layer):
+            if layer is None or model is None or not _differentiates(layer):
+                return
+            if layer.training:
                 _check_own(model)
                 _stop_noticing(model)
+            elif self.__dict__[_LOOKS]:  # a loop without model.train(), or an evaluation: a warning
+                try:
+                    _check_own(model)
+                except ValueError as error:
+                    self.__dict__[_LOOKS] = False
+                    warnings.warn(f"fastlora: {error}", UserWarning, stacklevel=2)
 
         def __reduce__(self) -> Any:
-            return _restored, (plain, {key: value for key, value in self.__dict__.items() if key != _OWNERS})
+            kept = {key: value for key, value in self.__dict__.items() if key not in (_OWNERS, _LOOKS)}
+            return _restored, (plain, kept)
 
     return Noticing
 
@@ -76,6 +87,7 @@ def _restored(cls: Any, values: dict[str, Any]) -> Any:
 
 def _stop_noticing(model: nn.Module) -> None:
     for layer in _own_layers(model):
+        layer.calls.__dict__.pop(_LOOKS, None)
         if layer.calls.__dict__.pop(_OWNERS, None) is not None:
             layer.calls.__class__ = type(layer.calls).__base__
 
@@ -87,8 +99,12 @@ def forget(model: nn.Module) -> None:
 
 
 def _trains(module: nn.Module) -> bool:
+    return module.training and _differentiates(module)
+
+
+def _differentiates(module: nn.Module) -> bool:
     replica = module.__dict__.get("_is_replica", False)  # DataParallel's
-    return not torch.compiler.is_compiling() and module.training and torch.is_grad_enabled() and not replica
+    return not torch.compiler.is_compiling() and torch.is_grad_enabled() and not replica
 
 
 def _check_own(model: nn.Module) -> None:

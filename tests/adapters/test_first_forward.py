@@ -199,8 +199,13 @@ def test_training_adapters_of_peft_around_fastloras_is_refused(kind, small, task
         if kind == "lora"
         else peft.IA3Config(target_modules=targets, feedforward_modules=targets[1:], task_type=task)
     )
-    around: Any = peft.get_peft_model(model, config).train()
+    around: Any = peft.get_peft_model(model, config).eval()
     inputs: dict[str, Any] = {"input": torch.randn(2, 4)} if small else tiny_batch("llama")
+    with torch.no_grad():
+        assert not messages(lambda: around(**inputs))
+    (message,) = messages(lambda: [around(**inputs) for _ in range(2)])  # a loop without train(): said once
+    assert "around fastlora's own" in message
+    around.train()
     with pytest.raises(ValueError, match=r"got PEFT's adapters .* around fastlora's own.*no peft_config"):
         around(**inputs)
     fastlora.unpatch(model)
