@@ -24,7 +24,7 @@ from ..runtime.messages import some
 
 _BEFORE = "_fastlora_calls"  # on a model during that forward: (name, layer, its calls before)
 _OWNERS = "_fastlora_owners"  # of a layer's counts: the layer and the model that was patched
-_LOOKS = "_fastlora_looks"  # of a layer's counts: whether it looks for PEFT's adapters in evaluation too: the first, once
+_LOOKS = "_fastlora_looks"  # of a layer's counts: whether it looks for PEFT's adapters in evaluation too (the first)
 
 
 def watch(model: nn.Module) -> None:
