@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
@@ -29,6 +30,9 @@ HEADLINES = "dtypes or every_gradient or three_steps or mask or bf16_repair or c
 # every process, which takes seconds.
 EXTRAS = ("trl", "datasets", "dill", "multiprocess", "pandas", "pyarrow", "torchao", "xxhash")
 EXTRAS_STEP = "TRL and torchao"  # where a skipped test is a failure
+# Steps with a process per core, one after another. Next to them runs one more process, for all other steps: it fills
+# the cores while tests are collected, a pool starts or the last test of a step is alone.
+WIDE = ("tests", "interpreter, Triton pinned", "aot, Triton pinned", "slow tests")
 NEEDED_BYTES = 4 << 30  # with a CPU build of torch 2.3 GB, and 1.6 GB for the overlays; more with CUDA
 MARKER = "fastlora-environment"  # inside an environment of ours: what was installed, written last
 ON_LINUX = sys.platform.startswith("linux")
@@ -151,10 +155,10 @@ def documentation(environment):
 
 
 def steps(environment, quick):
-    """(name, command, packages of an overlay or None, extra variables), in the order in which they run."""
+    """(name, command, packages of an overlay or None, extra variables), in the order in which they start."""
     python = environment.python
     plain = [python, "-m", "pytest", "-q", "-p", "no:benchmark"]
-    # A process per core: the tests and the interpreter are one Python thread each. tests/aot has a pool of its own.
+    # Where a step is WIDE: the tests and the interpreter are one Python thread each. tests/aot has a pool of its own.
     workers = str(max(1, min(8, os.cpu_count() or 1)))
     pytest = [*plain, "-n", workers, "--dist", "worksteal"]
     yield "ruff check", [python, "-m", "ruff", "check", "."], None, {}
@@ -164,17 +168,22 @@ def steps(environment, quick):
     yield "tests", [*pytest, "-m", "not slow"], None, {}
     if quick:
         return
-    yield "wheel", [*pytest, "tests/packaging"], None, {}
+    yield "wheel", [*plain, "tests/packaging"], None, {}
     quantised = ["tests/ops/test_quant.py", "tests/peft_layers/test_peft_quantised.py", "tests/adapters/test_merge.py"]
     trl = ["tests/training/test_trl.py", "tests/docs/test_docs.py"]
     chosen = [*trl, *quantised, "-k", "test_trl or torchao or trainer.md or chat.md"]
-    yield EXTRAS_STEP, [*pytest, *chosen], EXTRAS, {}
+    yield EXTRAS_STEP, [*plain, *chosen], EXTRAS, {}
     if ON_LINUX:  # Triton's wheels are for Linux
         for triton in (None, OLDEST_TRITON, NEWEST_TRITON):
             name = f"interpreter, Triton {triton or 'pinned'}"
             headlines = ["-k", HEADLINES] if triton else []
             packages = triton and (f"triton=={triton}",)
-            yield name, [*pytest, "tests/interpreter", *headlines], packages, {"TRITON_INTERPRET": "1"}
+            yield (
+                name,
+                [*(plain if triton else pytest), "tests/interpreter", *headlines],
+                packages,
+                {"TRITON_INTERPRET": "1"},
+            )
         for triton in (None, OLDEST_TRITON, NEWEST_TRITON):
             # Every configuration with the pinned one alone, whose "all" holds what "usual" has; with the others
             # tests/aot compiles the headlines.
@@ -184,8 +193,8 @@ def steps(environment, quick):
     yield "slow tests", [*pytest, "-m", "slow"], None, {}
 
 
-def run_step(environment, command, packages, variables):
-    """Run a command, showing its output as it comes; (exit status, the output's last 4,000 characters)."""
+def run_step(environment, command, packages, variables, show, running):
+    """Run a command, handing its output to `show` as it comes; (exit status, the output's last 4,000 characters)."""
     # The hash seed, because pytest-xdist's processes must collect the same names, and sets are printed in hash order.
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **variables}
     env.pop("PYTHONPATH", None)
@@ -196,14 +205,14 @@ def run_step(environment, command, packages, variables):
         env["PYTHONPATH"] = environment.overlay(packages)
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
+    running.append(process)
     tail = b""
     try:
         while True:
             piece = os.read(process.stdout.fileno(), 65536)  # not by lines: pytest's dots should appear one by one
             if not piece:
                 break
-            sys.stdout.buffer.write(piece)
-            sys.stdout.buffer.flush()
+            show(piece)
             tail = (tail + piece)[-4000:]
         return process.wait(), tail.decode(errors="replace")
     finally:
@@ -227,24 +236,64 @@ def test(environment, quick, only):
         names = ", ".join(repr(step[0]) for step in steps(environment, quick))
         raise Problem(f"--only {' '.join(only)}: no such step; there are {names}")
     environment.ensure("dev")
-    rows, totals, began = [], {}, time.monotonic()
-    for number, (name, command, packages, variables) in enumerate(chosen, 1):
-        say(f"[{number}/{len(chosen)}] {name}")
+    began = time.monotonic()
+    rows, totals = run_steps(environment, chosen)
+    say("Summary")
+    for name, *_ in chosen:
+        seconds, result = rows[name]
+        print(f"{name:<28}{seconds:8.1f} s   {result}")
+    print(closing_line(totals, time.monotonic() - began), flush=True)
+    return 0 if all(result == "ok" for _, result in rows.values()) else 1
+
+
+def run_steps(environment, chosen):
+    """({name: (seconds, verdict)}, the sum of what pytest counted). The WIDE steps run in order and show their output
+    as it comes; the others run next to them, one at a time, and each shows its own when it is done."""
+    rows, totals, running, screen = {}, {}, [], threading.Lock()
+
+    def run(step, show):
         start = time.monotonic()
-        status, output = run_step(environment, command, packages, variables)
+        try:
+            _, command, packages, variables = step
+            status, output = run_step(environment, command, packages, variables, show, running)
+        except Problem as problem:  # of installing what the step needs
+            status, output = 1, ""
+            show(f"dev.py: {problem}\n".encode())
         counts = closing_counts(output)
-        if name == EXTRAS_STEP and counts.get("skipped"):
+        if step[0] == EXTRAS_STEP and counts.get("skipped"):
             status = status or 1
         if status != 0 and not (counts.get("failed") or counts.get("error")):
             counts["error"] = 1
         for word, count in counts.items():
             totals[word] = totals.get(word, 0) + count
-        rows.append((name, time.monotonic() - start, "ok" if status == 0 else f"FAILED (exit status {status})"))
-    say("Summary")
-    for name, seconds, result in rows:
-        print(f"{name:<28}{seconds:8.1f} s   {result}")
-    print(closing_line(totals, time.monotonic() - began), flush=True)
-    return 0 if all(result == "ok" for _, _, result in rows) else 1
+        rows[step[0]] = time.monotonic() - start, "ok" if status == 0 else f"FAILED (exit status {status})"
+
+    def write(piece):
+        with screen:
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+
+    def run_aside():
+        for number, step in aside:
+            pieces = []
+            run(step, pieces.append)
+            write(f"\n== [{number}/{len(chosen)}] {step[0]}\n".encode() + b"".join(pieces))
+
+    numbered = list(enumerate(chosen, 1))
+    shown = [(number, step) for number, step in numbered if step[0] in WIDE] or numbered
+    aside = [one for one in numbered if one not in shown]
+    thread = threading.Thread(target=run_aside, daemon=True)
+    thread.start()
+    try:
+        for number, step in shown:
+            say(f"[{number}/{len(chosen)}] {step[0]}")
+            run(step, write)
+        thread.join()
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.terminate()
+    return rows, totals
 
 
 def closing_line(totals, seconds):
