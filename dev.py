@@ -170,6 +170,7 @@ def steps(environment, quick):
         return
     yield "wheel", [*plain, "tests/packaging"], None, {}
     quantised = ["tests/ops/test_quant.py", "tests/peft_layers/test_peft_quantised.py", "tests/adapters/test_merge.py"]
+    quantised.append("tests/distributed/test_quantised_shards.py")
     trl = ["tests/training/test_trl.py", "tests/docs/test_docs.py"]
     chosen = [*trl, *quantised, "-k", "test_trl or torchao or trainer.md or chat.md"]
     yield EXTRAS_STEP, [*plain, *chosen], EXTRAS, {}

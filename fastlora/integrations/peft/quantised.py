@@ -92,11 +92,15 @@ class Plan(Terms):
 def read_plan(layer: Any, x: Tensor | None) -> Plan | str:
     """What to run, read off PEFT's attributes now, or why the call is left to PEFT. Without x: as far as is known."""
     base = layer.base_layer
+    if (why := weights.lost(base)) is not None:
+        raise ValueError(f"{type(layer).__name__}.forward: {why}")
     if (reason := lora.why_not_called(base, weights.why_not)) is not None:
         return reason
     dtype = out_dtype = torch.float32
     if x is not None:
-        if not (torch.is_grad_enabled() or layer.training):
+        # On a CPU bitsandbytes may pack a weight again for inference and note that in its state, which outlives the
+        # copy that fully_shard has put together.
+        if not (torch.is_grad_enabled() or layer.training or (weights.is_gathered(base) and not x.is_cuda)):
             return INFERENCE
         dtypes = _dtypes(base, x)
         if isinstance(dtypes, str):

@@ -7,6 +7,9 @@ for the backward pass.
 `snapshot(base, dtype)` knows bitsandbytes' Linear4bit (NF4 and FP4, with doubly quantised maxima) and Linear8bitLt, and
 torchao's weight-only Int8Tensor and IntxUnpackedToInt8Tensor. Neither library is imported here: classes are known by
 name, and a model that has them has imported them.
+
+`fully_shard` keeps a weight's numbers and drops its class: while a module runs, its weight is a plain parameter. For 4
+bits the layer holds what the numbers mean (`quant_state`), for 8 bits nothing does (`lost`).
 """
 
 from __future__ import annotations
@@ -47,10 +50,10 @@ class QuantisedWeight:
 class FourBitWeight(QuantisedWeight):
     """bitsandbytes' Params4bit."""
 
-    def __init__(self, weight: Any, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, state: Any, dtype: torch.dtype) -> None:
         self.packed = weight.data
         # A copy, because bitsandbytes changes its own in place when it packs a weight for inference on a CPU.
-        self.state = copy.copy(weight.quant_state)
+        self.state = copy.copy(state)
         if not getattr(self.state, "packing_format_for_cpu", False):
             self.state.dtype = dtype
         self.shape, self.dtype, self.device = tuple(self.state.shape), dtype, weight.device
@@ -115,11 +118,33 @@ class TorchaoWeight(QuantisedWeight):
 def kind_of(base: nn.Module) -> str | None:
     """The quantised weight's class, where `snapshot` knows it; None for any other layer."""
     weight = base._parameters.get("weight")
-    if weight is None or type(weight) is nn.Parameter:
+    if weight is None:
         return None
+    if type(weight) is nn.Parameter:
+        return FOUR_BIT if is_gathered(base) else None
     name = f"{type(weight).__module__}.{type(weight).__name__}"
     known = name in (FOUR_BIT, EIGHT_BIT) or (name.startswith("torchao.") and type(weight).__name__ in TORCHAO)
     return name if known else None
+
+
+def is_gathered(base: Any) -> bool:
+    """Whether the weight is a 4-bit one that `fully_shard` has put together, for as long as its module runs."""
+    return type(base._parameters.get("weight")) is nn.Parameter and getattr(base, "quant_state", None) is not None
+
+
+def lost(base: Any) -> str | None:
+    """Why the numbers that `fully_shard` has put together stand for nothing, in any library; None where they do."""
+    weight, kind = base._parameters.get("weight"), type(base).__name__
+    if type(weight) is not nn.Parameter:
+        return None
+    if kind == "Linear8bitLt" and weight.dtype == torch.int8 and not hasattr(weight, "CB"):
+        return "fully_shard has dropped the scales of its int8 weight; want 4 bits, or DistributedDataParallel"
+    if is_gathered(base) and weight.dtype != base.quant_storage:
+        return (
+            f"its 4-bit weight is stored as {base.quant_storage}, and MixedPrecisionPolicy's param_dtype cast it to "
+            f"{weight.dtype}; want quant_storage torch.uint8, or param_dtype's"
+        )
+    return None
 
 
 def why_not(base: nn.Module) -> str | None:
@@ -131,7 +156,7 @@ def why_not(base: nn.Module) -> str | None:
     if weight.is_meta:
         return "its weight is not materialised"
     if kind == FOUR_BIT:
-        return _why_not_four_bit(weight)
+        return _why_not_four_bit(weight, _state(base))
     if kind == EIGHT_BIT:
         if weight.dtype != torch.int8:
             return "its weight is not quantised: it keeps 16 bits, or has not been moved to its device yet"
@@ -146,7 +171,7 @@ def snapshot(base: nn.Module, dtype: torch.dtype) -> QuantisedWeight:
     kind, weight = kind_of(base), base._parameters["weight"]
     assert weight is not None
     if kind == FOUR_BIT:
-        return FourBitWeight(weight, dtype)
+        return FourBitWeight(weight, _state(base), dtype)
     if kind == EIGHT_BIT:
         scales = _scales(base)
         assert scales is not None
@@ -172,12 +197,16 @@ def dequantised(base: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 def _own_dtype(base: nn.Module) -> torch.dtype:
     weight: Any = base._parameters["weight"]
     if kind_of(base) == FOUR_BIT:
-        return getattr(weight.quant_state, "original_dtype", None) or weight.quant_state.dtype
+        return getattr(_state(base), "original_dtype", None) or _state(base).dtype
     return torch.float32 if kind_of(base) == EIGHT_BIT else weight.dtype
 
 
-def _why_not_four_bit(weight: Any) -> str | None:
-    state = weight.quant_state
+def _state(base: Any) -> Any:
+    """What a 4-bit layer's packed numbers mean."""
+    return base.quant_state if is_gathered(base) else base.weight.quant_state
+
+
+def _why_not_four_bit(weight: Tensor, state: Any) -> str | None:
     if state is None:
         return "its weight is not quantised yet: that is done on the way to its device"
     if state.quant_type not in ("nf4", "fp4") or len(state.shape) != 2:
@@ -309,10 +338,8 @@ def compare_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
                 numbers.to(device), blocksize=64, compress_statistics=nested, quant_type=kind
             )
             state.dtype = dtype
-            holder = torch.nn.Parameter(packed, requires_grad=False)
-            holder.quant_state = state  # type: ignore[attr-defined]
             out = torch.full((77, 130), float("nan"), dtype=dtype, device=device)
-            FourBitWeight(holder, dtype).write_with_kernel(out)
+            FourBitWeight(packed, state, dtype).write_with_kernel(out)
             want = functional.dequantize_4bit(packed, state)
             if not torch.equal(out, want):
                 return f"{kind}, {'doubly quantised' if nested else 'plain'} maxima: other numbers than bitsandbytes'"
