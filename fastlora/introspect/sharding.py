@@ -70,6 +70,25 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def local(tensor: Any) -> Any:
+    """What this process has of a DTensor, in place; anything else as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def by_rows(tensor: Any) -> bool:
+    """Whether a DTensor is split by its rows over the one dimension of its mesh, as `fully_shard` does."""
+    shard = sys.modules["torch.distributed.tensor"].Shard
+    return tuple(tensor.placements) == (shard(0),)
+
+
+def of_parts(part: Tensor, mesh: Any, shape: tuple[int, ...], dim: int | None = 0) -> Any:
+    """The DTensor of this shape that the processes' parts make along `dim`, or as a sum (None); nothing is sent."""
+    tensors: Any = sys.modules["torch.distributed.tensor"]
+    placement = tensors.Partial() if dim is None else tensors.Shard(dim)
+    stride = torch.empty(shape, device="meta").stride()
+    return tensors.DTensor.from_local(part, mesh, [placement], run_check=False, shape=torch.Size(shape), stride=stride)
+
+
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, which every process has, laid out as another one is; nothing is sent."""
     if not is_sharded(like) or is_sharded(tensor):

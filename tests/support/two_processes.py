@@ -114,7 +114,7 @@ def mean_of(loss: Tensor) -> float:
     """Over the processes; of what every process has whole it is the same."""
     total = loss.detach().double().clone()
     dist.all_reduce(total)
-    return float(total) / WORLD
+    return float(total) / dist.get_world_size()
 
 
 def adapters(model: nn.Module) -> dict[str, Tensor]:
@@ -160,26 +160,26 @@ def raised(error: type[Exception], do: Callable[[], Any]) -> str:
 
 
 # Starting the processes.
-def outcome_of(checks: list[Callable[[str], None]]) -> dict[str, str]:
-    """Runs the checks one after another in both processes; by name, "" for what passed, else what went wrong."""
+def outcome_of(checks: list[Callable[[str], None]], world: int = WORLD) -> dict[str, str]:
+    """Runs the checks one after another in all processes; by name, "" for what passed, else what went wrong."""
     outcome = {check.__name__: "not reached: an earlier check failed" for check in checks}
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (folder, checks), nprocs=WORLD)  # type: ignore[attr-defined]
+        torch.multiprocessing.spawn(_process, (folder, checks, world), nprocs=world)  # type: ignore[attr-defined]
         for check in checks:
-            logs = [Path(folder, f"{check.__name__}-{rank}.log") for rank in range(WORLD)]
+            logs = [Path(folder, f"{check.__name__}-{rank}.log") for rank in range(world)]
             if all(log.exists() for log in logs):
                 outcome[check.__name__] = "\n".join(log.read_text() for log in logs).strip()
     return outcome
 
 
-def _process(rank: int, folder: str, checks: list[Callable[[str], None]]) -> None:
+def _process(rank: int, folder: str, checks: list[Callable[[str], None]], world: int) -> None:
     torch.set_num_threads(1)
     call.SMALL = 0  # these layers are small, and the fused Function is what is to be seen
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=WORLD,
+        world_size=world,
         timeout=datetime.timedelta(seconds=30),
     )
     for check in checks:

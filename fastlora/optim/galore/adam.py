@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...introspect import sharding
 from ..moments import Mixing, carried_over
 
 ARITHMETICS = ("torch", "official")
@@ -56,7 +57,11 @@ def moments_of(state: State, group: Mapping[str, Any], gradient: Tensor) -> tupl
 
 def clip_(max_norm: float, gradients: list[list[Tensor]]) -> Tensor:
     """Scales what there is of each parameter's gradient as the norm over the first of each asks. Returns the norm."""
-    total = nn.utils.get_total_norm([first for first, *_ in gradients])
+    kinds = {sharding.is_sharded(first): [] for first, *_ in gradients}
+    for first, *_ in gradients:
+        kinds[sharding.is_sharded(first)].append(first)
+    norms = [sharding.whole(nn.utils.get_total_norm(kind)) for kind in kinds.values()]
+    total = nn.utils.get_total_norm(norms) if len(norms) > 1 else norms[0]
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)  # as nn.utils.clip_grad_norm_
     for gradient in gradients:
         for tensor in gradient:
@@ -74,7 +79,7 @@ def carry_over(state: State, change: Mixing, dim: int, both: bool) -> None:
     """Rotates the first moment, or both, into a new basis."""
     for key, squared in (("exp_avg", False), ("exp_avg_sq", True)):
         if key in state and (both or not squared):
-            write(state, key, carried_over(read(state, key), change, dim, squared))
+            write(state, key, carried_over(sharding.local(read(state, key)), change, dim, squared))
 
 
 # How the moments are kept.
@@ -100,7 +105,7 @@ def write(state: State, key: str, value: Tensor) -> None:
     if state[key].dtype == torch.uint8:
         _quantise(state, key, value)
     elif state[key] is not value:
-        state[key].copy_(value)
+        sharding.local(state[key]).copy_(value)
 
 
 def _quantise(state: State, key: str, value: Tensor) -> None:

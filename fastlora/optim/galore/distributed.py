@@ -1,5 +1,6 @@
 """Gradients of several processes as one, where only R and the thin blocks of a refresh travel: r·(n + m) numbers of a
-weight at most, never n·m."""
+weight at most, never n·m. `Averaged` is for whole gradients, one a process; `Sharded` for FSDP2's rows.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...linalg.operators import LinearOperator, working_dtype
+from ...introspect import sharding
+from ...linalg.operators import LinearOperator, Rows, working_dtype
 
 
 class Averaged:
@@ -31,6 +33,33 @@ class Averaged:
         product = product.contiguous()
         average([product], self.group)
         return product
+
+
+class Sharded:
+    """G (n, m), of which every process has rows. Products are DTensors, split by their rows: those of G v need nothing
+    of the other processes, those of Gᵀu are summed where they stay."""
+
+    def __init__(self, gradient: Any) -> None:
+        self.gradient, self.mesh, self.own = gradient, gradient.device_mesh, Rows(gradient.to_local())
+        self.shape, self.dtype, self.device = tuple(gradient.shape), self.own.dtype, self.own.device
+
+    def matmul(self, v: Tensor) -> Tensor:
+        return sharding.of_parts(self.own.matmul(v), self.mesh, (self.shape[0], v.shape[1]))
+
+    def rmatmul(self, u: Tensor) -> Tensor:
+        part = self.own.rmatmul(sharding.local(sharding.spread(u, self.gradient)))
+        total = sharding.of_parts(part, self.mesh, tuple(part.shape), None)
+        return total.redistribute(placements=self.gradient.placements)
+
+
+class Gathered(Sharded):
+    """The same, with products that are whole in every process: for the thin blocks of a refresh."""
+
+    def matmul(self, v: Tensor) -> Tensor:
+        return sharding.whole(super().matmul(v))
+
+    def rmatmul(self, u: Tensor) -> Tensor:
+        return sharding.whole(super().rmatmul(u))
 
 
 class Zero:

@@ -50,8 +50,8 @@ def galore_param_groups(
     | `other_no_decay` | biases, the parameters of norms, any other of at most one dimension | AdamW, no decay |
 
     Args:
-        model: with the parameters to train; frozen ones are left out. Not one with LoRA layers, and not one whose
-            parameters are sharded or wrapped already.
+        model: with the parameters to train; frozen ones are left out. Not one with LoRA layers, nor one inside
+            DistributedDataParallel; `fully_shard` comes first.
         rank: r, the columns of a basis.
         update_proj_gap: T, the steps from one refresh of a basis to the next.
         scale: α, by which the projected weights' steps are multiplied.
@@ -65,7 +65,7 @@ def galore_param_groups(
 
     Raises:
         ValueError: a value out of range; a name that no module has; nothing is trainable, or nothing is left to
-            project; LoRA layers, sharded parameters.
+            project; LoRA layers, a wrapped model.
 
     Examples:
         ```python
@@ -106,10 +106,12 @@ def _check_model(model: nn.Module) -> None:
             "(fastlora.unpatch, or PEFT's merge_and_unload, first)"
         )
     wrapped = sharding.wrapper(model)
-    if wrapped is not None:
+    if sharding.has_shards(model):
+        sharding.reshard(model)
+    elif wrapped is not None:
         raise ValueError(
-            f"{_WHERE}: model: got one in {wrapped}, want the plain model: DistributedDataParallel comes after the "
-            "optimiser, and sharded weights are not supported"
+            f"{_WHERE}: model: got one in {wrapped}, want the plain model, which DistributedDataParallel wraps after "
+            "the optimiser is made, or one that fully_shard has sharded"
         )
 
 
@@ -136,11 +138,18 @@ def check_group(group: dict[str, Any], gradients: str, reduced: bool) -> None:
     where = "GaLoreAdamW"
     _check_values(group, where)
     if group["optim_bits"] == 8:
+        if any(map(sharding.is_sharded, group["params"])):
+            raise ValueError(
+                f"{where}: optim_bits: got 8 for parameters sharded over processes, want 32: a block of 256 entries "
+                "would lie in two processes, and change with their number"
+            )
         bitsandbytes()
     if group.get("rank") is None:
         return
     for parameter in group["params"]:
         _check_projected(parameter, group["rank"])
+        if sharding.is_sharded(parameter):
+            _check_sharded(parameter, group["refresh"], gradients, reduced)
     if gradients == "factored" and group["refresh"] == "svd":
         raise ValueError(
             f"{where}: refresh: got 'svd' with gradients='factored', where no gradient is ever whole; want 'streamed' "
@@ -208,11 +217,27 @@ def _check_state(number: int, parameter: torch.Tensor, state: Mapping[str, Any],
             raise ValueError(f"{where}: {key}: got shape {tuple(moment.shape)}, want the parameter's")
 
 
-def _check_projected(parameter: torch.Tensor, rank: int) -> None:
-    if sharding.is_sharded(parameter):
+def _check_sharded(parameter: Any, refresh: str, gradients: str, reduced: bool) -> None:
+    """Raises ValueError for what cannot be done with a weight whose rows are spread over processes."""
+    kind, where = "for weights that fully_shard has sharded", "GaLoreAdamW"
+    if not sharding.by_rows(parameter):
         raise ValueError(
-            "GaLoreAdamW: params: got a DTensor in a group with a rank, want whole weights (FSDP2 is not supported)"
+            f"{where}: params: got a DTensor of placements {tuple(parameter.placements)} in a group with a rank, want "
+            "one sharded by its rows over one dimension of processes, as fully_shard does by default"
         )
+    if gradients != "plain":
+        raise ValueError(
+            f"{where}: gradients: got {gradients!r} {kind}, want 'plain': fully_shard takes and spreads the gradients "
+            "itself, and leaves a process its rows alone"
+        )
+    if refresh != "subspace":
+        why = {"svd": "svd needs the whole gradient", "streamed": "its sums over several steps are in no checkpoint"}
+        raise ValueError(f"{where}: refresh: got {refresh!r} {kind}, want 'subspace': {why[refresh]}")
+    if reduced:
+        raise ValueError(f"{where}.reduce_across_ranks: params: got weights that fully_shard reduces, want no call")
+
+
+def _check_projected(parameter: torch.Tensor, rank: int) -> None:
     if parameter.dim() != 2 or not parameter.is_floating_point():
         raise ValueError(
             f"GaLoreAdamW: params: got {parameter.dtype} of shape {tuple(parameter.shape)} in a group with a rank, "

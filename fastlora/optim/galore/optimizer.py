@@ -264,8 +264,8 @@ class GaLoreAdamW(torch.optim.Optimizer):
         self._held, self._groups = {}, {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch, but that states keep their dtypes: torch casts them to the parameter's. Raises ValueError for
-        groups that could not be trained here, and leaves all as it was."""
+        """As in torch, but that states keep their dtypes: torch casts them to the parameter's. Whole moments of sharded
+        weights are spread. Raises ValueError for groups that could not be trained here, and leaves all as it was."""
         final: list[dict[str, Any]] = []
 
         def look(_: Any, given: dict[str, Any]) -> None:
@@ -284,7 +284,9 @@ class GaLoreAdamW(torch.optim.Optimizer):
         for number, parameter in zip(numbers, parameters):
             for key, value in final[-1]["state"].get(number, {}).items():
                 if isinstance(value, Tensor):
-                    self.state[parameter][key] = value.to(parameter.device)
+                    split = key.startswith("exp_avg") and "basis_right" not in self.state[parameter]
+                    value = value.to(parameter.device)
+                    self.state[parameter][key] = sharding.spread(value, parameter) if split else value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; what was projected since the last step is forgotten too."""
@@ -349,8 +351,23 @@ class GaLoreAdamW(torch.optim.Optimizer):
             return self._collect_from_all(weights)
         for weight in weights:
             if weight.grad is not None:
-                self._observe(weight, Rows(weight.grad))
+                self._observe_own(weight, weight.grad)
         return [weight for weight in weights if weight in self._held]
+
+    def _observe_own(self, weight: Any, gradient: Tensor) -> None:
+        """A gradient that is whole, or of which each process has rows: R is split then as the weight is."""
+        if not sharding.is_sharded(weight):
+            self._observe(weight, Rows(gradient))
+            return
+        due = self._due(weight)
+        self._observe(weight, (distributed.Gathered if due else distributed.Sharded)(gradient))
+        if due:
+            distributed.from_first(self._bases(weight), weight.device_mesh.get_group())
+            if "basis_right" not in self.state[weight]:
+                self._held[weight] = [sharding.spread(low, weight) for low in self._held[weight]]
+
+    def _bases(self, weight: Tensor) -> list[Tensor]:
+        return [self.state[weight][key] for key in BASES if key in self.state[weight]]
 
     def _collect_from_all(self, weights: list[Tensor]) -> list[Tensor]:
         """The same over all processes: R is the mean of theirs, and a basis is found from the mean gradient."""
@@ -366,7 +383,7 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 op = Rows(weight.grad) if weight.grad is not None else nothing
                 self._observe(weight, distributed.Averaged(op, process_group) if due else op)
             if due:
-                bases += [self.state[weight][key] for key in BASES if key in self.state[weight]]
+                bases += self._bases(weight)
             else:
                 mine += self._held[weight]
         distributed.average(mine, process_group)
@@ -499,4 +516,4 @@ class GaLoreAdamW(torch.optim.Optimizer):
                 if not bases:
                     self._schedule(weight)
                 if self._reduced:
-                    distributed.from_first([state[key] for key in BASES if key in state], self._process_group)
+                    distributed.from_first(self._bases(weight), self._process_group)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...introspect import sharding
 from ...linalg import native
 from ...linalg.operators import CHUNK, LinearOperator, Transposed, working_dtype
 from ...linalg.svd import subspace_iteration
@@ -93,9 +94,10 @@ class Projector:
         return torch.randn(rows, columns, generator=generator, dtype=torch.float64).to(self.device, self.dtype)
 
     def project(self, state: State, op: LinearOperator) -> Tensor:
-        """R: (l, r), or (r, r)."""
+        """R: (l, r), or (r, r), whole in every process."""
         if self.side == "full":
-            return state["basis"].mT @ op.matmul(state["basis_right"])
+            product = op.matmul(state["basis_right"])
+            return sharding.whole(sharding.spread(state["basis"], product).mT @ product)
         return self.turned(op).rmatmul(state["basis"])
 
     def sums(self, state: State, op: LinearOperator) -> list[Tensor]:
@@ -107,14 +109,16 @@ class Projector:
         return [self.turned(op).matmul(state["probe"])] if state["halves"] % 2 else []
 
     def add_(self, weight: Tensor, state: State, low: Tensor, alpha: float) -> None:
-        """weight += alpha·P lowᵀ, alpha·low Qᵀ or alpha·P low Qᵀ; nothing of the weight's size is allocated."""
+        """weight += alpha·P lowᵀ, alpha·low Qᵀ or alpha·P low Qᵀ; nothing of the weight's size is allocated. Of a
+        DTensor each process has rows, for which it needs the same rows of what stands left."""
         basis = state["basis"]
         if self.side == "left":
-            left, right = basis, low.mT
+            left, right = basis, sharding.whole(low).mT
         elif self.side == "right":
             left, right = low, basis.mT
         else:
             left, right = basis, low @ state["basis_right"].mT
+        left, weight = sharding.local(sharding.spread(left, weight)), sharding.local(weight)
         if weight.dtype == left.dtype:
             weight.addmm_(left, right, alpha=alpha)
             return
