@@ -181,12 +181,7 @@ class Problem(NamedTuple):
 
 def _problem(dtype: torch.dtype, device: torch.device) -> Problem:
     generator = torch.Generator().manual_seed(0)
-    M, K, N, r = (
-        515,
-        264,
-        88,
-        6,
-    )  # x is large enough for the fused path (autograd.SMALL), where a CPU has a plain one too
+    M, K, N, r = 515, 264, 88, 6  # x is large enough for the fused path (call.SMALL), where a CPU has a plain one too
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)

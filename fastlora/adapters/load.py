@@ -9,8 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -64,24 +62,14 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], adapter_na
     wrapped = sharding.wrapper(outermost)
     if sharding.has_shards(model):
         sharding.reshard(model)
-    if not is_peft_model(model) and any(True for _ in introspect_targets.peft_lora_layers(model)):
-        from ..integrations.peft.state import load_injected  # which needs peft, and the model brought it
+    if is_peft_model(model) or any(True for _ in introspect_targets.peft_lora_layers(model)):
+        from ..integrations.peft import state  # which needs peft, and the model brought it
 
         _check_wrapped(wrapped, adapter_name, adapter_name not in getattr(model, "peft_config", {}))
         with introspect_names.peeled(model):
-            load_injected(model, config, tensors, adapter_name, str(root))
-        _patch_new_layers(model)
-        return
-    if is_peft_model(model):
-        _check_wrapped(wrapped, adapter_name, adapter_name not in model.peft_config)  # type: ignore[operator]
-        if sharding.has_shards(model):
-            from ..integrations.peft.state import load_sharded  # which needs peft, and the model brought it
-
-            with introspect_names.peeled(model):
-                load_sharded(model, root, format.changes_base(config), tensors, adapter_name)
-            return
-        with introspect_names.peeled(model):
-            _load_into_peft(model, root, adapter_name, format.changes_base(config))
+            state.load(model, root, config, tensors, adapter_name, format.changes_base(config))
+        if not sharding.has_shards(model):
+            _patch_new_layers(model)
         return
     experts = _experts(model, config)
     places = format.places_of_experts([(name, layer.experts, layer.key) for name, layer in experts.items()])
@@ -294,20 +282,6 @@ def _shifts(
 
 
 # Loading.
-@contextlib.contextmanager
-def _readable(root: Path) -> Iterator[str]:
-    """The directory's name, or that of a copy where it is not UTF-8, which safetensors wants to read a file."""
-    try:
-        str(root).encode()
-    except UnicodeEncodeError:
-        with tempfile.TemporaryDirectory() as folder:
-            for name in (format.CONFIG_NAME, format.WEIGHTS_NAME):
-                shutil.copy(root / name, folder)
-            yield folder
-        return
-    yield str(root)
-
-
 def _check_whole(model: nn.Module, file: AdapterFile) -> list[tuple[tuple[nn.Module, str], Tensor, bool]]:
     """((module, key), values, whether for this module alone) of the model's tensors that the file has whole
     (embeddings, modules_to_save). PEFT trains a copy of a tied weight: where the others keep another, the module gets
@@ -408,39 +382,6 @@ def _set_scale(layer: AdapterState, adapter_name: str, spec: Spec) -> None:
     layer.lora_dropout[adapter_name] = spec.lora_dropout
     layer.use_rslora[adapter_name] = spec.use_rslora
     layer.scaling[adapter_name] = scale_of(spec.lora_alpha, spec.r, spec.use_rslora)
-
-
-def _load_into_peft(model: Any, root: Path, adapter_name: str, changes_base: bool) -> None:
-    """PEFT's own `load_adapter`. It adds first and checks later: where the file does not fit, it is all taken back, the
-    base weights too where PEFT changes them (they are kept on the host meanwhile)."""
-    bases = [
-        module for module in model.modules() if isinstance(module, nn.Linear) or introspect_targets.is_conv1d(module)
-    ]
-    weights = [(b.weight, b.weight.detach().to("cpu", copy=True)) for b in bases] if changes_base else []
-    existed = adapter_name in model.peft_config
-    marker = f".{adapter_name}."
-    before = {k: v.detach().clone() for k, v in model.state_dict().items() if marker in k} if existed else {}
-    modules_before = set(model.modules())
-    try:
-        with _readable(root) as place:
-            result = model.load_adapter(place, adapter_name)
-        wrong = [*result.missing_keys, *result.unexpected_keys]
-        if wrong:
-            raise ValueError(f"keys missing or unexpected: {some(wrong)}")
-    except Exception as error:
-        if existed:
-            model.load_state_dict(before, strict=False)
-        elif adapter_name in model.peft_config:
-            model.delete_adapter(adapter_name)
-        with torch.no_grad():
-            for weight, bits in weights:
-                weight.copy_(bits)
-        for name, module in list(model.named_modules()):
-            if module not in modules_before and getattr(module, "base_layer", None) in modules_before:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, module.base_layer)
-        raise ValueError(f"load_adapter: {str(root)!r} does not fit this PeftModel: {error}") from error
-    _patch_new_layers(model)
 
 
 def _patch_new_layers(model: nn.Module) -> None:

@@ -40,6 +40,7 @@ from ..layers.linear import FusedLoraLinear
 from ..layers.starts import check_init, check_not_shared, shifts_weight
 from ..layers.state import AdapterState
 from ..runtime import progress
+from ..runtime.checks import check_module
 from ..runtime.messages import by_reason
 from . import first_forward, patch_experts
 from .report import ModuleReport, PatchReport, refusal
@@ -131,8 +132,7 @@ def patch(
         >>> fastlora.patch(model, r=4).patched
         ['0', '2']
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"patch: model: got {type(model).__name__}, want a torch.nn.Module")
+    check_module("patch", model)
     check_adapter_arguments(adapter_name, r, lora_alpha, lora_dropout, caller="patch")
     check_backend(backend, "patch")
     check_init(init_lora_weights, "patch", r)
@@ -248,8 +248,7 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
     layer's class since, and for `keep_merged` where no layer is merged, or another adapter than the one that has
     shifted the weight (PiSSA, OLoRA): the adapters would be lost.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"unpatch: model: got {type(model).__name__}, want a torch.nn.Module")
+    check_module("unpatch", model)
     for name, module in model.named_modules():
         if _ORIGINAL_CLASS in module.__dict__ and type(module) not in (FusedLoraLinear, FusedLoraEmbedding):
             raise ValueError(
@@ -299,8 +298,7 @@ def unpatch(model: nn.Module, *, keep_merged: bool = False) -> None:
 
 def is_patched(model: nn.Module) -> bool:
     """True where `patch` has swapped any layer of the model (or the model itself is such a layer)."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"is_patched: model: got {type(model).__name__}, want a torch.nn.Module")
+    check_module("is_patched", model)
     return any(_is_swapped(module) or isinstance(module, FusedPeftLayer) for module in model.modules())
 
 

@@ -120,16 +120,23 @@ def read_by_parents(model: nn.Module) -> dict[int, str]:
     return found
 
 
-def candidates(model: nn.Module, selection: Selection) -> Iterator[tuple[str, nn.Module]]:
-    """Every linear layer, and whatever else was named as a target, once each."""
+def _outside_own_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by name, but for what a layer of fastlora's own holds."""
     inside: set[int] = set()
     for name, module in named_modules(model):
         if isinstance(module, OwnLayer):
             inside.update(id(child) for child in module.modules() if child is not module)
+        if id(module) not in inside:
+            yield name, module
+
+
+def candidates(model: nn.Module, selection: Selection) -> Iterator[tuple[str, nn.Module]]:
+    """Every linear layer, and whatever else was named as a target, once each."""
+    for name, module in _outside_own_layers(model):
         linear = isinstance(module, nn.Linear) or is_conv1d(module)
         # A regular expression that ends in ".*" means layers, not what they are in.
         meant = not isinstance(selection.targets, str) or not any(True for _ in module.children())
-        if linear or (id(module) not in inside and not selection.all_linear and meant and selection.names(name)):
+        if linear or (not selection.all_linear and meant and selection.names(name)):
             yield name, module
 
 
@@ -150,11 +157,8 @@ def expert_weights(model: nn.Module, selection: Selection) -> Iterator[tuple[str
 
 def parameters_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """(name, module, key, parameter) of every parameter but for adapters', called as before PEFT wrapped its module."""
-    inside: set[int] = set()
-    for name, module in named_modules(model):
-        if isinstance(module, OwnLayer):
-            inside.update(id(child) for child in module.modules() if child is not module)
-        if id(module) in inside or isinstance(module, nn.ParameterDict):
+    for name, module in _outside_own_layers(model):
+        if isinstance(module, nn.ParameterDict):
             continue
         name = name.replace(".base_layer", "")
         for key, parameter in module._parameters.items():

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from plain_models import Tied
 from tiny_models import tiny_batch, tiny_model
@@ -211,12 +212,14 @@ def test_a_model_with_adapters_by_transformers_takes_load_adapter(prefixed, tmp_
     torch.testing.assert_close(logits(model), logits(again), rtol=0, atol=1e-6)
     shutil.rmtree(tmp_path / "b")
     from_peft(tmp_path / "b", target_modules=["k_proj"], r=3)
+    path = tmp_path / "c" / "adapter_model.safetensors"
+    shutil.copytree(tmp_path / "b", path.parent)
+    tensors = safetensors.torch.load_file(path)
+    tensors.popitem()
+    safetensors.torch.save_file(tensors, path)
     classes = [type(module) for module in model.modules()]
-    for name in ("second", "third"):
-        fits = name == "third"
-        if fits:
-            fastlora.load_adapter(model, tmp_path / "b", name)
-        else:
-            with pytest.raises(ValueError, match="does not fit this model: keys or shapes differ"):
-                fastlora.load_adapter(model, tmp_path / "b", name)
-            assert [type(module) for module in model.modules()] == classes
+    for folder, name in (("b", "second"), ("c", "third")):  # other layers; a new adapter, some of which is missing
+        with pytest.raises(ValueError, match="does not fit this model: keys or shapes differ"):
+            fastlora.load_adapter(model, tmp_path / folder, name)
+        assert [type(module) for module in model.modules()] == classes and "third" not in model.peft_config
+    fastlora.load_adapter(model, tmp_path / "b", "third")
