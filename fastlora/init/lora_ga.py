@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +32,8 @@ from .sign import SignFactors
 from .sketch import GradientSketch
 
 SCALES = ("stable", "unit", "gd", "weight_svd")
-
-
 BASES = ("exact", "offset")
-
-
 MISSING = ("error", "kaiming")
-
-
 NOTHING = 1e6  # times its weight's norm: a start next to which the weight is nothing
 
 
@@ -118,8 +111,7 @@ def init_lora_ga(
         sketch.check_complete()
     plain = not any(True for _ in targets.lora_layers(model))
     if plain:
-        linear, weights = list(_linear_sizes(sketch)), _weights(sketch)
-        shapes = _weights_ranks(ranks, sketch)
+        linear, whole = list(_linear_sizes(sketch)), _whole_ranks(ranks, sketch)
         patch.patch(
             model,
             r=sketch.r,
@@ -127,13 +119,13 @@ def init_lora_ga(
             use_rslora=use_rslora,
             lora_dropout=lora_dropout,
             target_modules="|".join(re.escape(name) for name in linear) if linear else [],
-            target_parameters=list(weights) or None,
+            target_parameters=list(sketch.experts) or None,
             adapter_name=adapter_name,
             strict=True,
-            rank_pattern={names.pattern(name): rank for name, rank in shapes.items()},
+            rank_pattern={names.pattern(name): rank for name, rank in whole.items()},
             alpha_pattern={
                 names.pattern(name): lora_alpha * (math.sqrt(rank / sketch.r) if use_rslora else rank / sketch.r)
-                for name, rank in shapes.items()
+                for name, rank in whole.items()
             },
         )
     undo: list[Callable[[], None]] = []
@@ -247,8 +239,10 @@ def _check_models(model: nn.Module, sketch: GradientSketch | SignFactors) -> Non
     modules = dict(names.named_modules(model))
     lora_layers = dict(targets.lora_layers(model))
     there = {name: parameter.shape for name, *_, parameter in targets.parameters_outside_adapters(model)}
-    for name, (module, key) in _weights(sketch).items():
-        if there.get(name) != module._parameters[key].shape:
+    for name in sketch.experts:
+        count = sum(expert.rpartition("[")[0] == name for expert in sketch.names)
+        n, m = sketch.sizes[f"{name}[0]"]
+        if there.get(name) not in ((count, n, m), (count, m, n)):
             raise ValueError(f"init_lora_ga: model: no experts' weight {name!r} of the sketch's shape is in this model")
     for name, size in _linear_sizes(sketch).items():
         layer = modules.get(name)
@@ -273,22 +267,22 @@ def _check_models(model: nn.Module, sketch: GradientSketch | SignFactors) -> Non
 
 def _linear_sizes(sketch: GradientSketch | SignFactors) -> dict[str, tuple[int, int]]:
     """(n, m) of what was sketched but for experts."""
-    weights = _weights(sketch)
-    return {name: size for name, size in sketch.sizes.items() if name.rpartition("[")[0] not in weights}
+    return {name: size for name, size in sketch.sizes.items() if _whole(name, sketch) == name}
 
 
-def _weights(sketch: GradientSketch | SignFactors) -> Mapping[str, tuple[Any, str]]:
-    """(module, key) of the sketched weights of experts."""
-    return sketch.experts if isinstance(sketch, GradientSketch) else {}
+def _whole(name: str, sketch: GradientSketch | SignFactors) -> str:
+    """The layer that has the adapter: for an expert, the weight."""
+    weight = name.rpartition("[")[0]
+    return weight if weight in sketch.experts else name
 
 
-def _weights_ranks(ranks: Mapping[str, int], sketch: GradientSketch | SignFactors) -> dict[str, int]:
-    """The ranks of layers, and of weights of experts the largest of theirs, where some are given."""
-    found = dict(ranks)
-    for weight, (module, _) in _weights(sketch).items():
-        experts = [f"{weight}[{expert}]" for expert in range(module.num_experts)]
-        if any(name in ranks for name in experts):
-            found[weight] = max(found.pop(name, sketch.r) for name in experts)
+def _whole_ranks(ranks: Mapping[str, int], sketch: GradientSketch | SignFactors) -> dict[str, int]:
+    """The ranks of layers, of weights of experts the largest of theirs, where some are given."""
+    given = {_whole(name, sketch) for name in ranks}
+    found: dict[str, int] = {}
+    for name in sketch.names:
+        if (whole := _whole(name, sketch)) in given:
+            found[whole] = max(found.get(whole, 0), ranks.get(name, sketch.r))
     return found
 
 
@@ -314,11 +308,11 @@ def _places(
 ) -> dict[str, Place]:
     """Where the starts go. Raises ValueError where one cannot."""
     lora_layers = {targets.called(name, layer): layer for name, layer in targets.lora_layers(model)}
-    linear, shapes = _linear_sizes(sketch), _weights_ranks(ranks, sketch)
+    whole_ranks = _whole_ranks(ranks, sketch)
     wholes: dict[str, PlainStart | PeftStart] = {}
     places: dict[str, Place] = {}
     for name, size in sketch.sizes.items():
-        whole = name if name in linear else name.rpartition("[")[0]
+        whole = _whole(name, sketch)
         layer = lora_layers.get(whole)
         if layer is None:
             raise ValueError(
@@ -327,15 +321,15 @@ def _places(
             )
         kind = PlainStart if isinstance(layer, AdapterState) else PeftStart
         place: Place = wholes.get(whole) or kind(whole, layer, adapter_name)
-        r = shapes.get(whole, sketch.r)
-        may_be_lower = kind is PeftStart and whole not in shapes and isinstance(sketch, GradientSketch)
+        r = whole_ranks.get(whole, sketch.r)
+        may_be_lower = kind is PeftStart and whole not in whole_ranks and isinstance(sketch, GradientSketch)
         if place.r > r or (place.r != r and not may_be_lower):
-            what = "ranks say" if whole in shapes else "the sketch has"
+            what = "ranks say" if whole in whole_ranks else "the sketch has"
             raise ValueError(
                 f"init_lora_ga: r: {what} r={r}, but the adapter {adapter_name!r} of {whole!r} has "
                 f"r={place.r}; sketch with that r"
             )
-        if name not in linear:
+        if whole != name:
             wholes[whole] = place
             place = ExpertStart(name, place, min(place.r, ranks.get(name, sketch.r)))
         if 2 * place.r > min(size):
@@ -370,13 +364,9 @@ def _factors(
     for name, (u, s, vh) in zip(seen, sketch.triplets(seen, 2 * most)):
         if sketch.layers[name].measure(u, s, vh).drift > DRIFT:
             cancelled.append(name)
-        yield name, *_halves(places[name], u, vh, split, seed)
+        r, device = places[name].r, places[name].device
+        yield name, *split_factors(u[:, : 2 * r].to(device), vh[: 2 * r].to(device), r, split, seed)
     sketch.warn_of_cancelled("init_lora_ga", cancelled)
-
-
-def _halves(place: Place, u: Tensor, vh: Tensor, split: str, seed: int) -> tuple[Tensor, Tensor]:
-    u, vh = u[:, : 2 * place.r], vh[: 2 * place.r]
-    return split_factors(u.to(place.device), vh.to(place.device), place.r, split, seed)
 
 
 def _scaled(

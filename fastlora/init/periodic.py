@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..introspect import targets
-from ..layers.linear import FusedLoraLinear
 from ..optim.moments import check_optimizer
 from ..runtime.checks import check, check_integer, check_module
 from .monitor import AlignmentMonitor
@@ -117,11 +116,10 @@ class PeriodicReinit:
         check_module("PeriodicReinit", self.model)
         names, ranks = [], [1]
         for name, layer in targets.sketchable(self.model, target_modules, exclude_modules):
-            if isinstance(layer, FusedLoraLinear) and self.adapter_name not in layer.r:
+            r, (n, m) = getattr(layer, "r", {}).get(self.adapter_name), targets.layer_sizes(layer)
+            if r is None:
                 continue
-            r = layer.r[self.adapter_name] if isinstance(layer, FusedLoraLinear) else 1
-            n, m = targets.layer_sizes(layer)
-            if isinstance(layer, FusedLoraLinear) and 2 * r > min(n, m):
+            if 2 * r > min(n, m):
                 self.skipped[name] = f"{n}×{m} has fewer than 2r = {2 * r} singular triplets"
                 continue
             names.append(name)

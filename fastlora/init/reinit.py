@@ -174,6 +174,11 @@ def layers_to_restart(
             f"{caller}: model: its parameters are sharded over processes (fully_shard, DTensor), and factors of other "
             "sizes would not be; want a model that is whole in every process (DistributedDataParallel)"
         )
+    if sketch.experts:
+        raise ValueError(
+            f"{caller}: sketch: got experts' weights ({messages.some(sketch.experts)}), which start and are not "
+            "re-initialised; want a sketch without target_parameters"
+        )
     modules = dict(names.named_modules(model))
     layers: dict[str, FusedLoraLinear] = {}
     for name, size in sketch.sizes.items():

@@ -17,9 +17,10 @@ of it. G is freed before the next one is formed, and nothing else of size n×m e
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,20 +30,15 @@ from torch import Tensor, nn
 
 from .. import linalg
 from ..introspect import taps
+from ..layers import experts
 from ..runtime import messages, progress
 from ..runtime.checks import check_choice, check_integer
 from .factors import SPLITS, split_factors
 from .sketch import WEIGHTINGS, GradientSketch
 
 ROUNDS = 30
-
-
 LEAST_STEP = 1.0 / 64
-
-
 LEAST_GAIN = 1e-5
-
-
 BLOCK = 1024  # rows of sign(G) that exist at a time
 
 
@@ -62,13 +58,12 @@ class Matrix:
         return self.gradient.t() @ u
 
 
-class Signs:
+class Signs(Matrix):
     """sign(G), an operator that multiplies from both sides: a block of rows at a time, so that no second (n, m) matrix
     exists."""
 
     def __init__(self, gradient: Tensor) -> None:
-        self.gradient = gradient
-        self.shape, self.dtype, self.device = tuple(gradient.shape), gradient.dtype, gradient.device
+        super().__init__(gradient)
         self.squared_norm = float(sum(int(torch.count_nonzero(rows)) for _, rows in self._blocks()))
 
     def matmul(self, v: Tensor) -> Tensor:
@@ -119,7 +114,7 @@ def minimise(gradient: Tensor, signs: Signs, a: Tensor, b: Tensor, rounds: int =
     return Found(state.a * size, state.b * size, state.objective, done)
 
 
-def leading_factors(matrix: Matrix | Signs, r: int, seed: int) -> tuple[Tensor, Tensor]:
+def leading_factors(matrix: Matrix, r: int, seed: int) -> tuple[Tensor, Tensor]:
     """A = Vᵀ[:r] and B = U[:, :r]: the same triplets on both sides. For signs that is a better start than LoRA-GA's
     disjoint halves: tests/init/test_sign.py compares them."""
     u, _, vh, _ = linalg.truncated_svd(matrix, r, seed=seed)
@@ -192,13 +187,15 @@ class SignLayer:
 class SignFactors:
     """The layers' factors in the model's order; `str` of it is a table. `init_lora_ga(model, factors)` sets them.
 
-    `sizes`: (n, m) of every layer looked at, those without a gradient too, which are not in `layers`.
+    `sizes`: (n, m) of every layer looked at, those without a gradient too, which are not in `layers`. `experts`: the
+    weights whose experts are among them.
     """
 
     r: int
     method: str
     sizes: dict[str, tuple[int, int]]
     layers: dict[str, SignLayer] = field(default_factory=dict)
+    experts: Sequence[str] = ()
 
     @property
     def names(self) -> list[str]:
@@ -232,8 +229,6 @@ class SignFactors:
 
 
 METHODS = ("direct", "svd")
-
-
 CHUNK = 1024  # tokens cast to float32 at a time
 
 
@@ -252,6 +247,7 @@ def sign_factors(
     dropout: bool = False,
     weighting: str = "equal",
     seed: int = 0,
+    target_parameters: Sequence[str] | None = None,
 ) -> SignFactors:
     """Adapters' factors for Adam, whose first step is sign(G): A and B such that its first step on them is nearest.
 
@@ -260,7 +256,8 @@ def sign_factors(
     torch.distributed the ranks' gradients are summed: n·m numbers a layer travel, unlike a sketch's.
 
     Args:
-        model, target_modules, exclude_modules, r, dropout, weighting: as in `GradientSketch`.
+        model, target_modules, exclude_modules, target_parameters, r, dropout, weighting: as in `GradientSketch`. Each
+            expert is a layer: take `single_pass`, or many layers at once.
         passes: runs the forward and backward passes, the same ones at each call.
         method: "direct" minimises the objective; "svd" takes LoRA-GA's answer for sign(G) in place of G.
         split: of "svd": see `init_lora_ga`.
@@ -294,7 +291,10 @@ def sign_factors(
         check_choice("sign_factors", argument, value, choices)
     check_integer("sign_factors", "layers_at_once", layers_at_once)
     check_integer("sign_factors", "rounds", rounds)
-    chosen = GradientSketch(model, target_modules, r, exclude_modules=exclude_modules, weighting=weighting)
+    chosen = GradientSketch(
+        model, target_modules, r, exclude_modules=exclude_modules, weighting=weighting,
+        target_parameters=target_parameters,
+    )  # fmt: skip
     distributed = dist.is_available() and dist.is_initialized()
     if single_pass and distributed:
         raise ValueError(
@@ -306,11 +306,11 @@ def sign_factors(
                 f"sign_factors: r: {name!r} is {size[0]}×{size[1]} and has fewer than 2r = {2 * r} singular triplets; "
                 "want a smaller r, or leave it out with exclude_modules"
             )
-    found = SignFactors(r, method, chosen.sizes)
+    found = SignFactors(r, method, chosen.sizes, experts=list(chosen.experts))
     gradients = _Gradients(chosen.sizes)
 
     def finish(name: str) -> None:
-        gradient = gradients.take(name, chosen._modules[name], distributed)
+        gradient = gradients.take(name, chosen.device_of(name), distributed)
         factors = None if gradient is None else _factors(gradient, r, method, split, rounds, seed)
         if factors is not None:
             (a, b, reached, took), lora_ga, start = factors
@@ -394,13 +394,12 @@ class _Gradients:
                 self.finished.add(name)
                 self.at_once(name)
 
-    def take(self, name: str, module: nn.Module, distributed: bool) -> Tensor | None:
+    def take(self, name: str, device: torch.device, distributed: bool) -> Tensor | None:
         """A layer's sum over all ranks, which is forgotten here; None where nothing was added."""
         gradient = self.sums.pop(name, None)
         if not distributed:
             return gradient
         if gradient is None:
-            device = next(module.parameters()).device
             gradient = torch.zeros(self.sizes[name], device=device)
         dist.all_reduce(gradient)
         counts = torch.tensor([self.tokens[name], self.skipped[name]], device=gradient.device)
@@ -417,13 +416,20 @@ def _run(
     dropout: bool,
 ) -> None:
     """Calls `passes` with these layers watched."""
-    model, modules = chosen._model, {name: chosen._modules[name] for name in names}
+    model, modules = chosen._model, {name: chosen._modules[name] for name in names if name in chosen._modules}
+    weights = {name: chosen.experts[name] for name in {name.rpartition("[")[0] for name in names} & set(chosen.experts)}
+
+    def observe(name: str, x: Tensor, dy: Tensor, now: taps.Pass) -> None:
+        if name in names:
+            add(name, x, dy, chosen.weight_of(now))
+
     restore: list[Callable[[], object]] = []
     try:
         restore.append(taps.freeze(model))
         if not dropout:
             restore.append(taps.turn_dropout_off(model))
-        restore.append(taps.attach(model, modules, lambda name, x, dy, now: add(name, x, dy, chosen.weight_of(now))))
+        others = functools.partial(experts.tap, weights, observe=observe)
+        restore.append(taps.attach(model, modules, observe, others))
         passes()
     finally:
         while restore:

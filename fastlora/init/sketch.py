@@ -301,12 +301,15 @@ class GradientSketch:
     def layer(self, name: str, n: int, m: int, device: torch.device | None = None) -> StreamingSketch:
         """One layer's sketch, an empty one (on the layer's device) where it has seen nothing yet."""
         if name not in self.layers:
-            if device is None:
-                module = self._modules.get(name) or self.experts[name.rpartition("[")[0]][0]
-                device = next(module.parameters()).device
+            device = self.device_of(name) if device is None else device
             kind = SKETCHES[self.accumulate]
             self.layers[name] = kind(n, m, self.width, zlib.crc32(name.encode()) ^ self.seed, device)
         return self.layers[name]
+
+    def device_of(self, name: str) -> torch.device:
+        """Where a layer is."""
+        module = self._modules.get(name) or self.experts[name.rpartition("[")[0]][0]
+        return next(module.parameters()).device
 
     def has_gradient(self, name: str) -> bool:
         """Whether a layer saw a finite gradient that was not zero."""

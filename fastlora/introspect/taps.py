@@ -5,6 +5,7 @@ Each of `freeze`, `turn_dropout_off` and `attach` changes the model and returns 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -131,26 +132,10 @@ def attach(
 
         return _shown(y, x, look)
 
-    handles, undo = [], []
-
-    def restore() -> None:
-        for handle in handles:
-            handle.remove()
-        while undo:
-            undo.pop()()
-
-    try:
-        if others is not None:
-            undo.append(others(shown))
-        handles.append(model.register_forward_pre_hook(Hook(before), with_kwargs=True))
-        for module in model.modules():
-            if isinstance(module, FIRST_LAYERS):
-                handles.append(module.register_forward_hook(Hook(_require_grad)))
-        handles += _tap_each(layers, shown, observe)
-    except BaseException:
-        restore()
-        raise
-    return restore
+    first = [functools.partial(model.register_forward_pre_hook, Hook(before), with_kwargs=True)]
+    embeddings = (module for module in model.modules() if isinstance(module, FIRST_LAYERS))
+    first += [functools.partial(module.register_forward_hook, Hook(_require_grad)) for module in embeddings]
+    return _attach(layers, shown, observe, others, first)
 
 
 def watch(layers: dict[str, nn.Module], observe: Observe, others: Others | None = None) -> Callable[[], None]:
@@ -162,19 +147,19 @@ def watch(layers: dict[str, nn.Module], observe: Observe, others: Others | None 
             return y
         return _Watched.apply(y, x.detach(), lambda x, dy: deliver(x, dy, Pass(_backward(), 1.0)))
 
-    handles, undo = _tap_each(layers, shown, observe), others(shown) if others is not None else None
-
-    def restore() -> None:
-        for handle in handles:
-            handle.remove()
-        if undo is not None:
-            undo()
-
-    return restore
+    return _attach(layers, shown, observe, others, [])
 
 
-def _tap_each(layers: dict[str, nn.Module], shown: Callable[..., Tensor], observe: Observe) -> list[Any]:
-    """The handles of hooks that show each layer's output with its input."""
+def _attach(
+    layers: dict[str, nn.Module],
+    shown: Callable[..., Tensor],
+    observe: Observe,
+    others: Others | None,
+    first: list[Callable[[], Any]],
+) -> Callable[[], None]:
+    """Registers what `first` does, and for each layer a hook that shows its output with its input; returns what undoes
+    it, or undoes it on an error."""
+    undo: list[Callable[[], object]] = []
 
     def tap(name: str) -> Hook:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -185,7 +170,20 @@ def _tap_each(layers: dict[str, nn.Module], shown: Callable[..., Tensor], observ
 
         return Hook(hook)
 
-    return [module.register_forward_hook(tap(name), prepend=True, with_kwargs=True) for name, module in layers.items()]
+    def restore() -> None:
+        while undo:
+            undo.pop()()
+
+    try:
+        if others is not None:
+            undo.append(others(shown))
+        undo.extend(register().remove for register in first)
+        for name, module in layers.items():
+            undo.append(module.register_forward_hook(tap(name), prepend=True, with_kwargs=True).remove)
+    except BaseException:
+        restore()
+        raise
+    return restore
 
 
 NO_BACKWARD = -1

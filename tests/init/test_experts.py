@@ -32,6 +32,10 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Each expert's (out, in), by the sketch's names."""
     for batch in x.chunk(2):
         model(input_ids=batch, labels=batch).loss.backward()  # type: ignore[operator]
+    return by_expert_of(model)
+
+
+def by_expert_of(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}[{expert}]": (part.t() if model.get_submodule(name.rpartition(".")[0]).is_transposed else part).double()
         for name, p in model.named_parameters()
@@ -116,6 +120,36 @@ def test_experts_without_tokens_start_as_lora_does():
         expert = int(name[-2])
         assert layer.lora_A["default"].view(4, 2, -1)[expert].any()
         assert not layer.lora_B["default"].view(-1, 2, 4)[:, :, expert].any()
+
+
+@pytest.mark.parametrize("options", [{"layers_at_once": 5}, {"single_pass": True}], ids=["in turns", "single pass"])
+def test_starts_for_adam(options):
+    """The objectives are those of the exact gradients' signs; the start goes to the expert's part."""
+    base, x = mixture("gpt_oss", **SIZES), tokens(6, 40)
+    model, r = copy.deepcopy(base), 2
+    kinds = [type(module) for module in model.modules()]
+
+    def passes() -> None:
+        model(input_ids=x, labels=x).loss.backward()
+
+    chosen: Any = {"target_modules": ["o_proj"], "target_parameters": experts_in(base)}
+    found = fastlora.sign_factors(model, passes, r=r, rounds=2, **chosen, **options)
+    assert [type(module) for module in model.modules()] == kinds
+    base(input_ids=x, labels=x).loss.backward()
+    wanted = by_expert_of(base)
+    assert set(wanted) | {f"model.layers.{i}.self_attn.o_proj" for i in range(2)} == set(found.layers)
+    for name, gradient in wanted.items():
+        line = found.layers[name]
+        p, q = (line.b.double().t() @ gradient).sign(), (gradient @ line.a.double().t()).sign()
+        step, signs = line.b.double() @ p + q @ line.a.double(), gradient.sign()
+        exact = 1 - (step * signs).sum() ** 2 / (step.square().sum() * signs.square().sum())
+        assert line.objective == pytest.approx(float(exact), abs=1e-4) and line.objective < line.lora_ga
+    fastlora.init_lora_ga(model, found, scale="unit")
+    assert torch.allclose(model(x).logits, base(x).logits, atol=1e-4)
+    layer: Any = dict(lora_layers(model))["model.layers.1.mlp.experts.down_proj"]
+    line = found.layers["model.layers.1.mlp.experts.down_proj[2]"]
+    assert torch.equal(layer.lora_A["default"].view(4, r, -1)[2], line.a)
+    assert torch.equal(layer.lora_B["default"].view(-1, r, 4)[:, :, 2], line.b)
 
 
 def train(model: nn.Module, x: Tensor) -> None:
@@ -232,6 +266,8 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match=r'base: got "offset", and .*\[0\]. is an expert; want "exact"'):
         fastlora.init_lora_ga(model, sketch, base="offset")
     assert not fastlora.is_patched(model)
+    with pytest.raises(ValueError, match=r"reinit_lora_ga: sketch: got experts' weights \(model.layers.0.mlp.experts"):
+        fastlora.reinit_lora_ga(model, sketch)
     with pytest.raises(ValueError, match=r"no experts' weight 'model.layers.0.mlp.experts.gate_up_proj'"):
         fastlora.init_lora_ga(mixture("qwen3_moe"), sketch)
     with pytest.raises(ValueError, match=r"GradientSketch: target_parameters: no parameter is called 'gone'"):
