@@ -308,7 +308,8 @@ def run_program(
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted; {interrupted}", file=sys.stderr)
+        written = folder.is_dir() and any(folder.iterdir())
+        print(f"\n{name}: interrupted; {interrupted if written else 'nothing was written yet'}", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -334,6 +334,18 @@ def test_ctrl_c_leaves_partial_results_and_says_so(tiny_models, small_library, t
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_ctrl_c_says_what_there_is(written, tmp_path, capsys):
+    def interrupted():
+        if written:
+            (tmp_path / "results.md").touch()
+        raise KeyboardInterrupt
+
+    assert settings.run_program("x.py", interrupted, [], False, tmp_path, "results are there") == finetune.INTERRUPTED
+    said = "results are there" if written else "nothing was written yet"
+    assert capsys.readouterr().err == f"\nx.py: interrupted; {said}\n"
+
+
 def test_a_random_model_has_smollm2s_shape():
     model = language_models.load_model("random", torch.bfloat16, CPU)
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008

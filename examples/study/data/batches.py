@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastlora.runtime import progress
 from study.data.docstrings import Example
 
 BUCKET_BATCHES = 8
@@ -48,7 +49,8 @@ class TokenBatches:
     def in_order(self, batch_size: int) -> Iterator[tuple[list[int], Batch]]:
         """Every example once, shortest first (the least padding), with its indices."""
         order = sorted(range(len(self)), key=lambda i: len(self.token_ids[i]))
-        for start in range(0, len(order), batch_size):
+        starts = range(0, len(order), batch_size)
+        for start in progress.bar(starts, "examples, in order", len(starts), "batch"):
             indices = order[start : start + batch_size]
             yield indices, self.batch(indices)
 

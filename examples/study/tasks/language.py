@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.runtime import progress
 from study.data import functions, language_models
 from study.data.batches import TokenBatches, training_order
 from study.learner import set_training
@@ -78,7 +79,9 @@ class LanguageTask(Task):
 
     def samples(self, model: Any) -> list[str]:
         set_training(model, False)
-        return [self._answer(model, question) for question, _ in self.questions()]
+        questions = self.questions()
+        shown = progress.bar(questions, "samples", len(questions), "sample")
+        return [self._answer(model, question) for question, _ in shown]
 
     def questions(self) -> list[tuple[str, str]]:
         return [(pair.source, pair.answer) for pair in self.parts["test"].pairs[:SAMPLES]]
