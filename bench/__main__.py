@@ -15,7 +15,6 @@ CASES = {  # name: (module, what it measures, its first arguments)
     "experts": ("models.suite", "a mixture's expert layer: PEFT's target_parameters and ours", "--forms", "experts"),
     "qlora": ("layers.qlora", "layers over a 4-bit weight"),
     "head": ("layers.head", "the output head: LoRA inside its cross-entropy, without the logits"),
-    "overhead": ("layers.overhead", "what a call costs on the host before any kernel runs"),
     "host": ("layers.host", "the host's time per call, launches included, against a driver that runs nothing"),
     "correctness": ("layers.correctness", "errors of every way against fp64, next to eager PyTorch's"),
     "switching": ("models.switching", "switching, mixing and merging a model's adapters"),
@@ -23,8 +22,9 @@ CASES = {  # name: (module, what it measures, its first arguments)
     "galore": ("galore.cost", "GaLore's refreshes and steps, its bases, training with it"),
     "lora_ga": ("starts.lora_ga", "LoRA-GA from sketches: errors, seconds, bytes"),
     "adam_start": ("starts.adam", "starts for Adam's first step, which is a sign"),
+    "gpu": ("gpu.session", "the steps of bench/gpu.sh: everything that only a GPU can tell"),
+    "smoke": ("gpu.smoke", "each kernel family at its real shape against fp64, ceilings, an eager loop: a line each"),
     "questions": ("gpu.questions", "five questions that only a GPU answers"),
-    "self_checks": ("gpu.self_checks", "every backend's first-use check on this machine"),
     "summary": ("show.summary", "one line per case of a folder of results"),
     "plot": ("show.plot", "draws the JSON of lora_linear or suite"),
 }

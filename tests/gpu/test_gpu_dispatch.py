@@ -41,9 +41,11 @@ def call(device, m=256, n=512, k=384, r=16, dropout_p=0.0) -> lora_choice.Call:
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_a_first_call_measures_every_candidate_and_the_second_does_not(device, tmp_path, dropout_p, monkeypatch):
+def test_a_first_call_measures_every_candidate_and_the_second_does_not(
+    device, tmp_path, dropout_p, monkeypatch, allocated
+):
     given = call(device, dropout_p=dropout_p)
-    before, allocated = torch.cuda.get_rng_state(), torch.cuda.memory_allocated()
+    before, held = torch.cuda.get_rng_state(), allocated()
     choice = lora_choice.select(*given)
     assert choice.reason.startswith("measured: "), choice.reason
     assert torch.equal(torch.cuda.get_rng_state(), before)
@@ -51,7 +53,7 @@ def test_a_first_call_measures_every_candidate_and_the_second_does_not(device, t
     (entry,) = json.loads(path.read_text())["entries"].values()
     expected = {"cublas", "triton"} | ({"triton_s_inside", "torch"} if dropout_p == 0.0 else set())
     assert set(entry["forward"]) == set(entry["backward"]) == expected, entry
-    assert torch.cuda.memory_allocated() - allocated < 1 << 20
+    assert allocated() - held < 1 << 20
     monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured again"))
     assert lora_choice.select(*given) is choice
     lora_choice.reset()
