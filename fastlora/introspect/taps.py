@@ -6,7 +6,7 @@ Each of `freeze`, `turn_dropout_off` and `attach` changes the model and returns 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -155,7 +155,7 @@ def _attach(
     shown: Callable[..., Tensor],
     observe: Observe,
     others: Others | None,
-    first: list[Callable[[], Any]],
+    first: Sequence[Callable[[], Any]],
 ) -> Callable[[], None]:
     """Registers what `first` does, and for each layer a hook that shows its output with its input; returns what undoes
     it, or undoes it on an error."""
