@@ -80,7 +80,7 @@ def train(
     Validates every `eval_every` steps (0: never), and after the last one with `eval_last`.
     """
     order = task.order(seed, steps)
-    with Progress(steps * len(runs), title, lines) as progress:
+    with Progress(steps, title, lines, len(runs)) as progress:
         for step, run in turns(runs, steps, interleave):
             if not run.diverged:
                 torch.manual_seed(seed * 1_000_003 + step)
@@ -90,7 +90,8 @@ def train(
             due = (eval_every and (step + 1) % eval_every == 0) or (eval_last and step + 1 == steps)
             if due and not run.diverged:
                 run.validate(step + 1)
-            progress.advance(", ".join(f"{r.name} loss {_smoothed(r):.3f}" for r in runs if r.losses))
+            losses = ", ".join(f"{r.name} {_smoothed(r):.3f}" for r in runs if r.losses)
+            progress.advance(f"loss {losses}")
     return True
 
 

@@ -119,7 +119,7 @@ def _plot_kinds(axes: Any, lines: list[LayerReport], r: int, colors: list[Any]) 
     for kind, places in kinds.items():
         axes.plot(places, [lines[place].captured for place in places], linewidth=1, label=kind)
         axes.scatter(places, [lines[place].captured for place in places], s=12, c=[colors[place] for place in places])
-    axes.set(xlabel="layer, in the model's order", ylabel=f"share of ‖G‖² in 2r = {2 * r} triplets", ylim=(0, 1))
+    axes.set(xlabel="layer, in the model's order", ylabel=f"share of ‖G‖² in 2r = {2 * r} triplets", ylim=(0, 1.02))
     axes.legend(fontsize=7, ncols=4, loc="lower left")
     axes.grid(alpha=0.3)
 

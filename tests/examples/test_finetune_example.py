@@ -1,8 +1,11 @@
 """finetune.py: its data, batches, models, command line, and whole runs on small models."""
 
+import io
 import json
 import os
+import re
 import signal
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import finetune
-from study import learner, settings
+from study import learner, progress, settings
 from study.data import docstrings, functions, language_models
 from study.data.batches import TokenizedExamples, training_order
 from study.data.docstrings import Example
@@ -332,6 +335,23 @@ def test_ctrl_c_leaves_partial_results_and_says_so(tiny_models, small_library, t
     assert "Interrupted (frozen 5, fastlora 5 of 50 steps)" in capsys.readouterr().out
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file() and (tmp_path / "loss.png").is_file()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_bar_counts_steps_and_fits_into_80_columns(monkeypatch):
+    """Three methods take turns at each step; elsewhere than on a terminal there are plain lines."""
+    said = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setenv("COLUMNS", "80")
+    for terminal in (True, False):
+        monkeypatch.setattr(said, "isatty", lambda shown=terminal: shown, raising=False)
+        with progress.Progress(25, "training", parts=3) as shown:
+            for _ in range(75):
+                shown.advance("loss frozen 3.543, peft 2.591, fastlora 2.591")
+    bars, *lines = [part for part in re.split(r"\n", said.getvalue()) if part]
+    last = bars.split("\r")[-1]
+    assert last.startswith("training 25/25 |####| ") and last.endswith("frozen 3.543, peft 2.591, fastlora 2.591")
+    assert max(map(len, bars.split("\r"))) <= 80
+    assert len(lines) == 10 and lines[-1].startswith("training: 25/25 steps, ")
 
 
 @pytest.mark.parametrize("written", [False, True])
