@@ -3,7 +3,9 @@
     dS = s·dY B and dB = s·dYᵀ S      `segment_ds_db`: dY read once, a dB for each adapter
     dA = dSᵀ drop(x)                  `segment_weight_grad`: a dA for each adapter
 
-The parts that programs make leave as fp32 partials and are added in a fixed order: the same bits on every run.
+The parts that programs make leave as fp32 partials and are added in a fixed order: the same bits on every run. A step
+reads the next step's row numbers: asked for in the step that needs them, Triton would give two of the four stages of
+asynchronous copies to the wait for them.
 """
 
 from dataclasses import replace
@@ -60,11 +62,12 @@ def _segment_ds_db_kernel(
     ds_ptr += strip.to(tl.int64) * P * R_MAX
     db_ptr += chunk.to(tl.int64) * N * R_MAX
     db = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    rows, inside = rows_of_chunk(rows_ptr, start, end, BLOCK_M)
     for position in range(start, end, BLOCK_M):
-        rows, inside = rows_of_chunk(rows_ptr, position, end, BLOCK_M)
         mask = tile_mask(inside, column, N, BLOCK_N)
         dy = tl.load(tile_pointers(dy_ptr, rows, column, stride_ym, stride_yn, BLOCK_N), mask=mask, other=0.0)
         s = load_tile(s_ptr, position, 0, end, R_MAX, R_MAX, 1, BLOCK_M, BLOCK_R, False)
+        rows, inside = rows_of_chunk(rows_ptr, position + BLOCK_M, end, BLOCK_M)
         ds = dot(dy, b, tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32), WIDE, INPUT_PRECISION)
         db = dot(tl.trans(dy), s, db, WIDE, INPUT_PRECISION)
         store_tile(ds_ptr, ds * scale, position, 0, end, R_MAX, R_MAX, 1, False)
@@ -108,11 +111,12 @@ def _segment_weight_grad_kernel(
         threshold = tl.load(thresholds_ptr + segment).to(tl.int32)
     acc = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
     last = tl.where(r < tl.load(ranks_ptr + segment), end, start)  # beyond this adapter's rank nothing is read
+    rows, inside = rows_of_chunk(rows_ptr, start, end, BLOCK_M)
     for position in range(start, last, BLOCK_M):
-        rows, inside = rows_of_chunk(rows_ptr, position, end, BLOCK_M)
         mask = tile_mask(inside, k, K, BLOCK_K)
         x = tl.load(tile_pointers(x_ptr, rows, k, stride_xm, stride_xk, BLOCK_K), mask=mask, other=0.0)
         g = load_tile(g_ptr, position, r, end, R_MAX, R_MAX, 1, BLOCK_M, BLOCK_R, False)
+        rows, inside = rows_of_chunk(rows_ptr, position + BLOCK_M, end, BLOCK_M)
         if DROPOUT:
             x = tl.where(keep_mask(seed, position, k, threshold, BLOCK_M, BLOCK_K), x, tl.zeros_like(x))
         acc = dot(tl.trans(x), g, acc, WIDE, INPUT_PRECISION)
@@ -162,8 +166,11 @@ def _ds_db_config(dy: torch.Tensor, segments: Plan, factors: Factors) -> configs
     N, R, dtype = dy.shape[1], factors.max_rank, factors.like.dtype
     vectorised = configs.vectorised(dy)
     config = configs.ds_db(segments.num_positions, N, R, dy.dtype, dtype, dy.device, vectorised)
-    if config is not None and (not vectorised or (config.block_r > 16 and dtype.itemsize > dy.dtype.itemsize)):
-        config = replace(config, block_n=min(config.block_n, 128))  # with 256, ten stores and loads spill on sm_100
+    if config is None:
+        return None
+    wide = dtype.itemsize > dy.dtype.itemsize and (config.block_r > 16 or configs.capability(dy.device)[0] == 10)
+    if not vectorised or wide:
+        config = replace(config, block_n=min(config.block_n, 128))  # with 256, eight or ten spill on sm_100
     return config
 
 
@@ -245,8 +252,8 @@ def _weight_grad_plan(
     x: torch.Tensor, segments: Plan, factors: Factors, wide: bool
 ) -> tuple[configs.WeightGradConfig, Chunks]:
     config = configs.weight_grad(segments.num_positions, x.shape[1], factors.max_rank, x.dtype, x.device, wide)
-    if x.dtype.itemsize == 2 and configs.capability(x.device)[0] == 10:
-        config = replace(config, num_warps=8)  # with 4, two spill at r = 16 under a mask
+    if x.dtype.itemsize == 2 and (configs.capability(x.device)[0] == 10 or not configs.vectorised(x)):
+        config = replace(config, num_warps=8)  # with 4, two spill under a mask; on sm_90 31 where rows are odd
     return config, segments.chunks(_chunk_length(segments, config.block_m, config.num_chunks), x.device)
 
 

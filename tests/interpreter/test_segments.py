@@ -227,15 +227,7 @@ class TestExperts(contracts.Interpreted, contracts.Experts):
         "gathered": {"tokens": 5, "top_k": 2, "n": 18, "k": 17, "ranks": (3,)},
         "long": {"tokens": 30, "top_k": 1, "n": 5, "k": 6, "ranks": (17,), "strided": True, "gathered": False},
         "combined": {"tokens": 5, "top_k": 2, "n": 16, "k": 40, "ranks": (2, 3), "gathered": False, "combine": True},
-        "combined, gathered": {
-            "tokens": 5,
-            "top_k": 2,
-            "n": 18,
-            "k": 8,
-            "ranks": (3, 2),
-            "combine": True,
-            "transposed": True,
-        },
+        "both": {"tokens": 12, "top_k": 2, "n": 18, "k": 24, "ranks": (3, 2), "combine": True, "transposed": True},
     }
 
 
