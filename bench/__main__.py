@@ -24,7 +24,7 @@ CASES = {  # name: (module, what it measures, its first arguments)
     "adam_start": ("starts.adam", "starts for Adam's first step, which is a sign"),
     "gpu": ("gpu.session", "the steps of bench/gpu.sh: everything that only a GPU can tell"),
     "smoke": ("gpu.smoke", "each kernel family at its real shape against fp64, ceilings, an eager loop: a line each"),
-    "questions": ("gpu.questions", "five questions that only a GPU answers"),
+    "questions": ("gpu.questions", "two questions that only a GPU answers"),
     "summary": ("show.summary", "one line per case of a folder of results"),
     "plot": ("show.plot", "draws the JSON of lora_linear or suite"),
 }

@@ -1,13 +1,11 @@
-"""Five questions that only a GPU answers, asked of it: `python -m bench questions`. Each prints its answer.
+"""Two questions that only a GPU answers, asked of it: `python -m bench questions`. Each prints its answer.
 
 1. cuBLAS, Triton, or Triton with S inside the GEMM: forward and backward, and how near Triton's GEMM comes to cuBLAS's.
-2. Does beta = 1 (`addmm_` onto what is there) slow cuBLAS down?
-3. What does the host pay for tensor descriptors at each launch?
-4. One pass over dY for dS and dB, or two: from which rank on?
-5. How near do the kernels that make a dropout mask come to the memory's bandwidth?
+2. One pass over dY for dS and dB, or two: from which rank on?
 
-Times are medians of CUDA graph replays in turns, over inputs larger than twice the L2; question 3 is the host's clock.
-`--device cpu` with TRITON_INTERPRET=1 rehearses it on tiny problems: those times say nothing about a GPU.
+What a kernel, beta = 1 and a dropout mask cost by themselves, the smoke stage says. Times are medians of CUDA graph
+replays in turns, over inputs larger than twice the L2. `--device cpu` with TRITON_INTERPRET=1 rehearses it on tiny
+problems: those times say nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -21,13 +19,12 @@ import torch
 from torch import Tensor
 
 from fastlora.kernels import configs
-from fastlora.kernels.dropout import new_seed
 from fastlora.kernels.expand import expand
 from fastlora.kernels.gemm import forward_gemm, forward_gemm_with_s, input_grad_gemm
 from fastlora.kernels.grads import ds_and_db, ds_and_db_workspace, weight_grad, weight_grad_workspace
 from fastlora.kernels.shrink import shrink, shrink_workspace
 
-from ..harness import counting, machine
+from ..harness import machine
 from ..harness.contenders import Tensors
 from ..harness.counting import Problem
 from ..harness.runner import command
@@ -35,7 +32,6 @@ from ..harness.timing import Summary, Timer, timer_for
 from ..harness.turns import rotation, write_json
 
 Answer = dict[str, Any]
-DROPOUT = 0.1
 
 
 @dataclass
@@ -48,7 +44,6 @@ class Asked:
     shapes: list[tuple[int, int, int]]  # (M, N, K)
     ranks: list[int]
     dtype: str
-    bandwidth: float  # bytes/s of a large copy, measured in this run
 
     def problem(self, shape: tuple[int, int, int], r: int = 16) -> Problem:
         return Problem(*shape, r, self.dtype, self.dtype)
@@ -81,10 +76,8 @@ class Buffers:
     dx: Tensor
     s: Tensor
     ds: Tensor
-    grad_a: Tensor
     grad_b: Tensor
     workspace: Tensor
-    seed: Tensor
 
     @classmethod
     def of(cls, problem: Problem, asked: Asked) -> Buffers:
@@ -95,7 +88,6 @@ class Buffers:
         size = max(
             shrink_workspace(x, t.lora_a),
             ds_and_db_workspace(dy, t.lora_b),
-            weight_grad_workspace(x, r),
             shrink_workspace(dy, t.lora_b.t()),
             weight_grad_workspace(dy, r),
             1,
@@ -108,22 +100,15 @@ class Buffers:
             torch.empty_like(x),
             torch.randn_like(ds),
             ds,
-            torch.empty_like(t.lora_a),
             torch.empty_like(t.lora_b),
             torch.empty(size, device=asked.device),
-            new_seed(asked.device),
         )
 
-    def shrink(self, i: int, dropout: float = 0.0) -> None:
-        seed = self.seed if dropout else None
-        shrink(self.pairs[i][0], self.t.lora_a, self.s, self.workspace, seed=seed, dropout_p=dropout)
+    def shrink(self, i: int) -> None:
+        shrink(self.pairs[i][0], self.t.lora_a, self.s, self.workspace)
 
-    def grad_a_of(self, i: int, dropout: float = 0.0) -> None:
-        seed = self.seed if dropout else None
-        weight_grad(self.pairs[i][0], self.ds, self.grad_a.t(), self.workspace, seed=seed, dropout_p=dropout)
-
-    def expand_dx(self, _: int, dropout: float = 0.0) -> None:
-        expand(self.ds, self.t.lora_a.t(), self.dx, seed=self.seed if dropout else None, dropout_p=dropout)
+    def expand_dx(self) -> None:
+        expand(self.ds, self.t.lora_a.t(), self.dx)
 
 
 def which_gemm(asked: Asked) -> Answer:
@@ -144,7 +129,7 @@ def which_gemm(asked: Asked) -> Answer:
             forward_gemm(b.pairs[i][0], w, None, b.s, t.lora_b, b.y, t.scaling)
 
         def cublas_dx(i: int, b: Buffers = b, w: Tensor = w) -> None:
-            b.expand_dx(i)
+            b.expand_dx()
             b.dx.addmm_(b.pairs[i][1], w)
 
         functions: dict[str, Callable[[int], object]] = {
@@ -181,67 +166,8 @@ def best_of(seconds: dict[str, float], what: str) -> str:
     return min(complete, key=seconds.__getitem__)
 
 
-def beta(asked: Asked) -> Answer:
-    """Question 2."""
-    found: Answer = {}
-    for shape in asked.shapes:
-        problem = asked.problem(shape)
-        b = Buffers.of(problem, asked)
-        seconds = asked.seconds(
-            {
-                "y: beta 0": lambda i, b=b: torch.mm(b.pairs[i][0], b.t.weight.t(), out=b.y),
-                # the outputs grow with every call; bf16 has the range for it
-                "y: beta 1": lambda i, b=b: b.y.addmm_(b.pairs[i][0], b.t.weight.t()),
-                "dX: beta 0": lambda i, b=b: torch.mm(b.pairs[i][1], b.t.weight, out=b.dx),
-                "dX: beta 1": lambda i, b=b: b.dx.addmm_(b.pairs[i][1], b.t.weight),
-            },
-            problem.x + problem.y,
-        )
-        found[name_of(shape)] = seconds
-        ratios = {what: seconds[f"{what}: beta 1"] / seconds[f"{what}: beta 0"] for what in ("y", "dX")}
-        more = {what: f"{100 * (ratio - 1):+.1f} %" for what, ratio in ratios.items()}
-        print(f"  {name_of(shape)}: beta = 1 costs {more['y']} forward, {more['dX']} for dX")
-    return found
-
-
-def descriptors(asked: Asked) -> Answer:
-    """Question 3: seconds of the host for a launch, the device idle or not."""
-    m, n, k = 16, 64, 64
-    problem = Problem(m, n, k, 16, asked.dtype, asked.dtype)
-    b = Buffers.of(problem, asked)
-    x = b.pairs[0][0]
-    unaligned = torch.empty(m * k + 1, dtype=x.dtype, device=x.device)[1:].view(m, k).copy_(x)
-
-    def gemm(x: Tensor) -> Callable[[], object]:
-        return lambda: forward_gemm(x, b.t.weight, None, b.s, b.t.lora_b, b.y, b.t.scaling)
-
-    ways = {
-        "with descriptors": gemm(x),
-        "with pointers": gemm(unaligned),
-        "shrink, for comparison": lambda: b.shrink(0),
-        "torch.mm": lambda: torch.mm(x, b.t.weight.t(), out=b.y),
-    }
-    calls, samples = (50 if asked.device.type == "cuda" else 2), {name: [] for name in ways}
-    for turn in range(asked.rounds + 1):
-        for name, function in ways.items():
-            if asked.device.type == "cuda":
-                torch.cuda.synchronize()
-            begun = time.perf_counter()
-            for _ in range(calls):
-                function()
-            if turn:
-                samples[name].append(time.perf_counter() - begun)
-    seconds = {name: Summary.of(values, calls).median for name, values in samples.items()}
-    has = configs.has_tma(configs.capability(asked.device))
-    for name, value in seconds.items():
-        print(f"  {name:<26}{1e6 * value:8.1f} µs of the host")
-    extra = 1e6 * (seconds["with descriptors"] - seconds["with pointers"])
-    print(f"  three descriptors cost {extra:+.1f} µs a launch" if has else "  this device takes no descriptors")
-    return {"has_descriptors": has, "seconds": seconds}
-
-
 def one_pass(asked: Asked) -> Answer:
-    """Question 4."""
+    """Question 2."""
     found: Answer = {}
     m, n, k = asked.shapes[0]
     for r in asked.ranks:
@@ -285,36 +211,9 @@ def forced(m: int, n: int, r: int, dy: Tensor, lora_b: Tensor) -> configs.DsDbCo
     raise ValueError(f"no rank up to {r} has one pass at N={n}")
 
 
-def dropout(asked: Asked) -> Answer:
-    """Question 5."""
-    found: Answer = {}
-    problem = asked.problem(asked.shapes[0])
-    b = Buffers.of(problem, asked)
-    kernels = {
-        "shrink": (b.shrink, counting.shrink(problem)),
-        "grad_a": (b.grad_a_of, counting.grad_a(problem)),
-        "expand_dx": (b.expand_dx, counting.expand_dx(problem)),
-    }
-    functions: dict[str, Callable[[int], object]] = {}
-    for name, (kernel, _) in kernels.items():
-        functions[name] = kernel
-        functions[f"{name}, dropout"] = lambda i, kernel=kernel: kernel(i, DROPOUT)
-    seconds = asked.seconds(functions, problem.x)
-    for name, value in seconds.items():
-        nbytes = kernels[name.partition(",")[0]][1].bytes
-        share = nbytes / value / asked.bandwidth
-        found[name] = {"seconds": value, "bytes": nbytes, "of_bandwidth": share}
-        over = f", {value / seconds[name.partition(',')[0]]:.2f} x without" if "," in name else ""
-        print(f"  {name:<20}{1e6 * value:9.1f} µs   {100 * share:5.1f} % of the copy's bandwidth{over}")
-    return found
-
-
 QUESTIONS: dict[str, tuple[str, Callable[[Asked], Answer]]] = {
     "gemm": ("cuBLAS, Triton or Triton with S inside?", which_gemm),
-    "beta": ("Does beta = 1 slow cuBLAS down?", beta),
-    "descriptors": ("What does the host pay for descriptors?", descriptors),
     "one_pass": ("One pass or two for dS and dB?", one_pass),
-    "dropout": ("How near is dropout to the bandwidth?", dropout),
 }
 
 
@@ -337,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     roof = machine.measure_roof(device, dtype, timer)
     shapes = [(8192, 4096, 4096), (8192, 14336, 4096), (8192, 4096, 14336)] if gpu else [(32, 48, 40), (32, 40, 48)]
     ranks = [4, 8, 16, 32, 48, 64, 96, 128] if gpu else [4, 64]
-    asked = Asked(device, timer, options.rounds, shapes, ranks, dtype, roof.bandwidth)
+    asked = Asked(device, timer, options.rounds, shapes, ranks, dtype)
     record: dict[str, Any] = {"machine": machine.describe(device), "roof": asdict(roof), "answers": {}, "failed": {}}
     for name in names:
         title, ask = QUESTIONS[name]

@@ -79,7 +79,7 @@ GPU = (
 TINY = "--device cpu --rounds 2"
 REHEARSAL = (  # the same ways through the same code, tiny
     Step("smoke", 240, "bench smoke", "--device cpu --time-limit {left} --out {out}/smoke.json", 150),
-    Step("questions", 60, "bench questions", f"{TINY} --only beta,one_pass --out {{out}}/questions.json", 60),
+    Step("questions", 60, "bench questions", f"{TINY} --only one_pass --out {{out}}/questions.json", 60),
     Step("tune", 60, "fastlora.tune", "--device cpu --shape 24x40 --tokens 16 --r 4 --dtype fp32 "
          "--json {out}/tuned.json"),
     Step("table", 60, LAYER, f"{TINY} --shapes tiny --dtype fp32 --time-limit {{left}} "

@@ -19,23 +19,21 @@ CPU = torch.device("cpu")
 
 
 def test_questions_run_interpreted(tmp_path):
-    """Of the five, those that take no time in the interpreter; `bench/gpu.sh --rehearse` asks all."""
+    """The one of the two that takes no time in the interpreter."""
     pytest.importorskip("triton")
     out = tmp_path / "questions.json"
     command = [sys.executable, "-m", "bench", "questions", "--device", "cpu", "--rounds", "1", "--out", str(out)]
     done = subprocess.run(
-        [*command, "--only", "beta,one_pass,dropout"],
+        [*command, "--only", "one_pass"],
         capture_output=True, text=True, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads(out.read_text())
-    assert list(record["answers"]) == ["beta", "one_pass", "dropout"]
+    assert list(record["answers"]) == ["one_pass"]
     assert record["failed"] == {}
     four = record["answers"]["one_pass"]["4"]
     assert four["rule"] == "one pass"
     assert set(four["seconds"]) == {"one pass", "two passes"}
-    shrink = record["answers"]["dropout"]["shrink, dropout"]
-    assert shrink["of_bandwidth"] == pytest.approx(shrink["bytes"] / shrink["seconds"] / record["roof"]["bandwidth"])
 
 
 def test_what_is_wrong_fails():
