@@ -10,6 +10,7 @@ from . import functional, linalg, optim, variants
 from .adapters.combine import Combined, add_weighted_adapter
 from .adapters.explain import Explanation, explain, fallbacks
 from .adapters.load import load_adapter
+from .adapters.parallel import parallel_plan
 from .adapters.patch import is_patched, patch, unpatch
 from .adapters.report import ModuleReport, PatchReport
 from .adapters.save import save_adapter
@@ -60,6 +61,7 @@ __all__ = [
     "measuring",
     "merge",
     "optim",
+    "parallel_plan",
     "patch",
     "reinit_lora_ga",
     "release_buffers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,7 +89,11 @@ def explain(layer: nn.Module, x: Tensor, *, measure: bool = False) -> Explanatio
     if hasattr(layer, "num_experts"):
         grouped = "a weight of experts: its module runs it, by lora_grouped_linear, which chooses at each call"
         return Explanation(name, "grouped", "grouped", grouped)
-    with layer.terms_written_out(x) as (x, terms, backend):
+    shards = layer.tensor_parallel
+    with (
+        contextlib.nullcontext(x) if shards is None else shards.part_of(x) as x,
+        layer.terms_written_out(x) as (x, terms, backend),
+    ):
         if isinstance(terms, str):
             page = "docs/details/peft.md" if layer.shares_input else "docs/details/qlora.md"
             return Explanation(name, "eager", "eager", f"left to PEFT's forward: {terms}", needed=(page,))

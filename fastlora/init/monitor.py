@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..introspect import taps, targets
+from ..introspect import sharding, taps, targets
 from ..layers import experts
 from ..layers.state import AdapterState
 from ..linalg import native
@@ -127,6 +127,7 @@ class AlignmentMonitor:
                 f"AlignmentMonitor: model: this {type(model).__name__} has no LoRA layers; call fastlora.patch(model) "
                 "first"
             )
+        self._model = model
         self._modules = dict(targets.sketchable(model, target_modules, exclude_modules))
         self._experts = experts_of(model, target_parameters, "AlignmentMonitor")
         adapted = {targets.called(name, layer): layer for name, layer in targets.lora_layers(model)}
@@ -163,6 +164,7 @@ class AlignmentMonitor:
         """Begins to watch; what `with` does. For a training loop that only offers callbacks."""
         if self._active:
             raise RuntimeError("AlignmentMonitor: this monitor is active already")
+        sharding.check_whole_activations(self._model, "AlignmentMonitor")
         self._active = True
         self._arm()
         return self

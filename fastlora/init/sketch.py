@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..introspect import taps, targets
+from ..introspect import sharding, taps, targets
 from ..layers import experts
 from ..runtime import progress
 from ..runtime.checks import check, check_choice, check_integer, check_module, check_positive, is_integer
@@ -76,7 +76,7 @@ class GradientSketch:
 
     Raises:
         ValueError: nothing to sketch, r < 1, width < 2r, an unknown weighting, a discount that is not positive, a
-            DistributedDataParallel wrapper.
+            DistributedDataParallel wrapper; on entering, a model under tensor parallelism.
 
     Examples:
         >>> with fastlora.GradientSketch(model, r=8) as sketch:
@@ -141,6 +141,7 @@ class GradientSketch:
     def __enter__(self) -> GradientSketch:
         if self._restore:
             raise RuntimeError("GradientSketch: this sketch is active already")
+        sharding.check_whole_activations(self._model, "GradientSketch")
         if self.joint:
             raise RuntimeError(
                 "GradientSketch: this is a joint sketch, whose tasks no longer tell apart: sketch the tasks themselves "

@@ -31,6 +31,18 @@ def has_shards(model: nn.Module) -> bool:
     return any(is_sharded(parameter) for parameter in model.parameters())
 
 
+def check_whole_activations(model: nn.Module, caller: str) -> None:
+    """Raises ValueError for a model under tensor parallelism: its DTensors are not (or not only) FSDP2's."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    modules = list(model.modules())
+    cut = any(getattr(module, "tensor_parallel", None) is not None for module in modules)
+    if cut or (has_shards(model) and not (fsdp and any(isinstance(module, fsdp.FSDPModule) for module in modules))):
+        raise ValueError(
+            f"{caller}: model: under tensor parallelism a layer sees parts of X and dY, want this before "
+            "parallelize_module, in a model that is whole or under fully_shard"
+        )
+
+
 def wrapper(model: nn.Module) -> str | None:
     """By what the parameters in a model are managed, in words; None where nothing is found."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
@@ -100,7 +112,7 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
 
 def replicated(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, which every process has, as a DTensor that can meet `like` in an operation."""
-    if not is_sharded(like):
+    if not is_sharded(like) or is_sharded(tensor):
         return tensor
     tensors: Any = sys.modules["torch.distributed.tensor"]
     mesh = like.device_mesh  # type: ignore[attr-defined]

@@ -127,6 +127,7 @@ class FusedLayer:
     mixed_batch: MixedBatch | None = None
     kept_norms: KeptNorms | None = None
     loss_trust: dict[Any, str | None] | None = None  # of an output head whose loss needs no logits (head.py)
+    tensor_parallel: Any = None  # what runs its calls on local shards (parallel.py)
 
     def terms(self, x: Tensor) -> Terms | str:
         """What a call with x runs now, or why it is left to PEFT's forward."""

@@ -80,13 +80,14 @@ class StartedLinear(nn.Linear):
                 return
             parts = whole.unflatten(self.dim, (self.experts, -1)).chunk(2, self.dim + 1)
             trained, start = (part.flatten(self.dim, self.dim + 1).clone() for part in parts)
-            if not self.beside and not _nearly_equal(start, self.start):
+            if not self.beside and not _nearly_equal(start, sharding.whole(self.start)):
                 error_msgs.append(
                     f"{prefix}weight has another start than the one that this base weight was shifted by "
                     '(base="offset"): want an adapter of the same start.'
                 )
                 return
-            own |= {prefix + "trained": sharding.spread(trained, self.trained), prefix + "start": start}
+            own |= {prefix + "trained": sharding.spread(trained, self.trained)}
+            own |= {prefix + "start": sharding.spread(start, self.start)}
         missing: list[str] = []
         super()._load_from_state_dict(own, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         halves = (prefix + "trained", prefix + "start")
