@@ -18,6 +18,7 @@ CASES = {  # name: (module, what it measures, its first arguments)
     "host": ("layers.host", "the host's time per call, launches included, against a driver that runs nothing"),
     "correctness": ("layers.correctness", "errors of every way against fp64, next to eager PyTorch's"),
     "switching": ("models.switching", "switching, mixing and merging a model's adapters"),
+    "distributed": ("models.distributed", "bytes that DDP, FSDP2 and tensor parallelism exchange in a step"),
     "adalora": ("models.adalora", "AdaLoRA's bookkeeping of one step"),
     "galore": ("galore.cost", "GaLore's refreshes and steps, its bases, training with it"),
     "lora_ga": ("starts.lora_ga", "LoRA-GA from sketches: errors, seconds, bytes"),
