@@ -180,7 +180,7 @@ def _process(rank: int, folder: str, checks: list[Callable[[str], None]], world:
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=90),  # one that imports PEFT on a busy machine keeps the others waiting
+        timeout=datetime.timedelta(seconds=30),
     )
     for check in checks:
         error = ""
