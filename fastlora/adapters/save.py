@@ -204,9 +204,10 @@ def _config(
         dropout = 0.0
     r, rank_pattern = introspect_names.common_and_pattern(ranks)
     alpha, alpha_pattern = introspect_names.common_and_pattern(alphas)
+    base = sharding.class_of(model)
     return {
         "peft_type": "ADALORA" if kind == "use_adalora" else "LORA",
-        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__},
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "revision": None,
         "task_type": None,

@@ -23,6 +23,12 @@ def is_sharded(tensor: Any) -> bool:
     return tensors is not None and isinstance(tensor, tensors.DTensor)
 
 
+def class_of(model: nn.Module) -> type:
+    """A model's class; of one in FSDP2, whose class `fully_shard` changed, the one before."""
+    fsdp, bases = sys.modules.get("torch.distributed.fsdp"), type(model).__bases__
+    return bases[1] if fsdp is not None and bases[0] is fsdp.FSDPModule else type(model)
+
+
 def has_shards(model: nn.Module) -> bool:
     """Whether some parameter is a DTensor, or is one while the model does not run."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

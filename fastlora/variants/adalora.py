@@ -11,14 +11,15 @@ itself (fused, under a GradScaler) whether it does.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..integrations.peft import ranks as peft_ranks
-from ..introspect import targets
+from ..introspect import sharding, targets
 from ..kernels.importance_plan import Averages, Factors, Layout
 from ..layers.linear import FusedLoraLinear
 from ..layers.schedule import Allocation, RankSchedule
@@ -30,26 +31,88 @@ _WHERE = "RankAllocator"
 
 
 class _Part:
-    """The layers of one device and dtype: their Ī and Ū (float32, or float64), and their latest scores."""
+    """The layers of one device, dtype and mesh: their Ī and Ū (float32, or float64), and their latest scores.
+
+    Under `fully_shard` a process has rows of Λ and Q, which are whole triplets, and rows of P, a part of every triplet.
+    Each of the two is a layer of its own to the kernels, with zeros, one a rank, for what it lacks. A mean over some
+    rows of P counts by its share of them all, and one sum over the processes gives every score.
+    """
 
     def __init__(
         self,
         layers: list[int],
-        sizes: Sequence[tuple[int, int, int]],
+        factors: list[tuple[Any, Any, Any]],
         schedule: RankSchedule,
         device: torch.device,
         dtype: torch.dtype,
+        mesh: Any,
     ) -> None:
-        self.layers = layers
-        self.layout = Layout(sizes)
+        self.layers, self.mesh = layers, mesh
         self.device, self.dtype = device, dtype
         kind = torch.promote_types(dtype, torch.float32)
+        self.ranks = [q.shape[0] for q, _, _ in factors]
+        self.total_rank = sum(self.ranks)
+        self.at: dict[tuple[str, int], int] = {}  # where the layout has a factor of a layer
+        sizes: list[tuple[int, int, int]] = []
+        where: list[int] = []
+        shares: list[float] = []
+        for i, (q, p, e) in enumerate(factors):
+            (r, k), n, own_n = q.shape, p.shape[0], sharding.local(p.detach()).shape[0]
+            first = sum(self.ranks[:i])
+            every = torch.arange(first, first + r)
+            own = sharding.local(sharding.spread(every, e))
+            split = ("qe", own, (len(own), k, 1), 1.0), ("p", every, (r, 1, own_n), own_n / n)
+            for names, ranks, size, share in [("qpe", every, (r, k, n), 1.0)] if mesh is None else split:
+                if 0 not in size:
+                    self.at |= {(name, i): len(sizes) for name in names}
+                    sizes.append(size)
+                    where += ranks.tolist()
+                    shares += [share] * len(ranks)
+        self.layout = Layout(sizes)
         self.sensitivity, self.uncertainty = (
             torch.zeros(self.layout.numel, device=device, dtype=kind) for _ in range(2)
         )
         self.averages = Averages(self.layout, self.sensitivity, self.uncertainty, schedule.beta1, schedule.beta2)
-        self.scores = torch.zeros(self.layout.total_rank, device=device, dtype=kind)
-        self.ranks = [r for r, _, _ in self.layout.sizes]
+        self.scores = torch.zeros(self.total_rank, device=device, dtype=kind)
+        self.where = torch.tensor(where, dtype=torch.int64, device=device)
+        self.shares = torch.tensor(shares, dtype=kind, device=device)
+        self.zero = torch.zeros(max([r for r, _, _ in sizes], default=0), device=device, dtype=dtype)
+
+    def views(self, name: str, i: int) -> list[Tensor]:
+        """Ī and Ū of a layer's factor, as far as they are here; nothing where this process has no rows."""
+        at = self.at.get((name, i))
+        return [] if at is None else [self.layout.view(f, name, at) for f in (self.sensitivity, self.uncertainty)]
+
+    def whole(self, name: str, i: int, size: tuple[int, int, int]) -> Tensor:
+        """Ī and Ū (2, *shape) of a layer's factor, from all processes."""
+        shape = Layout([size]).shape(name, 0)
+        own = torch.stack(self.views(name, i) or [self.scores.new_zeros(0, shape[1])] * 2)
+        return own if self.mesh is None else sharding.whole(sharding.of_parts(own, self.mesh, (2, *shape), dim=1))
+
+    def placed(self, factors: Factors, padded: bool) -> Factors:
+        """The factors, or their gradients, as the layout has them; zeros for those that it lacks, if `padded`."""
+        if self.mesh is None:
+            return factors
+        placed: dict[str, list[Tensor | None]] = {name: [None] * len(self.layout.sizes) for name in Factors._fields}
+        for (name, i), at in self.at.items():
+            placed[name][at] = sharding.local(getattr(factors, name)[i])
+        for name, at in itertools.product(Factors._fields, range(len(self.layout.sizes) if padded else 0)):
+            if placed[name][at] is None:
+                placed[name][at] = self.zero[: self.layout.sizes[at][0]].view(self.layout.shape(name, at))
+        return Factors(**placed)
+
+    def update(self, weights: Factors, rate: Tensor | None) -> None:
+        """Ī, Ū and the scores after one step."""
+        gradients = Factors(*([None if w is None else w.grad for w in tensors] for tensors in weights))
+        weights, gradients = self.placed(weights, padded=True), self.placed(gradients, padded=False)
+        scores = torch.zeros_like(self.scores)
+        if self.layout.sizes:
+            scores = importance_op.select(weights).update(self.averages, weights, gradients, rate)
+        if self.mesh is not None:
+            own = scores[: len(self.shares)] * self.shares  # of the layout's layers, or of none
+            scores = torch.zeros_like(self.scores).index_add_(0, self.where, own)
+            torch.distributed.all_reduce(scores, group=self.mesh.get_group())
+        self.scores = scores
 
 
 class RankAllocator:
@@ -63,7 +126,8 @@ class RankAllocator:
 
     Args:
         model: patched with `use_adalora=True`, or with PEFT's AdaLoRA layers, patched or not. Under
-            DistributedDataParallel every process has the same gradients, and so the same masks.
+            DistributedDataParallel every process has the same gradients, and so the same masks. Under `fully_shard`
+            the processes sum a number a triplet; `state_dict` is whole, and every process calls it.
         target_r: b_T is this many ranks for each layer, on average; at most what they have.
         total_steps: T, of the optimiser.
         t_init: steps in which all are kept.
@@ -77,7 +141,7 @@ class RankAllocator:
 
     Raises:
         ValueError: no such adapter; a value out of range, a target_r above the average rank; parameters sharded over
-            processes (FSDP, ZeRO-3).
+            processes otherwise than by `fully_shard` (FSDP1, ZeRO-3).
 
     Examples:
         >>> allocator = fastlora.variants.RankAllocator(model, target_r=8, total_steps=1000, t_init=100, t_final=200)
@@ -106,7 +170,7 @@ class RankAllocator:
         self.schedule = RankSchedule(target_r, total_steps, t_init, t_final, delta_t, beta1, beta2).checked(_WHERE)
         self.adapter_name = adapter_name
         self._model = targets.unwrap(model, _WHERE)
-        self._layers = adalora_layers(model, adapter_name, _WHERE)
+        self._layers = adalora_layers(model, adapter_name, _WHERE, shards=True)
         self._names = list(self._layers)
         factors = [factors_of(layer, adapter_name) for layer in self._layers.values()]
         self._sizes = [(q.shape[0], q.shape[1], p.shape[0]) for q, p, _ in factors]
@@ -126,6 +190,7 @@ class RankAllocator:
         self._final: dict[str, list[bool]] | None = None
         self._cut = False  # by shrink_to_ranks
         self._hooks: list[Any] = []
+        self._sharded = sharding.has_shards(self._model)
         self._skipped = False  # the step that a followed optimiser is in
         self._place()
         self._record()
@@ -248,16 +313,13 @@ class RankAllocator:
             return
         self._place()
         weights = [self._factors(part) for part in self._parts]
-        gradients = [Factors(*([w.grad for w in tensors if w is not None] for tensors in of)) for of in weights]
-        if all(g is None for of in gradients for tensors in of for g in tensors):
+        if all(w is None or w.grad is None for of in weights for tensors in of for w in tensors):
             raise ValueError(
                 f"{_WHERE}: no lora_A, lora_B or lora_E of the {len(self._layers)} layers has a gradient, want this "
                 "after backward() and before zero_grad(), and the adapter trainable"
             )
-        for part, of_weights, of_gradients in zip(self._parts, weights, gradients, strict=True):
-            part_rate = None if rate is None else rate.to(part.sensitivity)
-            update = importance_op.select(of_weights).update
-            part.scores = update(part.averages, of_weights, of_gradients, part_rate)
+        for part, of_weights in zip(self._parts, weights, strict=True):
+            part.update(of_weights, None if rate is None else rate.to(part.sensitivity))
 
     @torch.no_grad()
     def _advance(self) -> None:
@@ -278,16 +340,16 @@ class RankAllocator:
     def _mask(self) -> None:
         self._place()
         for part, masks in zip(self._parts, self._masks, strict=True):
-            lambdas: Any = self._factors(part).e
-            torch._foreach_mul_(lambdas, masks)
+            torch._foreach_mul_([sharding.local(e) for e in self._factors(part).e], masks)
 
     def _keep(self, kept: Tensor, count: int) -> None:
         self._kept, self._count, self._masks = kept, count, []
         start = 0
         for part in self._parts:
-            flat = kept[start : start + part.layout.total_rank].to(part.device, part.dtype)
-            self._masks.append(list(flat.unsqueeze(1).split(part.ranks)))
-            start += part.layout.total_rank
+            flat = kept[start : start + part.total_rank].to(part.device, part.dtype)
+            masks = zip(flat.unsqueeze(1).split(part.ranks), self._factors(part).e, strict=True)
+            self._masks.append([sharding.local(sharding.spread(mask, e)) for mask, e in masks])  # type: ignore[arg-type]
+            start += part.total_rank
 
     def _record(self) -> None:
         """Has the layers, and PEFT's configuration, know the final pattern, for files; or that there is none yet."""
@@ -306,11 +368,13 @@ class RankAllocator:
 
     def _place(self) -> None:
         """Puts the averages where the factors are now: a model may be moved or cast between two steps."""
+        if self._sharded:
+            sharding.reshard(self._model)
         there = [layer._modules["lora_E"]._parameters.get(self.adapter_name) for layer in self._layers.values()]
         placement = [None if e is None else (e.device, e.dtype, e.numel(), type(e)) for e in there]
         if placement == self._placement:
             return
-        adalora_layers(self._model, self.adapter_name, _WHERE)  # sharded since?
+        adalora_layers(self._model, self.adapter_name, _WHERE, shards=True)  # sharded otherwise since?
         for name, e, (r, _, _) in zip(self._names, there, self._sizes, strict=True):
             if e is None or e.numel() != r:
                 raise ValueError(
@@ -318,13 +382,15 @@ class RankAllocator:
                     "want shrink_to_ranks(model, allocator), or an allocator made after the change"
                 )
         state = self.state_dict() if self._parts else None
+        self._sharded = sharding.has_shards(self._model)
         places: dict[tuple, list[int]] = {}
         for i, e in enumerate(there):
             if e is not None and e.numel():
-                places.setdefault((e.device, e.dtype), []).append(i)
+                places.setdefault((e.device, e.dtype, getattr(e, "device_mesh", None)), []).append(i)
         self._placement = placement
+        of_all = [factors_of(layer, self.adapter_name) for layer in self._layers.values()]
         self._parts = [
-            _Part(layers, [self._sizes[i] for i in layers], self.schedule, *place) for place, layers in places.items()
+            _Part(layers, [of_all[i] for i in layers], self.schedule, *place) for place, layers in places.items()
         ]
         if state is not None:
             self._restore(state)
@@ -357,8 +423,7 @@ class RankAllocator:
         for part in self._parts if self._final is None else ():
             for i, layer in enumerate(part.layers):
                 importance[self._names[layer]] = {
-                    key: torch.stack([part.layout.view(f, factor, i) for f in (part.sensitivity, part.uncertainty)])
-                    for factor, key in FACTORS.items()
+                    FACTORS[name]: part.whole(name, i, self._sizes[layer]) for name in FACTORS
                 }
         kept = None if self._kept is None else {name: k.clone() for name, k in self._by_layer(self._kept).items()}
         return {"steps": self.steps, "kept": kept, "importance": importance}
@@ -403,10 +468,12 @@ class RankAllocator:
             part.sensitivity.zero_()
             part.uncertainty.zero_()
             for i, layer in enumerate(part.layers):
-                for factor, key in FACTORS.items():
+                for name, key in FACTORS.items():
                     found = state["importance"].get(self._names[layer])
-                    for f, values in zip((part.sensitivity, part.uncertainty), found[key] if found else ()):
-                        part.layout.view(f, factor, i).copy_(values)
+                    if found and (views := part.views(name, i)):
+                        like = factors_of(self._layers[self._names[layer]], self.adapter_name)["qpe".index(name)]
+                        for view, values in zip(views, found[key], strict=True):
+                            view.copy_(sharding.local(sharding.spread(values, like)))
         self.steps = int(state["steps"])
         kept = state["kept"]
         self._kept, self._count, self._masks, self._final = None, self.initial_budget, [], None

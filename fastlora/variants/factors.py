@@ -11,11 +11,11 @@ from ..introspect import sharding, targets
 FACTORS = {"q": "lora_A", "p": "lora_B", "e": "lora_E"}
 
 
-def adalora_layers(model: nn.Module, adapter_name: str, caller: str) -> dict[str, Any]:
+def adalora_layers(model: nn.Module, adapter_name: str, caller: str, shards: bool = False) -> dict[str, Any]:
     """Layer by name, as in the model without DistributedDataParallel around it.
 
-    Raises ValueError where there is none, or where parameters are sharded: a processes' part of P or Q has neither the
-    whole of a triplet nor a Gram matrix of its own.
+    Raises ValueError where there is none, or where parameters are sharded; with `shards`, but for factors that FSDP2
+    has split by their rows.
     """
     inner = targets.unwrap(model, caller)
     wrapped = sharding.wrapper(model)
@@ -31,13 +31,16 @@ def adalora_layers(model: nn.Module, adapter_name: str, caller: str) -> dict[str
             f"{caller}: adapter_name: got {adapter_name!r}, and {known}; want one after "
             "fastlora.patch(model, use_adalora=True), or of PEFT's AdaLoraConfig"
         )
+    factors = [factor for layer in layers.values() for factor in factors_of(layer, adapter_name)]
+    if shards and all(sharding.by_rows(factor) for factor in factors if sharding.is_sharded(factor)):
+        wrapped = None if sharding.has_shards(model) else wrapped
     for name, layer in layers.items():
         if any(hasattr(parameter, "ds_id") for parameter in factors_of(layer, adapter_name)):
             wrapped = f"parameters partitioned by ZeRO-3 ({name!r})"
     if wrapped not in (None, "DistributedDataParallel"):
         raise ValueError(
             f"{caller}: model: got {wrapped}, want one whose adapters are whole in every process "
-            "(DistributedDataParallel, or ZeRO-1 and 2)"
+            f"(DistributedDataParallel, or ZeRO-1 and 2){', or split by rows (fully_shard)' if shards else ''}"
         )
     return layers
 

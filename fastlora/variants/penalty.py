@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..introspect import sharding
 from .factors import adalora_layers, factors_of
 
 
@@ -28,7 +29,8 @@ def orthogonality_penalty(model: nn.Module, gamma: float = 0.1, adapter_name: st
         A scalar, on the first layer's device. Differentiable once in P and Q.
 
     Raises:
-        ValueError: no such adapter; γ negative or not finite; parameters sharded over processes.
+        ValueError: no such adapter; γ negative or not finite; parameters sharded otherwise than by `fully_shard`, under
+            which every process calls this: PᵀP (r, r) is summed, and Q gathered, as in a forward pass.
 
     Examples:
         >>> loss = model(**batch).loss + fastlora.variants.orthogonality_penalty(model)
@@ -41,10 +43,11 @@ def orthogonality_penalty(model: nn.Module, gamma: float = 0.1, adapter_name: st
     if not (math.isfinite(gamma) and gamma >= 0):
         raise ValueError(f"{caller}: gamma: got {gamma}, want a number that is not negative")
     shapes: dict[tuple, list[Tensor]] = {}
-    for layer in adalora_layers(model, adapter_name, caller).values():
+    for layer in adalora_layers(model, adapter_name, caller, shards=True).values():
         q, p, _ = factors_of(layer, adapter_name)
         for factor, of_p in ((q, False), (p, True)):
-            shapes.setdefault((of_p, factor.shape, factor.device, factor.dtype), []).append(factor)
+            mesh = getattr(factor, "device_mesh", None)
+            shapes.setdefault((of_p, factor.shape, factor.device, factor.dtype, mesh), []).append(factor)
     parts = [_DistanceFromOrthonormal.apply(key[0], *factors) for key, factors in shapes.items()]
     return gamma * sum((part.to(parts[0].device) for part in parts[1:]), start=parts[0])  # type: ignore[union-attr]
 
@@ -54,12 +57,15 @@ class _DistanceFromOrthonormal(torch.autograd.Function):
     product more: half of what autograd would do with the two sides of a Gram matrix."""
 
     @staticmethod
-    def forward(ctx: Any, of_p: bool, *factors: Tensor) -> Tensor:
-        stacked = _stacked(factors)
+    def forward(ctx: Any, of_p: bool, *factors: Any) -> Tensor:
+        stacked = _stacked(factors, whole=not of_p)
         with torch.autocast(stacked.device.type, enabled=False):
             gram = stacked.mT @ stacked if of_p else stacked @ stacked.mT
+        if of_p and sharding.is_sharded(factors[0]):
+            gram = sharding.whole(sharding.of_parts(gram, factors[0].device_mesh, tuple(gram.shape), None))
         gram.diagonal(dim1=1, dim2=2).sub_(1.0)
         ctx.of_p = of_p
+        ctx.stacked = stacked if sharding.is_sharded(factors[0]) else None  # nothing is sent during the backward pass
         ctx.save_for_backward(gram, *factors)
         return gram.square().sum()
 
@@ -67,11 +73,20 @@ class _DistanceFromOrthonormal(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         gram, *factors = ctx.saved_tensors
-        stacked, scaled = _stacked(factors), gram * (4.0 * grad)
+        stacked, scaled = _stacked(factors) if ctx.stacked is None else ctx.stacked, gram * (4.0 * grad)
         with torch.autocast(stacked.device.type, enabled=False):
-            grads = stacked @ scaled if ctx.of_p else scaled @ stacked
-        return (None, *grads.to(factors[0].dtype).unbind())
+            grads = (stacked @ scaled if ctx.of_p else scaled @ stacked).to(factors[0].dtype).unbind()
+        if not sharding.is_sharded(factors[0]):
+            return (None, *grads)
+        if not ctx.of_p:
+            return (None, *map(sharding.spread, grads, factors))
+        return (None, *(sharding.of_parts(g, f.device_mesh, tuple(f.shape)) for g, f in zip(grads, factors)))
 
 
-def _stacked(factors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(tuple(factors)).to(torch.promote_types(factors[0].dtype, torch.float32))
+def _stacked(factors: Sequence[Any], whole: bool = False) -> Tensor:
+    """(layers, *shape), of sharded factors this process's rows, or the whole of them."""
+    parts = torch.stack([sharding.local(factor) for factor in factors])
+    if whole and sharding.is_sharded(factors[0]):
+        shape = (len(factors), *factors[0].shape)
+        parts = sharding.whole(sharding.of_parts(parts, factors[0].device_mesh, shape, dim=1))
+    return parts.to(torch.promote_types(factors[0].dtype, torch.float32))

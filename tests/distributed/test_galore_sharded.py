@@ -17,8 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from two_processes import outcome_of, raised
+from two_processes import Traffic, outcome_of, raised
 
 from fastlora.introspect import sharding
 from fastlora.optim import GaLoreAdamW, galore_param_groups
@@ -74,22 +73,6 @@ def difference(model: nn.Module, other: nn.Module) -> float:
         for each in (model, other)
     )
     return float((mine - theirs).norm() / theirs.norm())
-
-
-class Traffic(TorchDispatchMode):
-    """How many numbers collectives make of what they are given: what is gathered, summed or sent, padding included."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # to be seen as what its operation is made of
-        result = func(*args, **(kwargs or {}))
-        name = str(func)
-        if "c10d" in name and "wait" not in name and "wrap" not in name:
-            given = args[0] if isinstance(args[0], Tensor) else args[0][0]
-            self.numbers += given.numel() * (dist.get_world_size() if "all_gather" in name else 1)
-        return result
 
 
 # The checks. Each is given a folder of its own.

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
 from fastlora.ops import call, reference
@@ -148,6 +150,22 @@ def spied() -> Iterator[dict[str, set]]:
         yield seen
     finally:
         lora_autograd.lora_linear, reference.lora_linear = fused, eager
+
+
+class Traffic(TorchDispatchMode):
+    """How many numbers collectives make of what they are given: what is gathered, summed or sent, padding included."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # to be seen as what its operation is made of
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        if "c10d" in name and "wait" not in name and "wrap" not in name:
+            given = args[0] if isinstance(args[0], Tensor) else args[0][0]
+            self.numbers += given.numel() * (dist.get_world_size() if "all_gather" in name else 1)
+        return result
 
 
 def raised(error: type[Exception], do: Callable[[], Any]) -> str:

@@ -545,15 +545,17 @@ def test_repr_says_where_it_stands():
 
 def test_sharded_parameters_are_refused(one_process):
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.tensor import Shard
 
     model = patched()
-    allocator = RankAllocator(model, **SETTINGS)
-    fully_shard(model)
+    fully_shard(model, shard_placement_fn=lambda _: Shard(1))
     for call in (lambda: RankAllocator(model, **SETTINGS), lambda: fastlora.variants.orthogonality_penalty(model)):
-        with pytest.raises(ValueError, match=r"got sharded parameters \(fully_shard, DTensor\), want one"):
+        with pytest.raises(ValueError, match=r"got sharded parameters .*, want .* split by rows"):
             call()
-    with pytest.raises(ValueError, match="sharded parameters"):  # sharded after it was made
-        allocator.step()
+    model = patched()
+    fully_shard(model)
+    with pytest.raises(ValueError, match="shrink_to_ranks: model: got sharded parameters"):
+        fastlora.variants.shrink_to_ranks(model, {})
     wrapped = FullyShardedDataParallel(patched(), use_orig_params=True, device_id=torch.device("cpu"))
     with pytest.raises(ValueError, match="got FullyShardedDataParallel, want one"):
         RankAllocator(wrapped, **SETTINGS)
