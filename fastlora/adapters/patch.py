@@ -8,6 +8,7 @@ search for. No class and no source is touched.
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 import re
 import warnings
@@ -147,10 +148,10 @@ def patch(
     settings |= {"use_dora": use_dora, "use_adalora": use_adalora}
     patch_experts.check(target_parameters, rank_per_token, settings, init_lora_weights)
     if peft_layers:
-        patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
         others = {"init_lora_weights": init_lora_weights, "adapter_name": adapter_name}
+        others |= {"rank_pattern": rank_pattern or None, "alpha_pattern": alpha_pattern or None}
         others |= {"target_parameters": target_parameters, "rank_per_token": rank_per_token}
-        _warn_of_ignored_settings(settings | others, patterns)
+        _warn_of_ignored_settings(settings | others)
         from . import patch_peft  # which needs peft, and the model brought it
 
         report = patch_peft.patch(model, peft_layers, selection, backend, strict)
@@ -331,12 +332,9 @@ def _check_patterns_used(names: Iterable[str], patterns: dict[str, Any], strict:
             warnings.warn(f"fastlora.{message}", UserWarning, stacklevel=3)
 
 
-def _warn_of_ignored_settings(settings: dict, patterns: dict) -> None:
-    defaults = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "use_rslora": False, "init_lora_weights": True}
-    defaults |= {"adapter_name": "default", "use_dora": False, "use_adalora": False}
-    defaults |= {"target_parameters": None, "rank_per_token": False}
-    ignored = [f"{key}={value!r}" for key, value in settings.items() if value != defaults[key]]
-    ignored += [f"{key}={value!r}" for key, value in patterns.items() if value]
+def _warn_of_ignored_settings(settings: dict) -> None:
+    defaults = inspect.signature(patch).parameters
+    ignored = [f"{key}={value!r}" for key, value in settings.items() if value != defaults[key].default]
     if ignored:
         warnings.warn(
             f"fastlora.patch: this model carries PEFT's LoRA layers, which keep their own adapters; "

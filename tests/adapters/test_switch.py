@@ -61,11 +61,14 @@ def trainable(model: nn.Module) -> set[str]:
 # set_adapter
 
 
-@pytest.mark.parametrize("chosen", ["default", "second", ["second"], ["default", "second"], ("second", "default")])
+@pytest.mark.parametrize(
+    "chosen", ["default", "second", ["second"], ["default", "second"], ("second", "default", "second")]
+)
 def test_set_adapter_chooses_what_runs_and_what_is_trained(chosen):
     model = build()
+    before = ModelState(model)
     fastlora.set_adapter(model, chosen)
-    names = [chosen] if isinstance(chosen, str) else list(chosen)
+    names = [chosen] if isinstance(chosen, str) else list(dict.fromkeys(chosen))
     torch.testing.assert_close(output(model), expected_output(model, *names))
     assert [layer.active_adapters for layer in layers(model)] == [
         names,
@@ -74,6 +77,9 @@ def test_set_adapter_chooses_what_runs_and_what_is_trained(chosen):
     ]
     has = {"default": (0, 2, 4), "second": (0, 2)}
     assert trainable(model) == {f"{i}.lora_{side}.{name}" for name in names for i in has[name] for side in "AB"}
+    fastlora.set_adapter(model, "default")
+    before.assert_unchanged()
+    fastlora.set_adapter(model, chosen)
     model(inputs()).square().sum().backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == trainable(model)
 
@@ -85,21 +91,6 @@ def test_outputs_of_different_adapters_differ():
     for i, one in enumerate(outputs):
         for other in outputs[:i]:
             assert (one - other).norm() > 0.01 * base.norm()
-
-
-def test_set_adapter_and_back_is_as_before():
-    model = build()
-    before, expected = ModelState(model), output(model)
-    fastlora.set_adapter(model, ["second", "default"])
-    fastlora.set_adapter(model, "default")
-    before.assert_unchanged()
-    assert torch.equal(output(model), expected)
-
-
-def test_a_name_given_twice_counts_once():
-    model = build()
-    fastlora.set_adapter(model, ["default", "default"])
-    torch.testing.assert_close(output(model), expected_output(model, "default"))
 
 
 def test_a_changed_scale_counts_at_once():
@@ -183,16 +174,6 @@ def test_a_merge_while_disabled_has_no_effect_on_the_output():
     torch.testing.assert_close(output(model), adapted)
 
 
-def test_dpo_s_reference_and_policy_in_one_model():
-    model = build()
-    x = inputs()
-    policy = model(x)
-    with torch.no_grad(), fastlora.disable_adapter(model):
-        reference = model(x)
-    (policy - reference).square().sum().backward()
-    assert all(layer.lora_B["default"].grad.norm() > 0 for layer in layers(model))
-
-
 # Deleted.
 
 
@@ -269,6 +250,7 @@ def test_merging_rounds_once_and_unmerging_gives_the_bits_back(dtype):
         fastlora.unmerge(model)
         before.assert_same_tensors(model)
     fastlora.set_adapter(model, "default")
+    fastlora.unmerge(model)  # nothing is merged
     before.assert_unchanged()
 
 
@@ -282,13 +264,6 @@ def test_the_merged_model_computes_the_same_and_trains_nothing():
     assert all(p.grad is None for p in model.parameters())
     fastlora.unmerge(model)
     assert torch.equal(output(model), expected)
-
-
-def test_unmerging_what_is_not_merged_does_nothing():
-    model = build()
-    before = ModelState(model)
-    fastlora.unmerge(model)
-    before.assert_unchanged()
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])

@@ -165,8 +165,9 @@ def test_serving_remembers_nothing():
     assert not any(layer in batch._blocks for layer in model.modules())
 
 
-def test_copies_know_nothing_of_the_block():
-    model, x = tower(), inputs(4, 5, 12)
+@pytest.mark.parametrize("family", ["plain", "PEFT"])
+def test_copies_know_nothing_of_the_block(family):
+    model, x = tower() if family == "plain" else peft_pair(Tower())[1], inputs(4, 5, 12)
     with fastlora.adapter_names(model, NAMES):
         model(x).sum().backward()
     again = copy.deepcopy(model)
@@ -286,16 +287,6 @@ def gradients_by_peft(plain, x):
     plain.eval()
     plain(x, adapter_names=NAMES).square().sum().backward()
     return {name: None if p.grad is None else p.grad for name, p in adapters(plain).items()}
-
-
-def test_peft_copies_know_nothing_of_the_block():
-    model = peft.get_peft_model(Tower(), peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
-    fastlora.patch(model)
-    x = inputs(4, 5, 12)
-    with fastlora.adapter_names(model, ["default", "__base__"] * 2), fastlora.variants.kept_norms(model):
-        again = copy.deepcopy(model)
-    assert torch.equal(again(x), model(x))
-    assert not any({"mixed_batch", "kept_norms"} & module.__dict__.keys() for module in again.modules())
 
 
 def test_lora_bias_falls_back():

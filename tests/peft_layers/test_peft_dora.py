@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from typing import Any
 
 import peft
@@ -26,7 +25,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastlora
-from fastlora.integrations.peft.lora import FusedPeftLinear
 from fastlora.ops.dora import aten as dora_aten
 
 FP64, BF16 = torch.float64, torch.bfloat16
@@ -162,24 +160,6 @@ def base_model() -> Mlp:
     return Mlp()
 
 
-def test_peft_loads_what_we_save_and_we_load_what_peft_saves(tmp_path):
-    model, x = plain_model(), torch.randn(5, K)
-    fastlora.save_adapter(model, tmp_path / "ours")
-    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["use_dora"] is True
-    keys = set(load_file(tmp_path / "ours" / "adapter_model.safetensors"))
-    assert "base_model.model.up.lora_magnitude_vector" in keys
-    theirs = peft.PeftModel.from_pretrained(base_model(), str(tmp_path / "ours"))
-    torch.testing.assert_close(theirs(x), model(x), rtol=1e-5, atol=1e-5)
-    theirs.save_pretrained(str(tmp_path / "theirs"))
-    again = base_model()
-    fastlora.load_adapter(again, tmp_path / "theirs")
-    assert torch.equal(again(x), model(x))
-    assert again.up.use_dora == {"default": True}  # type: ignore[union-attr]
-    assert again.up.lora_magnitude_vector["default"].requires_grad  # type: ignore[union-attr, index]
-    fastlora.load_adapter(model, tmp_path / "theirs", "second")
-    assert type(patched_copy(theirs).base_model.model.up) is FusedPeftLinear
-
-
 def test_files_that_do_not_fit(tmp_path):
     fastlora.save_adapter(plain_model(), tmp_path)
     with pytest.raises(ValueError, match=r"'default' of .* has use_dora=False, the file use_dora=True"):
@@ -197,14 +177,6 @@ def test_files_that_do_not_fit(tmp_path):
         with pytest.raises(ValueError, match=message):
             fastlora.load_adapter(model, tmp_path)
         assert not fastlora.is_patched(model)
-
-
-def test_one_kind_for_all_layers(tmp_path):
-    model = plain_model()
-    model.up.delete_adapter("default")
-    model.up.add_adapter("default", r=4)
-    with pytest.raises(ValueError, match="is of several kinds in different layers"):
-        fastlora.save_adapter(model, tmp_path)
 
 
 def test_a_trained_module_beside_it_is_no_concern():

@@ -172,22 +172,6 @@ def _without_adapters(model, x):
         return model(x)
 
 
-def test_saved_and_loaded_by_peft(tmp_path):
-    fused = patched_copy(peft_model())
-    fused.save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    base = Mlp()
-    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
-    x = torch.randn(5, K)
-    torch.manual_seed(0)
-    reference = peft_model()  # the same seed: the same base
-    assert torch.equal(reference(x), loaded(x))
-    fused.load_adapter(tmp_path, "again")
-    fused.set_adapter("again")
-    assert torch.allclose(fused(x), loaded(x), atol=1e-6)
-    assert counts(fused) == [1, 1]
-
-
 def test_deepcopy_pickle_and_unpatch():
     model = peft_model(lora_dropout=0.1)
     fused = patched_copy(model)

@@ -24,9 +24,9 @@ R, ALPHA = 4, 6.0
 LEARNING_RATE = {"minilm": 1e-3}
 
 
-def base_model(name: str) -> Any:
+def base_model(name: str, hidden_dropout: float = 0.0) -> Any:
     if name != "minilm":
-        return tiny_model(name)
+        return tiny_model(name, hidden_dropout=hidden_dropout)
     pytest.importorskip(MINILM_PACKAGE, reason="MiniLM's weights are not installed")
     source = find_model(DEFAULT_MODEL)
     with torch.random.fork_rng(devices=[]):
@@ -35,9 +35,9 @@ def base_model(name: str) -> Any:
         return auto.from_pretrained(source, local_files_only=True, num_labels=3, attn_implementation="eager").eval()
 
 
-def trainable_model(name: str, way: str, *, dropout: float = 0.0, seed: int = 2) -> Any:
+def trainable_model(name: str, way: str, *, dropout: float = 0.0, hidden_dropout: float = 0.0, seed: int = 2) -> Any:
     """The model with LoRA on every linear layer, A and B random from the seed and the same for each of WAYS."""
-    model = base_model(name)
+    model = base_model(name, hidden_dropout)
     if way == "patched":
         fastlora.patch(model, r=R, lora_alpha=ALPHA, lora_dropout=dropout, init_lora_weights=False)
     else:

@@ -1,4 +1,4 @@
-"""A loop of one's own: every model, optimisers, autocast, accelerate, generation afterwards, casts."""
+"""A loop of one's own: every model, dropout, optimisers, casts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from problems import through_the_function
+from tiny_models import ARCHITECTURES
 from training_runs import (
     LEARNING_RATE,
-    MODELS,
     adapters,
     assert_fused,
     assert_same_training,
@@ -41,13 +41,13 @@ def loop(model: Any, name: str, steps: int = 4, optimizer: Any = torch.optim.Ada
 
 
 @cache
-def peft_s(name: str, dropout: float = 0.0) -> tuple[list[float], Any]:
-    model = trainable_model(name, "PEFT", dropout=dropout)
+def peft_s(name: str, **dropouts: Any) -> tuple[list[float], Any]:
+    model = trainable_model(name, "PEFT", **dropouts)
     return loop(model, name), model
 
 
 @pytest.mark.parametrize("way", ["PEFT patched", "patched"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "minilm"])
 def test_the_same_as_peft(name, way):
     model = trainable_model(name, way)
     assert_same_training(loop(model, name), model, *peft_s(name))
@@ -55,10 +55,11 @@ def test_the_same_as_peft(name, way):
         assert_fused(model)
 
 
-@pytest.mark.parametrize("way", ["PEFT patched", "patched"])
-def test_the_same_as_peft_with_dropout(way):
-    model = trainable_model("llama", way, dropout=0.2)
-    assert_same_training(loop(model, "llama"), model, *peft_s("llama", 0.2))
+@pytest.mark.parametrize("name, way", [("llama", "PEFT patched"), *((name, "patched") for name in ARCHITECTURES)])
+def test_the_same_as_peft_with_dropout(name, way):
+    dropouts: dict[str, Any] = {"dropout": 0.2, "hidden_dropout": 0.1}
+    model = trainable_model(name, way, **dropouts)
+    assert_same_training(loop(model, name), model, *peft_s(name, **dropouts))
 
 
 @pytest.mark.parametrize(
@@ -75,21 +76,6 @@ def test_optimisers(optimizer, settings):
     model, other = trainable_model("qwen3", "patched"), trainable_model("qwen3", "PEFT")
     got, want = (loop(m, "qwen3", optimizer=optimizer, **settings) for m in (model, other))
     assert_same_training(got, model, want, other)
-
-
-@pytest.mark.parametrize("name", ["llama", "t5"])
-def test_generation_with_a_cache_after_training(name):
-    """Greedy tokens of the trained model, cache or not, are those of PEFT's."""
-    model = trainable_model(name, "patched")
-    loop(model, name)
-    prompt = batches(name, 1)[0]["input_ids"]
-    settings: Any = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
-    model.eval()
-    other = peft_s(name)[1].eval()
-    tokens = model.generate(prompt, use_cache=True, **settings)
-    assert torch.equal(tokens, model.generate(prompt, use_cache=False, **settings))
-    assert torch.equal(tokens, other.generate(input_ids=prompt, use_cache=True, **settings))
-    other.train()
 
 
 def test_bf16_base_with_fp32_adapters_keeps_them_through_to():
