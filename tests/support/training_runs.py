@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import fastlora
 from fastlora.integrations.peft.lora import FusedPeftLinear
 
-MODELS = ("llama", "qwen3", "t5", "vit", "minilm")  # minilm: real weights; the others are tiny and random
 WAYS = ("PEFT", "PEFT patched", "patched")
 R, ALPHA = 4, 6.0
 # Adam turns a gradient that is rounding noise into a whole step, which a pretrained model at 1e-2 makes much of.
