@@ -20,6 +20,7 @@ loss.png are written at the end, for the contestants that were named; trials of 
 
 from __future__ import annotations
 
+import os
 import statistics
 import sys
 import time
@@ -45,6 +46,10 @@ SEARCH_SEED = 1000  # the first seed for choosing learning rates; the others are
 
 def main(argv: list[str] | None = None) -> int:
     settings = parse_comparison(argv)
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        print(f"compare.py: error: torchrun started {processes} processes, want one: its trials are small; "
+              "finetune.py --shard trains a model in several", file=sys.stderr)  # fmt: skip
+        return 1
     packages = ["fastlora", *PACKAGES[settings.task]]
     kept = f"what was finished is kept in {settings.out}, and the same command goes on from there"
     return run_program("compare.py", lambda: compare(settings), packages, settings.plot, settings.folder, kept)

@@ -2,6 +2,7 @@
 
     python examples/finetune.py                    # about five minutes on two idle cores; docs/details/finetuning.md
     python examples/finetune.py --task docstrings  # a sentence encoder learns to classify instead
+    torchrun --nproc-per-node 2 examples/finetune.py --shard fsdp2 --base nf4  # docs/distributed.md
     python examples/finetune.py --help
 
 SmolLM2-135M-Instruct learns to write the first line of a function's docstring, from the functions of Python's standard
@@ -30,6 +31,7 @@ from study.settings import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from study.learner import Learner
     from study.tasks.task import Task
     from study.training import Run
@@ -38,21 +40,31 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     settings = parse_fine_tuning(argv)
     libraries = ["peft", "fastlora"] if {"peft", "fastlora", "fused_loss"} & {*settings.methods} else []
-    packages = [*PACKAGES[settings.task], *libraries]
+    packages = [*PACKAGES[settings.task], *libraries, *["bitsandbytes"] * (settings.base != "full")]
     kept = f"what was written before is under {settings.out}"
     return run_program("finetune.py", lambda: finetune(settings), packages, settings.plot, settings.out, kept)
 
 
 def finetune(settings: FineTuning) -> int:
     """The whole run; returns the exit status."""
+    from study.processes import together
+
+    device = choose_device(settings.device)
+    with together(settings, device):
+        return finetune_on(device, settings)
+
+
+def finetune_on(device: torch.device, settings: FineTuning) -> int:
+    """The run in this process, which may be one of several."""
     from study import fine_tuning_report as report
+    from study import processes
     from study.tasks.task import load_task
     from study.training import CtrlC, train
 
     start = time.perf_counter()
-    device = choose_device(settings.device)
     task = load_task(settings, device)
     print(task.description, flush=True)
+    facts, checkpoint = processes.checkpoint_of(settings, task)
     runs = runs_of(task, settings)
     results = report.Results(task, settings, runs)
     print("Before training: the held-out examples", flush=True)
@@ -61,6 +73,14 @@ def finetune(settings: FineTuning) -> int:
     print(f"{task.metric.name} before: {task.metric.form.format(results.before)}{task.metric.unit}. "
           f"{settings.steps} steps of {settings.batch_size} on {device}: {', '.join(settings.methods)}, "
           f"{'in turns' if settings.interleave else 'one after another'}", flush=True)  # fmt: skip
+    done = 0 if checkpoint is None else processes.load_checkpoint(checkpoint, runs)
+
+    def after(made: int, now: bool = False) -> None:
+        nonlocal done
+        done = made
+        if settings.save_every and (now or made % (settings.save_every * len(runs)) == 0):
+            processes.save_checkpoint(settings.out / "checkpoint", made, runs, facts)
+
     with CtrlC() as stop:
         results.complete = train(
             task,
@@ -70,7 +90,11 @@ def finetune(settings: FineTuning) -> int:
             eval_every=settings.eval_every,
             interleave=settings.interleave,
             stop=stop,
+            done=done,
+            after=after,
         )
+    if not results.complete:
+        after(done, now=True)
     for run in runs:
         if results.complete and run.learner.trainable == 0:
             results.after[run.name] = results.before
@@ -81,13 +105,15 @@ def finetune(settings: FineTuning) -> int:
         if run.name == "fastlora":
             results.agreement = save_and_check(task, run.learner, settings, results.written.get(run.name))
     if results.complete:
-        batches = [task.batch(indices) for indices in task.order(settings.seed, settings.steps)]
-        widest = max(batches, key=lambda batch: task.tokens(batch) or 0)
+        order = task.order(settings.seed, settings.steps)
+        widest = task.shares(max(order, key=lambda indices: task.tokens(task.batch(indices)) or 0))
         results.peaks = {run.name: run.learner.peak_bytes(widest) for run in runs}  # takes a step: comes last
     else:
-        done = ", ".join(f"{run.name} {len(run.losses)}" for run in runs)
-        print(f"Interrupted ({done} of {settings.steps} steps): saving what there is, without the test.", flush=True)
+        counts = ", ".join(f"{run.name} {len(run.losses)}" for run in runs)
+        print(f"Interrupted ({counts} of {settings.steps} steps): saving what there is, without the test.", flush=True)
     results.seconds = time.perf_counter() - start
+    if not processes.FIRST:
+        return 0 if results.complete else INTERRUPTED
     files = report.save(results)
     print("\n" + (settings.out / "results.md").read_text(encoding="utf-8"))
     print(f"Wrote {', '.join(map(str, files))}")
@@ -145,15 +171,20 @@ def save_and_check(
     model with the files loaded by PEFT, and merged, with the trained one: {"loaded": ..., "merged": ...}.
     """
     from peft import PeftModel
+    from study.processes import FIRST
 
     import fastlora
 
     directory = settings.out / "adapter"
-    fastlora.save_adapter(learner.adapted, directory)
-    task.save_rest(learner.model, directory)
+    if FIRST or settings.shard == "fsdp2":
+        fastlora.save_adapter(learner.adapted, directory)
+    if FIRST:
+        task.save_rest(learner.model, directory)
     if written is None:
         return None
     logits = task.outputs(learner.model)
+    if not FIRST:
+        return None
 
     def beside(model: Any) -> dict[str, Any]:
         theirs = task.outputs(model)
@@ -170,6 +201,8 @@ def save_and_check(
     model = task.with_adapted(fresh, loaded)
     task.load_rest(model, directory)
     found = {"loaded": beside(model)}
+    if settings.base != "full":  # merging would round to 4 bits again
+        return found
     return {**found, "merged": beside(task.with_adapted(model, loaded.merge_and_unload()))}
 
 

@@ -29,13 +29,13 @@ def measure(task: Task, names: Sequence[str], rounds: int) -> dict[str, Any]:
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
     steps = UNTIMED_ROUNDS + rounds + 1
     learners = {name: Learner(task, CONTESTANTS[name], task.settings.lr, 0, steps) for name in names}
-    batches = [task.batch(indices) for indices in task.order(0, steps)]
+    batches = [task.shares(indices) for indices in task.order(0, steps)]
     generator = random.Random(0)
     runs = {name: Run(name, name, learner) for name, learner in learners.items()}
     with Progress(steps - 1, "timing", lines=1) as progress:
-        for batch in batches[:-1]:
+        for shares in batches[:-1]:
             for name in generator.sample(list(names), len(names)):
-                runs[name].step(batch)
+                runs[name].step(shares)
             progress.advance(f"{len(names)} contestants in turn")
     return {
         "contestants": {

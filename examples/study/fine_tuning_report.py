@@ -60,7 +60,6 @@ def rows(results: Results) -> list[dict[str, Any]]:
     for run in results.runs:
         seconds = run.timed
         seen = tokens[len(run.seconds) - len(seconds) : len(run.seconds)]
-        over = median_ratio(run, frozen) if frozen else None
         layers = len(lora_layers(run.learner.adapted))
         added = None
         if frozen and seconds and layers:
@@ -74,7 +73,7 @@ def rows(results: Results) -> list[dict[str, Any]]:
                 "steps_per_second": 1 / statistics.median(seconds) if seconds else None,
                 "tokens_per_second": sum(filter(None, seen)) / sum(seconds) if seconds and all(seen) else None,
                 "speed_beside_peft": median_ratio(peft, run) if peft else None,
-                "time_over_frozen": over,
+                "time_over_frozen": median_ratio(run, frozen) if frozen else None,
                 "added_us_per_layer": added,
                 "adapted_layers": layers,
                 "peak_bytes": results.peaks.get(run.name),
@@ -87,38 +86,25 @@ def rows(results: Results) -> list[dict[str, Any]]:
 
 
 def table(results: Results) -> str:
-    metric = results.task.metric
-    header = (
-        "method",
-        "steps/s",
-        "tokens/s",
-        "× PEFT",
-        "time / frozen",
-        "peak memory",
-        f"{metric.name}, before → after",
-    )
+    """A column for what was measured of some method."""
+    metric, body = results.task.metric, rows(results)
+    number = metric.form + metric.unit
+    columns = [
+        ("steps/s", "{:.2f}", "steps_per_second"),
+        ("tokens/s", "{:.0f}", "tokens_per_second"),
+        ("× PEFT", "{:.2f}", "speed_beside_peft"),
+        ("time / frozen", "{:.2f}", "time_over_frozen"),
+        ("peak memory", "{:.0f} MiB", "peak_bytes"),
+        (f"{metric.name}, before → after", number, "held_out_before", "held_out_after"),
+    ]
+    columns = [column for column in columns if any(row[column[2]] is not None for row in body)]
 
-    def text(value: float | None, form: str) -> str:
-        return NOT_MEASURED if value is None else form.format(value)
+    def cell(row: dict[str, Any], form: str, *keys: str) -> str:
+        values = [row[key] and (row[key] / 2**20 if key == "peak_bytes" else row[key]) for key in keys]
+        return " → ".join(NOT_MEASURED if value is None else form.format(value) for value in values)
 
-    body = []
-    for row in rows(results):
-        peak = row["peak_bytes"]
-        ends = [text(row[f"held_out_{when}"], metric.form + metric.unit) for when in ("before", "after")]
-        body.append(
-            (
-                row["title"],
-                text(row["steps_per_second"], "{:.2f}"),
-                text(row["tokens_per_second"], "{:.0f}"),
-                text(row["speed_beside_peft"], "{:.2f}"),
-                text(row["time_over_frozen"], "{:.2f}"),
-                text(peak and peak / 2**20, "{:.0f} MiB"),
-                " → ".join(ends),
-            )
-        )
-    without = [column for column in range(len(header)) if column and all(r[column] == NOT_MEASURED for r in body)]
-    kept = [column for column in range(len(header)) if column not in without]
-    return format_table([header[i] for i in kept], [[line[i] for i in kept] for line in body])
+    lines = [[row["title"], *(cell(row, *column[1:]) for column in columns)] for row in body]
+    return format_table(["method", *(name for name, *_ in columns)], lines)
 
 
 def caption(results: Results) -> str:
@@ -202,14 +188,7 @@ def save(results: Results) -> list[Path]:
             {"source": question, "answer": answer, **{name: texts[i] for name, texts in results.written.items()}}
             for i, (question, answer) in enumerate(results.task.questions())
         ],
-        "history": {
-            run.name: {
-                "loss": run.losses,
-                "step_seconds": run.seconds,
-                "validation": [asdict(found) for found in run.validation],
-            }
-            for run in results.runs
-        },
+        "history": {run.name: run.history for run in results.runs},
     }
     files = [settings.out / "results.json", settings.out / "results.md"]
     write_atomically(files[0], json.dumps(content, indent=1) + "\n")

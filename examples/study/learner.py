@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import fastlora
+from study import processes
 from study.contestants import Contestant
 from study.curves import share_of_peak
 
@@ -24,6 +25,7 @@ class Learner:
         self.task, self.entry = task, entry
         self.model = prepared_model(task, entry, seed)
         self.adapted = task.adapted(self.model)
+        self.wrapped = processes.wrapped(self.model, task.settings, task.device)  # what a step calls
         self.optimizers: list[torch.optim.Optimizer] = []
         if any(parameter.requires_grad for parameter in self.adapted.parameters()):
             self.optimizers.append(make_optimizer(task, entry, self.adapted, lr))
@@ -47,30 +49,35 @@ class Learner:
         tensors = {(tensor.data_ptr(), tensor.numel()): tensor for tensor in self._state_tensors()}
         return sum(tensor.numel() for tensor in tensors.values() if tensor.numel() > 1)
 
-    def step(self, batch: Any) -> float:
-        """One optimiser step; returns the task's loss before it, without AdaLoRA's penalty."""
+    def step(self, shares: Sequence[tuple[float, Any]]) -> float:
+        """One optimiser step on what `Task.shares` returned; returns the loss of the whole batch before it, without
+        AdaLoRA's penalty.
+        """
         set_training(self.model, True)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss = self.task.loss(self.model, batch)
-        if self.allocator is None:
-            loss.backward()
-        else:
-            gamma = self.entry.numbers["orthogonality"]
-            (loss + fastlora.variants.orthogonality_penalty(self.adapted, gamma=gamma)).backward()
+        total = 0.0
+        for i, (share, batch) in enumerate(shares, 1):
+            with processes.accumulating(self.wrapped, i == len(shares)):
+                loss = self.task.loss(self.wrapped, batch)
+                total += share * loss.item()
+                if self.allocator is not None:
+                    gamma = self.entry.numbers["orthogonality"]
+                    loss = loss + fastlora.variants.orthogonality_penalty(self.adapted, gamma=gamma)
+                (loss * (share * processes.WORLD)).backward()  # the wrappers average over the processes
         for optimizer, scheduler in zip(self.optimizers, self.schedulers):
             optimizer.step()
             scheduler.step()
         if self.allocator is not None:
             self.allocator.step()
-        return loss.item()
+        return processes.total(total)
 
-    def peak_bytes(self, batch: Any) -> int:
-        """What it owns (weights, adapters, optimiser state), and the most that one step adds to that."""
+    def peak_bytes(self, shares: Sequence[tuple[float, Any]]) -> int:
+        """What this process owns (weights, adapters, optimiser state), and the most that one step adds to that."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)  # the profiler does not see old gradients go
         owned = tensor_bytes([*self.model.parameters(), *self.model.buffers(), *self._state_tensors()])
-        return owned + peak_growth(lambda: self.step(batch), self.task.device)
+        return owned + peak_growth(lambda: self.step(shares), self.task.device)
 
     def notes(self) -> dict[str, Any]:
         """What shows that the method ran: facts of its own next to the numbers that all have."""
@@ -136,7 +143,11 @@ def prepared_model(task: Task, entry: Contestant, seed: int) -> nn.Module:
         **entry.adapter,
     }
     torch.manual_seed(seed)
-    if entry.library == "peft":
+    if settings.base != "full":
+        model = adapted = with_peft(adapted, arguments)
+        if entry.library == "fastlora":
+            fastlora.patch(adapted, strict=True, **entry.patch)
+    elif entry.library == "peft":
         inject_peft(adapted, arguments)
     elif "captured" not in entry.numbers:  # else the gradients say with which ranks
         fastlora.patch(adapted, **{**arguments, "strict": True, **entry.patch})
@@ -160,6 +171,13 @@ def inject_peft(adapted: nn.Module, arguments: Mapping[str, Any]) -> None:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def with_peft(model: Any, arguments: Mapping[str, Any]) -> Any:
+    """The model in PEFT's wrapper: the one way to adapters on a quantised base."""
+    import peft
+
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", **arguments))
 
 
 @torch.no_grad()
@@ -276,5 +294,6 @@ def peak_growth(step: Callable[[], object], device: torch.device) -> int:
 
 def tensor_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the tensors' storages, each counted once however many views share it."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    own: list[Any] = [getattr(tensor, "to_local", lambda tensor=tensor: tensor)() for tensor in tensors]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in own}
     return sum(storages.values())

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import Any
 
+from study.processes import FIRST
+
 LINES = 10
 FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar:4}| {elapsed}<{remaining}{postfix}"  # short: losses fit into 80 columns
 
@@ -16,17 +18,20 @@ class Progress:
     the whole run. A step is done when each of its `parts` is.
     """
 
-    def __init__(self, total: int, title: str, lines: int = LINES, parts: int = 1):
-        self.total, self.title, self.lines, self.parts, self.done = total * parts, title, lines, parts, 0
+    def __init__(self, total: int, title: str, lines: int = LINES, parts: int = 1, done: int = 0):
+        self.total, self.title, self.lines, self.parts, self.done = total * parts, title, lines, parts, done
         self.start = time.perf_counter()
         self.bar: Any = None
-        if sys.stderr.isatty():
+        if not FIRST:
+            self.lines = 0
+        elif sys.stderr.isatty():
             try:
                 from tqdm import tqdm
             except ImportError:
                 return
             columns, rows = shutil.get_terminal_size()  # a pseudo-terminal may claim 0 × 0, and tqdm would believe it
-            self.bar = tqdm(total=total, desc=title, ncols=columns, nrows=rows, leave=lines > 0, bar_format=FORMAT)
+            size = {"ncols": columns, "nrows": rows, "initial": done // parts}
+            self.bar = tqdm(total=total, desc=title, leave=lines > 0, bar_format=FORMAT, **size)
 
     def __enter__(self) -> Progress:
         return self

@@ -21,6 +21,8 @@ from study.contestants import CONTESTANTS, OPTIMIZERS, Contestant
 INTERRUPTED = 130  # a program's exit status after Ctrl-C
 TASKS = ("language", "docstrings", "gpt", "digits")
 DTYPES = ("float32", "bfloat16")
+SHARDS = ("none", "ddp", "fsdp2")
+BASES = ("full", "nf4", "fp4")
 METHODS = ("frozen", "peft", "fastlora", "full")
 VARIANTS = ("lora", "rslora", "dora", "lora_plus")  # of the contestants, those that PEFT trains too
 ORDINARY_INITS = ("kaiming", "gaussian", "orthogonal")  # PEFT's adapters can start from the same numbers
@@ -58,6 +60,7 @@ COMPARISON: dict[str, dict[str, Any]] = {
         "eval_every": 20, "search_seeds": 1, "timed_rounds": 8, "lr": {"adamw": 5e-4, "sgd": 1e-1},
     },
 }  # fmt: skip
+ALONE = {"base": "full", "shard": "none", "accumulate": 1}
 QUICK = {"steps": 4, "batch_size": 4, "sketch_batches": 1, "eval_every": 2, "seeds": 2, "timed_rounds": 2}
 QUICK_LENGTHS = {"docstrings": 8, "language": 192}
 PACKAGES = {
@@ -90,7 +93,10 @@ class Settings:
     head_lr: float | None
     model: str | None
     dtype: str | None
+    base: str
     device: str
+    shard: str
+    accumulate: int
     plot: bool
     quick: bool
     out: Path
@@ -114,6 +120,8 @@ class FineTuning(Settings):
     full_lr: float
     seed: int
     interleave: bool
+    save_every: int
+    resume: bool
 
 
 @dataclass(frozen=True)
@@ -147,6 +155,7 @@ def parse_fine_tuning(argv: list[str] | None = None) -> FineTuning:
     )
     training.add_argument("--full-lr", type=positive_float, help="learning rate of all weights, for --methods full")
     training.add_argument("--seed", type=seed, default=0)
+    training.add_argument("--accumulate", type=positive_int, help="micro-batches of a process and step (default 1)")
     lora.add_argument("--lr", type=positive_float, help="learning rate of the adapters")
     lora.add_argument("--method", choices=VARIANTS, default="lora", help="what both libraries train (default lora)")
     lora.add_argument("--init", type=init, default="kaiming", help="how fastlora's adapters start: " + ", ".join(INITS))
@@ -156,13 +165,25 @@ def parse_fine_tuning(argv: list[str] | None = None) -> FineTuning:
     lora.add_argument("--fused-loss", action="store_true", help="fastlora again, without logits (docs/head.md)")
     run.add_argument("--methods", nargs="+", choices=METHODS, default=["frozen", "peft", "fastlora"], metavar="METHOD",
                      help="of " + ", ".join(METHODS))  # fmt: skip
+    run.add_argument("--base", choices=BASES, default="full", help="the frozen weights: full, or in 4 bits (QLoRA)")
+    run.add_argument("--shard", choices=SHARDS, default="none", help="how torchrun's processes share a model")
+    run.add_argument("--save-every", type=natural_int, default=0, help="steps between checkpoints (default 0: none)")
+    run.add_argument("--resume", action="store_true", help="go on from the newest checkpoint under --out")
     in_turn = "give the methods their steps in turn, so that a noisy machine hits all of them alike"
     run.add_argument("--interleave", action=argparse.BooleanOptionalAction, default=True, help=in_turn)
-    common = {"dropout": 0.0, "sketch_batches": 8, "eval_every": 0, "optimizer": "adamw", "quick": False}
+    common = {**ALONE, "dropout": 0.0, "sketch_batches": 8, "eval_every": 0, "optimizer": "adamw", "quick": False}
     values = _values(parser, argv, FINE_TUNING, common)
     values["methods"] = tuple(dict.fromkeys([*values["methods"], *["fused_loss"] * values.pop("fused_loss", False)]))
     if "fused_loss" in values["methods"] and values["task"] != "language":
         parser.error(f"--fused-loss: got --task {values['task']}, want language, whose loss is over a vocabulary")
+    for option, common in (("shard", "none"), ("base", "full")):
+        if values[option] != common and values["task"] != "language":
+            parser.error(f"--{option} {values[option]}: got --task {values['task']}, want language")
+    if values["base"] != "full":
+        if values["model"] == "random" or "full" in values["methods"] or values["method"] == "dora":
+            parser.error(f"--base {values['base']}: want a --model with files, no --methods full, and no --method dora")
+        if values["init"] not in ("kaiming", "gaussian", "lora_ga") or {"group", "mlp"} & {*values}:
+            parser.error(f"--base {values['base']}: want --init kaiming, gaussian or lora_ga, no --group and no --mlp")
     return FineTuning(**{"group": None, "mlp": None, **values})
 
 
@@ -184,7 +205,7 @@ def parse_comparison(argv: list[str] | None = None) -> Comparison:
     run.add_argument("--contestants", nargs="+", choices=CONTESTANTS, metavar="NAME", help=", ".join(CONTESTANTS))
     run.add_argument("--timed-rounds", type=positive_int, help="steps of each contestant that are timed")
     run.add_argument("--quick", action="store_true", help="a few steps of each, without a search; into OUT/quick")
-    values = _values(parser, argv, COMPARISON, {"seeds": 3})
+    values = _values(parser, argv, COMPARISON, {**ALONE, "seeds": 3})
     known, left_out = by_optimizer(values["optimizer"])
     chosen = tuple(dict.fromkeys(values.pop("contestants", known)))
     impossible = [name for name in chosen if name in left_out]
@@ -217,7 +238,7 @@ def _program(name: str, description: str, by_task: Mapping[str, Mapping[str, Any
     training.add_argument("--max-length", "--seq-len", type=positive_int, help="tokens of an example at most")
     training.add_argument("--head-lr", type=positive_float, help="learning rate of a new linear head")
     lora = parser.add_argument_group("LoRA")
-    lora.add_argument("--r", type=positive_int, help="rank of the adapters")
+    lora.add_argument("--r", "--rank", type=positive_int, help="rank of the adapters (torchrun takes --r for its own)")
     lora.add_argument("--lora-alpha", type=positive_float)
     lora.add_argument("--dropout", type=probability, help="dropout on the adapters' input")
     lora.add_argument("--sketch-batches", type=positive_int, help="batches whose gradient LoRA-GA looks at")
@@ -297,7 +318,13 @@ def init(text: str) -> str:
 def run_program(
     name: str, action: Callable[[], int], packages: Iterable[str], plot: bool, folder: Path, interrupted: str
 ) -> int:
-    """The exit status of `action`, once what it needs is there; errors and Ctrl-C are a line."""
+    """The exit status of `action`, once what it needs is there; errors and Ctrl-C are a line. Of several processes the
+    first one prints; the others say what went wrong in them alone.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        os.environ["FASTLORA_PROGRESS"] = "off"
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported; its profiler would announce itself
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
@@ -305,7 +332,8 @@ def run_program(
         require_writable(folder)
         return action()
     except (UsageError, OSError, RuntimeError, ValueError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        if first or not isinstance(error, UsageError):
+            print(f"{name}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         written = folder.is_dir() and any(folder.iterdir())
@@ -340,7 +368,13 @@ def choose_device(name: str) -> Any:
     import torch
 
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if local := os.environ.get("LOCAL_RANK"):  # one process of torchrun's a GPU
+            torch.cuda.set_device(int(local))
+            name = f"cuda:{local}"
+        else:
+            name = "cuda"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 
+from study import processes
 from study.curves import running_mean
 from study.learner import Learner
 from study.progress import Progress
@@ -43,11 +45,22 @@ class Run:
         """The times that count: the first steps pay for page faults, and on a GPU for compilation."""
         return self.seconds[min(2, len(self.seconds) // 3) :]
 
-    def step(self, batch: Any) -> None:
+    @property
+    def history(self) -> dict[str, Any]:
+        """Everything that is known of its steps, as JSON holds it."""
+        scores = [asdict(found) for found in self.validation]
+        return {"loss": self.losses, "step_seconds": self.seconds, "validation": scores, "diverged": self.diverged}
+
+    @history.setter
+    def history(self, known: dict[str, Any]) -> None:
+        self.losses, self.seconds, self.diverged = known["loss"], known["step_seconds"], known["diverged"]
+        self.validation = [Validation(**scores) for scores in known["validation"]]
+
+    def step(self, shares: Sequence[tuple[float, Any]]) -> None:
         device = self.learner.task.device
         synchronize(device)
         start = time.perf_counter()
-        loss = self.learner.step(batch)
+        loss = self.learner.step(shares)
         synchronize(device)
         self.seconds.append(time.perf_counter() - start)
         self.diverged = not math.isfinite(loss)
@@ -73,19 +86,23 @@ def train(
     title: str = "training",
     lines: int = 10,
     stop: CtrlC | None = None,
+    done: int = 0,
+    after: Callable[[int], None] = lambda done: None,
 ) -> bool:
     """Trains every run on the batches of `seed`; returns False where `stop` ended it early.
 
     Each step starts from a seed of its own, the same for all, so that dropout does not depend on whose turn came first.
-    Validates every `eval_every` steps (0: never), and after the last one with `eval_last`.
+    Validates every `eval_every` steps (0: never), and after the last one with `eval_last`. The first `done` steps of
+    all runs together are taken as made; `after` is told how many are, after each.
     """
     order = task.order(seed, steps)
-    with Progress(steps, title, lines, len(runs)) as progress:
-        for step, run in turns(runs, steps, interleave):
+    with Progress(steps, title, lines, len(runs), done) as progress:
+        for made, (step, run) in enumerate(itertools.islice(turns(runs, steps, interleave), done, None), done + 1):
             if not run.diverged:
-                torch.manual_seed(seed * 1_000_003 + step)
-                run.step(task.batch(order[step]))
-            if stop is not None and stop.pressed:
+                torch.manual_seed(seed * 1_000_003 + step + processes.RANK * 2**40)
+                run.step(task.shares(order[step]))
+            after(made)
+            if stop is not None and processes.total(stop.pressed):
                 return False
             due = (eval_every and (step + 1) % eval_every == 0) or (eval_last and step + 1 == steps)
             if due and not run.diverged:
@@ -124,7 +141,7 @@ def _smoothed(run: Run) -> float:
 
 class CtrlC:
     """Turns the first Ctrl-C inside the block into a flag, so that the step under way is finished; the second one
-    interrupts at once.
+    interrupts at once. Of several processes one flag is enough, and the next step the last of all.
     """
 
     pressed = False
@@ -135,7 +152,8 @@ class CtrlC:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.pressed = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if processes.WORLD == 1:  # torchrun sends a second one of its own
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGINT, self._previous)

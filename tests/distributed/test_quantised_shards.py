@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,11 @@ def what_the_libraries_lose_is_refused(folder: str) -> None:
 
 def torchao_cannot_be_sharded(folder: str) -> None:
     """torchao's int8 and int4 tensors have no `split`: they stay whole in every process, the rest is sharded."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
+    torchao: Any = importlib.import_module("torchao.quantization")
     alone: Any = Net()
-    quantize_(alone, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name.endswith(tuple(TARGETS)))
+    torchao.quantize_(
+        alone, torchao.Int8WeightOnlyConfig(), filter_fn=lambda module, name: name.endswith(tuple(TARGETS))
+    )
     torch.manual_seed(1)
     config = peft.LoraConfig(r=R, lora_alpha=6, target_modules=TARGETS, init_lora_weights=False)
     alone = peft.get_peft_model(alone, config)

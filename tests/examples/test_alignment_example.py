@@ -66,7 +66,10 @@ def test_it_is_what_a_step_of_the_optimiser_does(task, start, step):
     lr = 1e-6
     optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=lr)
     before = {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
-    task.backward_passes(model, [(x.double(), y) for x, y in task.gradient_batches(alignment.SEED)])
+    task.backward_passes(
+        model,
+        [[(share, (x.double(), y)) for share, (x, y) in shares] for shares in task.gradient_batches(alignment.SEED)],
+    )
     optimizer.step()
     expected = alignment.first_changes(task, STARTS[start])[step]
     for name, layer in layers.items():

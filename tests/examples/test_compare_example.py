@@ -149,6 +149,12 @@ def test_a_file_of_something_else_is_refused(tmp_path, text):
     assert path.read_text() == text
 
 
+def test_several_processes_are_refused(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert compare.main(["--out", str(tmp_path / "out")]) == 1
+    assert "torchrun started 2 processes, want one" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 # The report
 
 

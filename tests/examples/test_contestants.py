@@ -33,7 +33,7 @@ def trained(task):
     for name, entry in CONTESTANTS.items():
         learner = Learner(task, entry, 0.01, seed=0, steps=STEPS)
         before = {key: value.detach().clone() for key, value in learner.model.named_parameters()}
-        losses = [learner.step(task.batch(indices)) for indices in task.order(0, STEPS)]
+        losses = [learner.step(task.shares(indices)) for indices in task.order(0, STEPS)]
         found[name] = learner, before, losses
     return found
 
@@ -96,7 +96,7 @@ def test_galore_steps_in_a_subspace_and_keeps_less(task, trained):
     learner = Learner(task, CONTESTANTS["galore"], 0.01, seed=0, steps=STEPS)
     weight = dict(learner.model.named_parameters())["2.weight"]
     before = weight.detach().clone()
-    learner.step(task.batch(task.order(0, 1)[0]))
+    learner.step(task.shares(task.order(0, 1)[0]))
     assert torch.linalg.matrix_rank(weight.detach() - before, rtol=1e-4) == R
 
 

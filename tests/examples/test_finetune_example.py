@@ -152,8 +152,8 @@ def test_peak_growth_counts_what_lives_at_once():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--r", "0"], "--r: want a positive integer, got 0"),
-        (["--r", "eight"], "--r: want a positive integer, got 'eight'"),
+        (["--r", "0"], "--r/--rank: want a positive integer, got 0"),
+        (["--r", "eight"], "--r/--rank: want a positive integer, got 'eight'"),
         (["--steps", "-1"], "--steps: want a positive integer, got -1"),
         (["--lr", "0"], "--lr: want a positive number, got 0"),
         (["--lr", "nan"], "--lr: want a positive number, got nan"),
@@ -169,6 +169,9 @@ def test_peak_growth_counts_what_lives_at_once():
         (["--methods", "qlora"], "argument --methods: invalid choice: 'qlora'"),
         (["--method", "galore"], "argument --method: invalid choice: 'galore'"),
         (["--head-lr", "1"], "--head-lr: the task language has no such setting"),
+        (["--task", "docstrings", "--shard", "ddp"], "--shard ddp: got --task docstrings, want language"),
+        (["--base", "nf4", "--init", "pissa"], "--base nf4: want --init kaiming, gaussian or lora_ga"),
+        (["--base", "nf4", "--methods", "full"], "--base nf4: want a --model with files, no --methods full"),
     ],
 )
 def test_a_wrong_argument_is_explained(capsys, arguments, message):

@@ -61,14 +61,16 @@ def digits_task(out: Path, *options: str) -> Any:
     return load_task(parse_comparison(arguments), torch.device("cpu"))
 
 
-def save_tiny_language_model(directory: Path) -> Path:
-    """A Llama of two small layers with a token per byte; returns its directory."""
+def save_tiny_language_model(directory: Path, hidden: int = 32) -> Path:
+    """A Llama of two small layers with a token per byte; returns its directory. bitsandbytes' CPU kernels are right for
+    widths that are multiples of 64.
+    """
     from study.data.language_models import SHAPE, byte_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM
 
     byte_tokenizer().save_pretrained(directory)
     torch.manual_seed(0)
-    small = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    small = {"vocab_size": 260, "hidden_size": hidden, "intermediate_size": 3 * hidden // 2, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     LlamaForCausalLM(LlamaConfig(**{**SHAPE, **small, **heads}, initializer_range=0.2)).save_pretrained(directory)
     return directory

@@ -58,16 +58,33 @@ def find_model(model: str) -> str:
     return loading.place_of(model)
 
 
-def load_model(source: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A fresh copy of the model at `source` (see `find_model`), in eval mode, without a cache of keys and values."""
+def load_model(source: str, dtype: torch.dtype, device: torch.device, base: str = "full") -> Any:
+    """A fresh copy of the model at `source` (see `find_model`), in eval mode, without a cache of keys and values; its
+    linear layers in 4 bits where `base` is nf4 or fp4.
+    """
     transformers = loading.transformers()
     if source == RANDOM_MODEL:
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, rope_theta=1e5)).to(dtype)
     else:
         from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
-        model = loading.load(lambda: from_pretrained(source, dtype=dtype), "model", source, WANTED)
+        options: dict[str, Any] = {"dtype": dtype}
+        if base != "full":
+            # Bytes, which no MixedPrecisionPolicy casts.
+            packed = {
+                "bnb_4bit_quant_type": base,
+                "bnb_4bit_compute_dtype": dtype,
+                "bnb_4bit_quant_storage": torch.uint8,
+            }
+            four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True, **packed)
+            options |= {"quantization_config": four_bits, "device_map": {"": device}}
+        model = loading.load(lambda: from_pretrained(source, **options), "model", source, WANTED)
     model.config.use_cache = False
+    if base != "full":
+        for module in model.modules():  # inference on a CPU would round to bfloat16, and pack weights again
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return model.eval()
     return model.to(device).eval()
 
 

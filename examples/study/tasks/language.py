@@ -63,7 +63,7 @@ class LanguageTask(Task):
         )
 
     def fresh_model(self, seed: int) -> nn.Module:
-        return language_models.load_model(self.source, self.dtype, self.device)
+        return language_models.load_model(self.source, self.dtype, self.device, self.settings.base)
 
     def order(self, seed: int, steps: int) -> Sequence[Sequence[int]]:
         return training_order(self.parts["train"], self.settings.batch_size, steps, seed)
@@ -73,6 +73,9 @@ class LanguageTask(Task):
 
     def loss(self, model: Any, batch: Any) -> torch.Tensor:
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+
+    def weight(self, batch: Any) -> int:
+        return int((batch.labels != IGNORED).sum())
 
     def tokens(self, batch: Any) -> int:
         return int(batch.attention_mask.sum())
@@ -88,7 +91,7 @@ class LanguageTask(Task):
 
     def _answer(self, model: Any, source: str) -> str:
         prompt = torch.tensor([prompt_of(source, self.tokenizer)], device=self.device)
-        with torch.inference_mode():
+        with torch.no_grad():
             tokens = model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),

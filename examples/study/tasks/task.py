@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from study import processes
 from study.data.batches import SKETCH_SEED
 from study.learner import set_training
 from study.settings import Settings
@@ -85,6 +86,18 @@ class Task(ABC):
     def loss(self, model: Any, batch: Any) -> torch.Tensor:
         """The mean loss of a batch."""
 
+    def weight(self, batch: Any) -> int:
+        """How many terms `loss` is the mean of."""
+        return len(batch[0])
+
+    def shares(self, indices: Sequence[int]) -> list[tuple[float, Any]]:
+        """This process's micro-batches of a step, each with its share of the whole batch's mean loss."""
+        if processes.WORLD * self.settings.accumulate == 1:
+            return [(1.0, self.batch(indices))]
+        batches = [self.batch(part) for part in processes.own(indices, self.settings.accumulate)]
+        terms = processes.total(float(sum(map(self.weight, batches))))
+        return [(self.weight(batch) / terms, batch) for batch in batches]
+
     def tokens(self, batch: Any) -> int | None:
         """How many tokens a batch has, where it has tokens."""
         return None
@@ -94,7 +107,7 @@ class Task(ABC):
         set_training(model, False)
         losses: list[torch.Tensor] = []
         right: list[torch.Tensor] = []
-        with torch.inference_mode():
+        with torch.no_grad():  # inference tensors could not be gathered from shards
             for logits, labels in self._predictions(model, part):
                 losses.append(nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu())
                 right.append((logits.argmax(-1) == labels).double().cpu())
@@ -111,7 +124,7 @@ class Task(ABC):
     def outputs(self, model: nn.Module) -> torch.Tensor:
         """Logits (n, classes) of a part of the test data, on the CPU."""
         set_training(model, False)
-        with torch.inference_mode():
+        with torch.no_grad():
             return next(iter(self._predictions(model, "test")))[0].float().cpu()
 
     def with_adapted(self, model: Any, adapted: nn.Module) -> nn.Module:
@@ -131,14 +144,17 @@ class Task(ABC):
         """(logits (n, classes), labels (n,)) of a part, in pieces."""
 
     def gradient_batches(self, seed: int) -> list[Any]:
-        """The training batches whose gradient LoRA-GA looks at, drawn apart from those of a run with this seed."""
-        return [self.batch(indices) for indices in self.order(seed + SKETCH_SEED, self.settings.sketch_batches)]
+        """The training batches whose gradient LoRA-GA looks at, drawn apart from those of a run with this seed; each
+        process's own micro-batches, as `shares` has them.
+        """
+        return [self.shares(indices) for indices in self.order(seed + SKETCH_SEED, self.settings.sketch_batches)]
 
     def backward_passes(self, model: nn.Module, batches: Sequence[Any]) -> None:
         """Backward passes of equal weight, in eval mode; their gradients add up to that of the mean over batches."""
         set_training(model, False)
-        for batch in batches:
-            (self.loss(model, batch) / len(batches)).backward()
+        for shares in batches:
+            for share, batch in shares:
+                (self.loss(model, batch) * (share / len(batches))).backward()
 
 
 def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
