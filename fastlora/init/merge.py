@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
+from ..runtime import processes
 from ..runtime.checks import check_choice, is_positive
 from .sketch import GradientSketch, check_alike
 from .streaming import StreamingSketch
@@ -25,48 +25,27 @@ def merge_across_ranks(sketch: GradientSketch) -> None:
     A first pass merges the ranks' (Q, Z) in the order of ranks, by QR and a small SVD; a refining pass is linear in the
     gradient, so that it is a sum.
     """
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    _merge_rounds(sketch, device)
+    _merge_rounds(sketch)
     for name, (n, m) in sketch.sizes.items():
         mine = sketch.layer(name, n, m)
         if mine.refining:
-            _sum(mine.refined_y, device)
-            _sum(mine.refined_z, device)
-            updates = torch.tensor([mine.refined_updates])
-            _sum(updates, device)
-            mine.refined_updates = int(updates)
+            processes.add(mine.refined_y, mine.refined_z)
+            (mine.refined_updates,) = processes.added(mine.refined_updates)
             continue
-        merged, *others = (_unpack(packed, mine) for packed in _gather(_pack(mine), device))
+        merged, *others = (_unpack(packed, mine) for packed in processes.gathered(_pack(mine)))
         for other in others:
             merged.merge(other)
         for key in mine.STATE:
             setattr(mine, key, getattr(merged, key))
-        counts = torch.tensor([mine.tokens, mine.updates, mine.skipped])
-        _sum(counts, device)
-        mine.tokens, mine.updates, mine.skipped = counts.tolist()
+        mine.tokens, mine.updates, mine.skipped = processes.added(mine.tokens, mine.updates, mine.skipped)
 
 
-def _merge_rounds(sketch: GradientSketch, device: torch.device) -> None:
+def _merge_rounds(sketch: GradientSketch) -> None:
     now = sketch._present_round
-    steps = [int(other) for other in _gather(torch.tensor([now.steps]), device)]
+    steps = [int(other) for other in processes.gathered(torch.tensor([now.steps]))]
     if len(set(steps)) > 1:
         raise ValueError(f"GradientSketch: step: the processes made {steps} steps, want the same in all of them")
-    weight = torch.tensor([now.weight], dtype=torch.float64)
-    _sum(weight, device)
-    now.weight = float(weight)
-
-
-def _sum(tensor: torch.Tensor, device: torch.device) -> None:
-    moved = tensor.to(device)
-    dist.all_reduce(moved)
-    tensor.copy_(moved)
-
-
-def _gather(packed: torch.Tensor, device: torch.device) -> list[torch.Tensor]:
-    moved = packed.to(device)
-    gathered = [torch.empty_like(moved) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, moved)
-    return gathered
+    (now.weight,) = processes.added(float(now.weight))
 
 
 def _pack(layer: StreamingSketch) -> torch.Tensor:

@@ -31,7 +31,7 @@ from ..introspect import sharding, taps, targets
 from ..layers import experts
 from ..layers.state import AdapterState
 from ..linalg import native
-from ..runtime import messages
+from ..runtime import messages, processes
 from ..runtime.checks import check_choice, check_integer, check_module
 from .sketch import experts_of
 
@@ -238,7 +238,7 @@ class AlignmentMonitor:
         return self._layers[weight], int(expert)
 
     def _record(self) -> AlignmentRecord:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if processes.running():
             self._sum_over_ranks()
         layers = {name: self._watched[name].alignment() for name in self._sizes if name in self._watched}
         return AlignmentRecord(self.steps, overall_alignment(layers), layers)
@@ -246,11 +246,9 @@ class AlignmentMonitor:
     def _sum_over_ranks(self) -> None:
         if self.norm == "exact":
             raise ValueError('AlignmentMonitor: norm: got "exact" under torch.distributed, want "probes"')
-        nccl = torch.distributed.get_backend() == "nccl"
-        device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
         for name in self._sizes:  # a rank may have routed no token to an expert
             weight = next(self._at(name)[0].parameters())
-            self._layer(name, weight.device).sum_over_ranks(device)
+            self._layer(name, weight.device).sum_over_ranks()
 
     # Showing.
 
@@ -365,14 +363,9 @@ class _Watched:
                 twice = 1.0 if other_x is newest_x else 2.0
                 self._squared_norm += twice * ((newest_dy @ other_dy.t()) * (newest_x @ other_x.t())).sum()
 
-    def sum_over_ranks(self, device: torch.device) -> None:
-        for tensor in (self.g_right, self.gt_left):
-            moved = tensor.to(device)
-            torch.distributed.all_reduce(moved)
-            tensor.copy_(moved)
-        tokens = torch.tensor(self.tokens, device=device)
-        torch.distributed.all_reduce(tokens)
-        self.tokens = int(tokens)
+    def sum_over_ranks(self) -> None:
+        processes.add(self.g_right, self.gt_left)
+        (self.tokens,) = processes.added(self.tokens)
 
     def alignment(self) -> LayerAlignment:
         columns = self.space.right.shape[1]

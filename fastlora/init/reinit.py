@@ -23,7 +23,7 @@ from ..introspect import names, sharding, targets
 from ..layers.linear import FusedLoraLinear
 from ..linalg.lowrank import balanced
 from ..optim import moments as optim_moments
-from ..runtime import messages, progress
+from ..runtime import messages, processes, progress
 from ..runtime.checks import check, check_choice, check_integer, check_module, check_positive, is_number
 from .factors import SPLITS, smoothed, split_factors
 from .lora_ga import ratio
@@ -238,7 +238,8 @@ def _plan(name: str, layer: FusedLoraLinear, sketch: StreamingSketch, adapter_na
     lora_a, lora_b = layer.lora_A[adapter_name].detach(), layer.lora_B[adapter_name].detach()
     s = layer.scaling[adapter_name]
     new_a, new_b = _new_factors(layer, sketch, lora_a, lora_b, s, options)
-    _broadcast(new_a, new_b)
+    if processes.running():
+        processes.copy_first(new_a, new_b)  # another machine's LAPACK may choose other signs
     learned_a, learned_b = _learned(layer, adapter_name)
     dropped = 0.0
     if options.max_rank is not None and len(learned_a) > options.max_rank:
@@ -293,17 +294,6 @@ def _alignment(sketch: StreamingSketch, a: Tensor, b: Tensor) -> float:
     q, z = (factor.double() for factor in sketch.factors())
     g_right, gt_left = q @ (z.t() @ space.right.double()), z @ (q.t() @ space.left.double())
     return measure(space, g_right, gt_left, sketch.tokens, squared_norm=sketch.squared_norm()).alignment
-
-
-def _broadcast(*tensors: Tensor) -> None:
-    """The first process's factors for all: another machine's LAPACK may choose other signs."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    nccl = torch.distributed.get_backend() == "nccl"
-    for tensor in tensors:
-        moved = tensor.to("cuda" if nccl else "cpu").contiguous()
-        torch.distributed.broadcast(moved, src=0)
-        tensor.copy_(moved)
 
 
 # Writing.

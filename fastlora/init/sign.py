@@ -25,13 +25,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import linalg
 from ..introspect import taps
 from ..layers import experts
-from ..runtime import messages, progress
+from ..runtime import messages, processes, progress
 from ..runtime.checks import check_choice, check_integer
 from .factors import SPLITS, split_factors
 from .sketch import WEIGHTINGS, GradientSketch
@@ -295,8 +294,7 @@ def sign_factors(
         model, target_modules, r, exclude_modules=exclude_modules, weighting=weighting,
         target_parameters=target_parameters,
     )  # fmt: skip
-    distributed = dist.is_available() and dist.is_initialized()
-    if single_pass and distributed:
+    if single_pass and processes.running():
         raise ValueError(
             "sign_factors: single_pass: got True in several processes, want False: their gradients are summed"
         )
@@ -310,7 +308,7 @@ def sign_factors(
     gradients = _Gradients(chosen.sizes)
 
     def finish(name: str) -> None:
-        gradient = gradients.take(name, chosen.device_of(name), distributed)
+        gradient = gradients.take(name, chosen.device_of(name))
         factors = None if gradient is None else _factors(gradient, r, method, split, rounds, seed)
         if factors is not None:
             (a, b, reached, took), lora_ga, start = factors
@@ -394,17 +392,15 @@ class _Gradients:
                 self.finished.add(name)
                 self.at_once(name)
 
-    def take(self, name: str, device: torch.device, distributed: bool) -> Tensor | None:
+    def take(self, name: str, device: torch.device) -> Tensor | None:
         """A layer's sum over all ranks, which is forgotten here; None where nothing was added."""
         gradient = self.sums.pop(name, None)
-        if not distributed:
+        if not processes.running():
             return gradient
         if gradient is None:
             gradient = torch.zeros(self.sizes[name], device=device)
-        dist.all_reduce(gradient)
-        counts = torch.tensor([self.tokens[name], self.skipped[name]], device=gradient.device)
-        dist.all_reduce(counts)
-        self.tokens[name], self.skipped[name] = counts.tolist()
+        processes.add(gradient)
+        self.tokens[name], self.skipped[name] = processes.added(self.tokens[name], self.skipped[name])
         return gradient
 
 

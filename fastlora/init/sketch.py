@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..introspect import sharding, taps, targets
 from ..layers import experts
-from ..runtime import progress
+from ..runtime import processes, progress
 from ..runtime.checks import check, check_choice, check_integer, check_module, check_positive, is_integer
 from ..runtime.messages import some
 from .report import LayerReport, SketchReport
@@ -147,7 +147,7 @@ class GradientSketch:
                 "GradientSketch: this is a joint sketch, whose tasks no longer tell apart: sketch the tasks themselves "
                 "and combine them again"
             )
-        if self._merged and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        if self._merged and processes.running() and torch.distributed.get_rank() != 0:
             self._start_afresh()  # the first process keeps what all had, so that it is counted once
         self._merged = False
         try:
@@ -169,7 +169,7 @@ class GradientSketch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._undo()
-        if kind is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if kind is None and processes.running():
             from .merge import merge_across_ranks
 
             merge_across_ranks(self)

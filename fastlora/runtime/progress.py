@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import env
+from . import env, processes
 
 T = TypeVar("T")
 DELAY = 2.0  # seconds of work before a bar appears
@@ -63,5 +63,4 @@ def _is_terminal() -> bool:
 
 
 def _is_first_process() -> bool:
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    return not processes.running() or torch.distributed.get_rank() == 0
