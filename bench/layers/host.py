@@ -25,6 +25,7 @@ from torch import Tensor
 
 import fastlora
 from fastlora.functional import GroupLayer, lora_group, lora_linear
+from fastlora.layers import group as grouping
 from fastlora.ops.call import Adapter
 from fastlora.runtime import build
 
@@ -133,12 +134,23 @@ def rows() -> dict[str, Row]:
     layers = [GroupLayer(weight, [Adapter(*adapter(), 2.0)]) for _ in range(3)]
     trained = [tensor for layer in layers for tensor in layer.adapters[0][:2]]
     found["group of 3"] = Row(lambda: lora_group(big, layers, backend="cublas"), (big, *trained), [big_dy] * 3)
-    linear = torch.nn.Linear(k, n, bias=False, dtype=torch.bfloat16, device="meta")
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    module = fastlora.FusedLoraLinear.from_linear(linear, r=r, lora_alpha=2 * r)
-    module.backend = "cublas"
-    own = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    found["FusedLoraLinear"] = Row(lambda: module(big), (big, *own), big_dy)
+
+    def module() -> Any:
+        linear = torch.nn.Linear(k, n, bias=False, dtype=torch.bfloat16, device="meta")
+        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+        layer = fastlora.FusedLoraLinear.from_linear(linear, r=r, lora_alpha=2 * r)
+        layer.backend = "cublas"
+        return layer
+
+    def trained_of(*modules: Any) -> list[Tensor]:
+        return [one for layer in modules for one in layer.parameters() if one.requires_grad]
+
+    alone, together = module(), {name: module() for name in "qkv"}
+    grouping.seat_together(together)
+    found["FusedLoraLinear"] = Row(lambda: alone(big), (big, *trained_of(alone)), big_dy)
+    found["3 in a group"] = Row(
+        lambda: [layer(big) for layer in together.values()], (big, *trained_of(*together.values())), [big_dy] * 3
+    )
     return found
 
 

@@ -70,8 +70,7 @@ class LayerGroup:
             self.members[name] = weakref.ref(layer)
 
     def layers(self) -> list[Layer]:
-        found = (reference() for reference in self.members.values())
-        return [layer for layer in found if layer is not None]
+        return [layer for reference in self.members.values() if (layer := reference()) is not None]
 
     def __deepcopy__(self, memo: dict) -> LayerGroup:
         memo[id(self)] = copy = LayerGroup()
@@ -88,7 +87,7 @@ class LayerGroup:
             return None
         reading = _read(layer, terms)
         # A member that could not share (DoRA's) runs alone without ending the round of those around it.
-        if reading is None or any(adapter.magnitude is not None for adapter in reading.adapters):
+        if reading is None or [adapter for adapter in reading.adapters if adapter.magnitude is not None]:
             return None
         open_round: Round | None = getattr(_here, "round", None)
         if open_round is None or not open_round.takes(self, layer, reading, x):
@@ -122,7 +121,7 @@ class Round:
     def opened(group: LayerGroup, layer: Layer, reading: Reading, x: Tensor) -> Round | None:
         """A round that begins with this layer, or None where sharing is not possible or not worth it."""
         known = group.layers()
-        if not any(one is layer for one in known):  # a replica that DataParallel made
+        if not [one for one in known if one is layer]:  # a replica that DataParallel made
             return None
         members, states = {}, {}
         for one in (layer, *(other for other in known if other is not layer and _may_be_foreseen(other, group))):
@@ -138,7 +137,7 @@ class Round:
             return None
         opened = Round(group, x, shared)
         opened.seats = {id(one): (index, states[one]) for index, one in enumerate(members)}
-        if any(member.dropout_p > 0.0 for member in members.values()):
+        if [member for member in members.values() if member.dropout_p > 0.0]:
             opened.frame = _caller()
         return opened
 
@@ -188,7 +187,7 @@ class _State:
         return (
             self.layer() is layer
             and len(reading.sources) == len(self.sources)
-            and all(one is other for one, other in zip(reading.sources, self.sources, strict=True))
+            and [*map(id, reading.sources)] == [*map(id, self.sources)]
             and _versions(reading.sources) == self.versions
             and reading.settings == self.settings
         )
@@ -203,13 +202,13 @@ def _read(layer: Layer, terms: Terms | str) -> Reading | None:
     if isinstance(terms, str) or not terms.adapters:
         return None
     sources, settings = layer.group_sources()
-    settings += tuple(adapter.dropout_p for adapter in terms.adapters)
+    settings += tuple([adapter.dropout_p for adapter in terms.adapters])
     return Reading(terms.weight, terms.bias, terms.adapters, sources, settings)
 
 
 def _member(reading: Reading, backend: str) -> group_op.Member | None:
     adapter = call.as_one_adapter(reading.adapters)
-    if adapter is None or any(source.is_inference() for source in reading.sources):
+    if adapter is None or [source for source in reading.sources if source.is_inference()]:
         return None
     return group_op.Member(reading.weight, reading.bias, *adapter[:4], backend)
 

@@ -13,7 +13,7 @@ from ..ops import layer as ops_layer
 from ..ops.mixed import mixed as mixed_op
 from . import batch as layers_batch
 from . import kinds, starts
-from .checks import check_adapter_arguments
+from .checks import check_adapter_arguments, tensors_of
 from .fused import Terms
 from .head import lazy_logits
 from .kinds import FROZEN, TRAINED, check_kinds
@@ -186,7 +186,7 @@ class FusedLoraLinear(AdapterState, nn.Linear):
 
     def group_sources(self) -> tuple[list[Tensor], tuple]:
         names = self.active_adapters
-        parts = (self.lora_A, self.lora_A0, self.lora_E)
+        parts = [tensors_of(self._modules[part]) for part in ("lora_A", "lora_A0", "lora_E")]
         return [part[name] for part in parts for name in names if name in part], (tuple(names), self.shifted_by)
 
     def _mixed_forward(self, input: Tensor, batch: layers_batch.MixedBatch) -> Tensor:

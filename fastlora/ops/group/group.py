@@ -35,7 +35,7 @@ from ..call import GroupLayer, are_plain, as_2d, takes_fused_path
 from ..lora import choice as lora_choice
 from . import aten
 
-KERNEL_BACKENDS = ("cublas", "triton")
+KERNEL_BACKENDS = {"cublas", "triton"}
 
 
 _trusted = Trusted("the backend for groups of layers", "layers run one by one")
@@ -66,9 +66,9 @@ def select(x: Tensor, members: Sequence[Member], narrow: bool = False) -> Choice
     the caller, who multiplies by them."""
     choices = [_choice(x, member, narrow) for member in members]
     names = tuple([lora_choice.FAMILY.get(choice.name, choice.name) for choice in choices])
-    if all(name == "torch" for name in names):
+    if set(names) == {"torch"}:
         return Choice(aten, names)
-    if not all(name in KERNEL_BACKENDS for name in names):
+    if not set(names) <= KERNEL_BACKENDS:
         return f"the members run on different backends: {', '.join(names)}"
     module = importlib.import_module("fastlora.ops.group.triton")
     if x.device.type == "cuda":
