@@ -287,7 +287,8 @@ def save_adapter(
 
     A warning names adapters that have not moved from their start, and trainable parameters that the file leaves out.
 
-    Of a model that `fully_shard` has sharded, every process must call this; the first one writes, and all wait for it.
+    Of a model that `fully_shard` or `parallelize_module` has sharded, every process must call this; the first one
+    writes, and all wait for it.
     Of others, the process that calls this writes: one is enough.
 
     Weights are saved in the dtype they have. What is saved of the scale is alpha, not a changed `scaling`, as in PEFT.
