@@ -173,15 +173,12 @@ def _as_variants(layer: FusedLoraLinear, names: Sequence[str], adapters: list[ca
         if name in magnitudes:
             norm = None
             if layer.kept_norms is not None:
-                sources = [layer.weight, *(factors[name] for factors in _factors(layer) if name in factors)]
+                parts = (layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0)
+                sources = [layer.weight, *(factors[name] for factors in parts if name in factors)]
                 norm = layer.kept_norms.of(name, sources, adapter.scaling, functools.partial(_norm, layer, adapter))
             adapter = adapter._replace(magnitude=magnitudes[name], norm=norm)
         found.append(adapter)
     return found
-
-
-def _factors(layer: FusedLoraLinear) -> list[nn.ParameterDict]:
-    return [layer.lora_A, layer.lora_B, layer.lora_A0, layer.lora_B0]
 
 
 def check_kinds(use_dora: Any, use_adalora: Any, init: bool | str, caller: str) -> None:
