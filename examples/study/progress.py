@@ -30,7 +30,7 @@ class Progress:
             except ImportError:
                 return
             columns, rows = shutil.get_terminal_size()  # a pseudo-terminal may claim 0 × 0, and tqdm would believe it
-            size = {"ncols": columns, "nrows": rows, "initial": done // parts}
+            size: dict[str, Any] = {"ncols": columns, "nrows": rows, "initial": done // parts}
             self.bar = tqdm(total=total, desc=title, leave=lines > 0, bar_format=FORMAT, **size)
 
     def __enter__(self) -> Progress:
