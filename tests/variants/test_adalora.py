@@ -347,7 +347,7 @@ class Repeated(torch.utils.data.Dataset):
 
 def documented_trainer() -> Any:
     """docs/adalora.md's."""
-    page = (Path(__file__).resolve().parents[2] / "docs" / "adalora.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "details" / "adalora.md").read_text(encoding="utf-8")
     code = re.search(r"^class AdaLoraTrainer.*?(?=^\S)", page, re.M | re.S)
     assert code is not None
     names = {"transformers": transformers, "orthogonality_penalty": fastlora.variants.orthogonality_penalty}
