@@ -235,8 +235,17 @@ def build_and_name(cache_dir, barrier, results):
     results.put((str(build.build()), len(compiled)))
 
 
+@pytest.fixture
+def small_sources(tmp_path, monkeypatch):
+    """A function in place of csrc/, which takes g++ seconds."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    (sources / "small.cpp").write_text('extern "C" int one() { return 1; }\n')
+    monkeypatch.setattr(build, "_SOURCES", sources)
+
+
 @needs_gxx
-def test_two_processes_building_at_once_compile_once(tmp_path):
+def test_two_processes_building_at_once_compile_once(small_sources, tmp_path):
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(2), context.Queue()
     workers = [context.Process(target=build_and_name, args=(str(tmp_path), barrier, results)) for _ in range(2)]
@@ -252,7 +261,7 @@ def test_two_processes_building_at_once_compile_once(tmp_path):
 
 
 @needs_gxx
-def test_a_build_that_was_killed_is_done_again(tmp_path, monkeypatch):
+def test_a_build_that_was_killed_is_done_again(small_sources, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(build, "find_toolchain", cpu_only)
     folder = tmp_path / "csrc" / build.key(cpu_only())
