@@ -242,8 +242,8 @@ def activate_config(gate: torch.Tensor, rank: int, adapter_dtype: torch.dtype) -
     return ActivateConfig(block_m, block_k, block_r, splits, num_warps, num_stages)
 
 
-def activate_backward_config(gate: torch.Tensor, rank: int) -> ActivateBackwardConfig:
-    """The launch of `activate_backward`."""
+def activate_backward_config(gate: torch.Tensor, rank: int, wide: bool = False) -> ActivateBackwardConfig:
+    """The launch of `activate_backward`. wide: dS is in fp32 and gate in half precision."""
     M, K = gate.shape
     target = configs.capability(gate.device)
     block_r = max(16, configs.power_of_two_at_least(rank))
@@ -254,9 +254,11 @@ def activate_backward_config(gate: torch.Tensor, rank: int) -> ActivateBackwardC
         block_m, block_k, num_warps = 32, 32, 8  # with 4, Triton 3.9 spills two registers on sm_90
     else:
         # gate, up, dh, their derivatives, the mask and two accumulators at once: at r = 64 sm_80 spills with 64 rows
-        # (129 stores and loads), and with 32 by 64 too (83).
+        # (129 stores and loads), and with 32 by 64 too (83). 32 rows leave room for two programs a multiprocessor
+        # (107 registers at r = 16 on sm_90, 189 with 64): one computes while the other waits. Not with dS in parts: 164
+        # on sm_90, and two spill on sm_100.
         ampere = target < (9, 0)
-        block_m = 32 if ampere or not aligned else 64
+        block_m = 32 if ampere or not aligned or (block_r <= 32 and not wide) else 64
         block_k, num_warps = 32 if not aligned or (ampere and block_r > 32) else 64, 8
     chunks = configs._parts(configs.cdiv(K, block_k), configs.cdiv(M, block_m), 4 * configs.num_sms(gate.device))
     stage = block_m * (3 * block_k + block_r) * gate.dtype.itemsize
@@ -272,7 +274,7 @@ def activate_workspace(gate: torch.Tensor, lora_A: torch.Tensor) -> int:
 
 def activate_backward_workspace(gate: torch.Tensor, rank: int) -> int:
     """How many fp32 elements `activate_backward` needs as its workspace where dA is wanted."""
-    chunks = activate_backward_config(gate, rank).num_chunks
+    chunks = max(activate_backward_config(gate, rank, wide).num_chunks for wide in (False, True))
     return chunks * gate.shape[1] * rank if chunks > 1 else 0
 
 
@@ -375,7 +377,8 @@ def activate_backward(
     low_rank, weight_grad = lora_A is not None and dh is not None, grad_A is not None
     R = ds.shape[1] if ds is not None and (low_rank or weight_grad) else 1
     assert fused_rank(gate.dtype) >= R, R
-    config = activate_backward_config(gate, R)
+    wide = ds is not None and is_wide(ds, gate)
+    config = activate_backward_config(gate, R, wide)
     threshold, scale = threshold_and_scale(dropout_p) if seed is not None else (0, 1.0)
     chunks = config.num_chunks
     target, strides = grad_A, (0, *_strides(grad_A)[::-1])
@@ -417,7 +420,7 @@ def activate_backward(
         LOW_RANK=low_rank,
         WEIGHT_GRAD=weight_grad,
         DROPOUT=seed is not None and (low_rank or weight_grad),
-        WIDE=ds is not None and is_wide(ds, gate),
+        WIDE=wide,
         INPUT_PRECISION=configs.input_precision(gate.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -9,6 +9,7 @@ compiles the headlines alone, for Hopper.
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 from aot import sweep
@@ -65,11 +66,26 @@ def test_products_run_on_the_matrix_units(compiled, family, arch):
         if of_norms or (half and family != "dora" and (family != "segments" or one.key in headline)):
             checked += 1
             assert census.matrix_instructions, f"{one.name} {one.constants()}"
-            if family == "segments" and "expand" not in one.name:
-                assert census.count("LDGSTS")  # the compiler knows that rows in any order are aligned
             if family == "group" and arch == 90 and one.key in headline:
                 assert census.count("HGMMA")
     assert checked >= {"dora": 1, "group": 3, "mlp": 2, "segments": 5}[family]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("family", ["dora", "experts", "group", "mlp", "segments"])
+@pytest.mark.skipif(not is_pinned(), reason="how many stages another Triton keeps is not ours to say")
+def test_loops_over_a_long_side_keep_their_stages_of_asynchronous_copies(compiled, family, arch):
+    """As many before the loop as in its other stages: Triton drops stages for an address that it has to wait for, and
+    loads through registers what it takes to be unaligned. On sm_80 dY, of which two layouts are wanted."""
+    headline = {one.key for one in launches_of(FAMILIES[family], arch, FAMILIES[family].problems[:1])}
+    checked = 0
+    for one, census in compiled[family, arch]:
+        if one.key in headline and re.search("shrink|weight_grad|ds_db|norm|activate", one.name):
+            checked += 1
+            about = f"{one.name}: {census.loop_copies} in the loop, {census.count('LDGSTS')} in all"
+            assert census.loop_copies >= (1 if (arch, one.name) == (80, "_segment_ds_db_kernel") else 2), about
+            assert census.count("LDGSTS") >= one.options["num_stages"] * census.loop_copies, about
+    assert checked == {"dora": 1, "group": 2, "mlp": 2}.get(family, 3)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -129,6 +129,7 @@ class Census:
     wgmma_waits: tuple[int, ...] = ()  # the N of every `wgmma.wait_group N` of the PTX
     ptx_atomics: int = 0
     counters: int = 0  # integer additions that order what programs store (`tiling.store_sum`)
+    loop_copies: int = 0  # asynchronous copies to shared memory that a loop asks for
 
     def count(self, *opcodes: str) -> int:
         return sum(self.opcodes.get(opcode, 0) for opcode in opcodes)
@@ -152,9 +153,25 @@ class Census:
 
 
 _OPCODE = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+_BRANCH = re.compile(r"\bBRA(?:\.\w+)* (?:!?U?P\w+, )*`\((\.L_x_\d+)\)")
 _WAIT = re.compile(r"wgmma\.wait_group\.sync\.aligned\s+(\d+)")
 _COUNTER = re.compile(r"^\s*@%\w+ atom\.global\.gpu\.acq_rel\.add\.[us]32\b", re.MULTILINE)
 _PTX_ATOMIC = re.compile(r"^\s*(?:@!?%\w+\s+)?(?:atom|red)\.", re.MULTILINE)
+
+
+def copies_in_loops(sass: str) -> int:
+    """LDGSTS and UTMALDG between a label and a branch back to it."""
+    labels: dict[str, int] = {}
+    copies: set[int] = set()
+    lines = sass.splitlines()
+    for number, line in enumerate(lines):
+        if label := _LABEL.match(line):
+            labels[label[1]] = number
+        elif (branch := _BRANCH.search(line)) and branch[1] in labels:
+            inside = range(labels[branch[1]], number)
+            copies |= {i for i in inside if (op := _OPCODE.match(lines[i])) and op[1] in ("LDGSTS", "UTMALDG")}
+    return len(copies)
 
 
 def take_census(launch: Launch) -> Census:
@@ -182,6 +199,7 @@ def take_census(launch: Launch) -> Census:
         wgmma_waits=tuple(sorted({int(n) for n in _WAIT.findall(ptx)})),
         ptx_atomics=len(_PTX_ATOMIC.findall(ptx)),
         counters=len(_COUNTER.findall(ptx)),
+        loop_copies=copies_in_loops(sass),
     )
 
 
