@@ -548,7 +548,7 @@ def test_sharded_parameters_are_refused(one_process):
     from torch.distributed.tensor import Shard
 
     model = patched()
-    fully_shard(model, shard_placement_fn=lambda _: Shard(1))
+    fully_shard(model, shard_placement_fn=lambda parameter: Shard(parameter.dim() - 1))
     for call in (lambda: RankAllocator(model, **SETTINGS), lambda: fastlora.variants.orthogonality_penalty(model)):
         with pytest.raises(ValueError, match=r"got sharded parameters .*, want .* split by rows"):
             call()
