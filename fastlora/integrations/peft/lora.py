@@ -295,7 +295,7 @@ def _add_magnitude(plan: Terms, layer: Any, name: str) -> str | None:
     if type(holder) is not DoraLinearLayer or is_overridden(holder):
         return f"the magnitudes are in a {type(holder).__name__}, or there are hooks on it"
     magnitude, weight = holder.weight, plan.weight
-    wanted = (tuple(weight.shape[:1]), weight.device)
+    wanted = (tuple(plan.adapters[-1].lora_B.shape[:1]), weight.device)  # of a shard, a shard's; weights may be packed
     if type(magnitude) not in PLAIN_TENSORS or (tuple(magnitude.shape), magnitude.device) != wanted:
         return "magnitudes that are sharded or offloaded"
     adapter, norm = plan.adapters[-1], None
