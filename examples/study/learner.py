@@ -258,7 +258,7 @@ def start_from_gradients(
     how: dict[str, Any] = {"gamma": numbers["gamma"], "seed": seed}
     if entry.start == "lora_ga":
         most = numbers.get("most", 0) * settings.r
-        with fastlora.GradientSketch(adapted, **chosen, width=2 * most or None) as found:
+        with fastlora.GradientSketch(adapted, **chosen, width=2 * most or settings.sketch_width) as found:
             passes()
         if "captured" in numbers:
             how |= {"lora_alpha": settings.lora_alpha, "lora_dropout": settings.dropout}

@@ -60,7 +60,7 @@ COMPARISON: dict[str, dict[str, Any]] = {
         "eval_every": 20, "search_seeds": 1, "timed_rounds": 8, "lr": {"adamw": 5e-4, "sgd": 1e-1},
     },
 }  # fmt: skip
-ALONE = {"base": "full", "shard": "none", "accumulate": 1}
+ALONE = {"base": "full", "shard": "none", "accumulate": 1, "sketch_width": None}
 QUICK = {"steps": 4, "batch_size": 4, "sketch_batches": 1, "eval_every": 2, "seeds": 2, "timed_rounds": 2}
 QUICK_LENGTHS = {"docstrings": 8, "language": 192}
 PACKAGES = {
@@ -87,6 +87,7 @@ class Settings:
     lora_alpha: float
     dropout: float
     sketch_batches: int
+    sketch_width: int | None
     lr: float
     eval_every: int
     max_length: int | None
@@ -142,7 +143,7 @@ class Comparison(Settings):
     def shared_by_trials(self) -> dict[str, Any]:
         """The settings that every trial has in common."""
         names = ["task", "optimizer", "steps", "batch_size", "r", "lora_alpha", "dropout", "sketch_batches"]
-        own = ["eval_every", "max_length", "head_lr", "model", "dtype"]
+        own = ["eval_every", "max_length", "head_lr", "model", "dtype", "sketch_width"]
         return {name: getattr(self, name) for name in (*names, *own) if getattr(self, name) is not None}
 
 
@@ -242,6 +243,7 @@ def _program(name: str, description: str, by_task: Mapping[str, Mapping[str, Any
     lora.add_argument("--lora-alpha", type=positive_float)
     lora.add_argument("--dropout", type=probability, help="dropout on the adapters' input")
     lora.add_argument("--sketch-batches", type=positive_int, help="batches whose gradient LoRA-GA looks at")
+    lora.add_argument("--sketch-width", type=positive_int, help="columns it keeps of a gradient (default fastlora's)")
     run = parser.add_argument_group("run")
     run.add_argument("--task", choices=tasks, default=tasks[0], help=f"what is learnt (default {tasks[0]})")
     run.add_argument("--model", help="smollm2 or minilm (the task's), random, a directory, or a hub id")

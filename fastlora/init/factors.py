@@ -11,14 +11,22 @@ SPLITS = ("ArB2r", "A2rBr", "ArBr", "random")
 def split_factors(u: Tensor, vh: Tensor, r: int, split: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A (r, m) and B (n, r) with orthonormal rows and columns, from disjoint halves of U (n, 2r) and Vh (2r, m)."""
     first, second = slice(0, r), slice(r, 2 * r)
-    if split == "ArB2r":
-        return vh[first], u[:, second]
-    if split == "A2rBr":
-        return vh[second], u[:, first]
-    if split == "ArBr":
-        return vh[1 : 2 * r : 2], u[:, 0 : 2 * r : 2]
-    order = torch.randperm(2 * r, generator=torch.Generator().manual_seed(seed)).to(u.device)
-    return vh[order[first]], u[:, order[second]]
+    if split == "random":
+        order = torch.randperm(2 * r, generator=torch.Generator().manual_seed(seed)).to(u.device)
+        rows, columns = order[first], order[second]
+    else:
+        rows, columns = {
+            "ArB2r": (first, second),
+            "A2rBr": (second, first),
+            "ArBr": (slice(1, 2 * r, 2), slice(0, 2 * r, 2)),
+        }[split]
+    return _signed(vh[rows]), _signed(u[:, columns].t()).t()
+
+
+def _signed(rows: Tensor) -> Tensor:
+    """Each row with the sign that makes its largest entry positive. A decomposition leaves signs open, and training
+    after a start depends on them, since A and B are vectors of different triplets."""
+    return rows * rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
 
 
 # New factors.

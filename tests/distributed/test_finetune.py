@@ -77,7 +77,8 @@ def assert_same(got: dict[str, list[float]], want: dict[str, list[float]]) -> No
 
 
 def test_any_number_of_processes_trains_and_resumes_with_the_same_losses(launcher):
-    runs = {"all": "", "started": "--methods fastlora --init lora_ga --sketch-batches 2"}
+    # Narrower sketches of other parts of the batches are other approximations.
+    runs = {"all": "", "started": "--methods fastlora --init lora_ga --sketch-batches 2 --sketch-width 512"}
     if importlib.util.find_spec("bitsandbytes"):
         runs["packed"] = "--methods peft fastlora --base nf4 --dtype float32"
     assert launcher.run(1, {f"{name}-alone": options for name, options in runs.items()})[0] == 0
@@ -86,10 +87,6 @@ def test_any_number_of_processes_trains_and_resumes_with_the_same_losses(launche
     sharded = {name: f"{options} --shard fsdp2 --save-every 4" for name, options in runs.items()}
     status, out, err = launcher.run(2, sharded)
     assert status == 0 and out.count("Before training") == len(runs), err[-3000:]
-    # LoRA-GA pairs singular vectors whose signs are open: the same function at the start, another way from there.
-    started = launcher.losses("started")
-    assert started["fastlora"][0] == pytest.approx(want["started"]["fastlora"][0], rel=1e-5)
-    want["started"] = started
     for name in runs:
         assert_same(launcher.losses(name), want[name])
         assert not [file for file in launcher.files(name) if "tmp" in file or "partial" in file]
