@@ -9,7 +9,8 @@ SPLITS = ("ArB2r", "A2rBr", "ArBr", "random")
 
 
 def split_factors(u: Tensor, vh: Tensor, r: int, split: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A (r, m) and B (n, r) with orthonormal rows and columns, from disjoint halves of U (n, 2r) and Vh (2r, m)."""
+    """A (r, m) and B (n, r) with orthonormal rows and columns, from disjoint halves of U (n, 2r) and Vh (2r, m). The
+    largest entry of each is positive."""
     first, second = slice(0, r), slice(r, 2 * r)
     if split == "random":
         order = torch.randperm(2 * r, generator=torch.Generator().manual_seed(seed)).to(u.device)

@@ -101,6 +101,16 @@ def test_the_halves_are_disjoint_and_complete(split):
         assert of_a == {"ArB2r": [0, 1, 2, 3], "A2rBr": [4, 5, 6, 7], "ArBr": [1, 3, 5, 7]}[split]
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_signs_of_a_decomposition_do_not_matter(split):
+    u, vh = torch.linalg.qr(torch.randn(12, 8))[0], torch.linalg.qr(torch.randn(10, 8))[0].t()
+    signs = torch.tensor([1.0, -1.0]).repeat(4)
+    a, b = split_factors(u, vh, 4, split)
+    for got, wanted in zip(split_factors(u * signs, vh * signs[:, None], 4, split), (a, b), strict=True):
+        assert torch.equal(got, wanted)
+    assert (a.amax(1) == a.abs().amax(1)).all() and (b.amax(0) == b.abs().amax(0)).all()
+
+
 # The first step.
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("use_rslora", [False, True])
