@@ -210,8 +210,7 @@ def grad_of(combine: Tensor | None, dots: Tensor | None, order: Tensor) -> Tenso
 
 def combined(y: Tensor, combine: Tensor, order: Tensor) -> Tensor:
     """(T, N): the sum of each token's sorted rows y (P, N), weighted by combine (T, k)."""
-    weights = combine.reshape(-1)[order].unsqueeze(-1)
-    return summed((y * weights)[inverse(order)], combine.shape[1])
+    return summed((y * weights_of(combine, order))[inverse(order)], combine.shape[1])
 
 
 class _Adapters:
