@@ -83,6 +83,23 @@ def training_is_that_of_one_process(folder: str) -> None:
             assert all(isinstance(parameter, DTensor) for parameter in trained(model))
 
 
+def trained_biases(folder: str) -> None:
+    """PEFT's, by the plan that the plain model has of its own: a row-wise layer's is added in one process."""
+    import peft
+
+    def model(plan: Any) -> Any:
+        torch.manual_seed(1)
+        made: Any = peft.get_peft_model(Net(), peft.LoraConfig(r=3, target_modules=list(TARGETS), bias="all"))
+        made.get_base_model().tp_plan = plan
+        fastlora.patch(made)
+        return moved(made)
+
+    for plan in (MEGATRON, OTHER_WAY_ROUND):
+        want, got = gradients(model(plan)), gradients(cut(model(plan), None))
+        assert [name for name in want if name.endswith("up.base_layer.bias")]
+        assert_close(got, want)
+
+
 def half_precision(folder: str) -> None:
     """A bfloat16 base with float32 adapters, against float64: as near as one process."""
     models = [moved(half()) for _ in range(3)]
@@ -274,6 +291,7 @@ def refused(folder: str) -> None:
 
 CHECKS = [
     training_is_that_of_one_process,
+    trained_biases,
     half_precision,
     sequences_are_cut,
     what_is_sent,
