@@ -210,7 +210,9 @@ def grad_of(combine: Tensor | None, dots: Tensor | None, order: Tensor) -> Tenso
 
 def combined(y: Tensor, combine: Tensor, order: Tensor) -> Tensor:
     """(T, N): the sum of each token's sorted rows y (P, N), weighted by combine (T, k)."""
-    return summed((y * weights_of(combine, order))[inverse(order)], combine.shape[1])
+    weights = weights_of(combine, order)
+    assert weights is not None
+    return summed((y * weights)[inverse(order)], combine.shape[1])
 
 
 class _Adapters:
