@@ -306,6 +306,23 @@ def test_a_file_that_does_not_fit_leaves_a_peft_model_as_it_was(tmp_path):
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_ctrl_c_while_peft_loads_leaves_its_model_as_it_was(tmp_path, monkeypatch):
+    save_adapter(patched(), tmp_path)
+    model = peft.get_peft_model(mlp(), peft.LoraConfig(r=3, target_modules=["0", "2"], init_lora_weights=False))
+    before, load = {name: value.clone() for name, value in model.state_dict().items()}, model.load_adapter
+
+    def interrupted(*args, **kwargs):
+        load(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "load_adapter", interrupted)
+    for name in ("new", "default"):
+        with pytest.raises(KeyboardInterrupt):
+            load_adapter(model, tmp_path, name)
+        assert list(model.peft_config) == ["default"] and model.state_dict().keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_peft_layers_without_a_peft_model_are_refused(tmp_path):
     model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), mlp())
     with pytest.raises(ValueError, match="want the PeftModel"):

@@ -52,7 +52,7 @@ def _load(model: Any, root: Path, adapter_name: str, changes_base: bool) -> None
             result = model.load_adapter(place, adapter_name)
         if wrong := [*result.missing_keys, *result.unexpected_keys]:
             raise ValueError(f"keys missing or unexpected: {some(wrong)}")
-    except Exception as error:
+    except BaseException as error:
         if existed:
             model.load_state_dict(before, strict=False)
         elif adapter_name in model.peft_config:
@@ -61,6 +61,8 @@ def _load(model: Any, root: Path, adapter_name: str, changes_base: bool) -> None
             for weight, bits in weights:
                 weight.copy_(bits)
         _unwrap_new_layers(model, modules_before)
+        if not isinstance(error, Exception):  # Ctrl-C
+            raise
         raise ValueError(f"load_adapter: {str(root)!r} does not fit this PeftModel: {error}") from error
 
 
